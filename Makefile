@@ -1,0 +1,39 @@
+# Thin names over the commands that CI runs too. `make help` lists them.
+VENV ?= .venv
+PY = $(VENV)/bin/python
+PYTHON ?= python3
+STAMP = $(VENV)/.antiphon-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check bench wheel
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv with everything that a machine without a GPU needs
+
+$(STAMP): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -e '.[sglang-cpu,langchain,dev]'
+	$(PY) -m pip install -q --no-deps sglang==0.5.23 nixl-cu12==1.5.1 nixl==1.5.1
+	touch $@
+
+check: $(STAMP) ## ruff, mypy --strict, layering, wheel
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	mkdir -p build/types && ln -sfn ../.. build/types/antiphon
+	$(PY) -m mypy
+	$(VENV)/bin/pytest -q tests/test_layering.py tests/test_packaging.py
+
+test: $(STAMP) ## the whole test suite, with real engines, real NIXL and a real Valkey
+	$(VENV)/bin/pytest -q
+
+demo: $(STAMP) ## real engines serve a small agent trace; checked token by token
+	$(PY) -m antiphon.eval.demo
+
+serve: $(STAMP) ## the demo's stack, left up, with a curl line that works
+	$(PY) -m antiphon.eval.demo --serve
+
+bench: $(STAMP) ## ratios measured in one run
+	$(PY) -m antiphon.eval.bench

@@ -1,0 +1,85 @@
+"""Latency formulas, SI units: prefill, decode step, transfer. A leaf used by policies, core and simulation.
+
+    prefill(N new over P cached) = fixed + N * per_token + N * P * per_token_cached + N^2 * per_token_squared
+    decode step(batch B, total context T) = fixed + B * per_request + T * per_context_token
+    transfer(tokens) = fixed + tokens * bytes per token / bandwidth
+
+Coefficients are data files (`data/*.json`) that name their source.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+
+class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    fixed_s: float
+    per_token_s: float
+    per_token_cached_s: float = 0.0
+    per_token_squared_s: float = 0.0
+
+
+class DecodeCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    fixed_s: float
+    per_request_s: float = 0.0
+    per_context_token_s: float = 0.0
+
+
+class TransferCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    fixed_s: float
+    bytes_per_s: float
+    kv_bytes_per_token: int
+
+
+class LatencyModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model on one kind of machine."""
+
+    name: str
+    source: str
+    """Where the coefficients come from, and how far off they are."""
+    prefill: PrefillCost
+    decode: DecodeCost
+    transfer: TransferCost
+
+    def prefill_s(self, new_tokens: int, cached_tokens: int) -> float:
+        """Seconds to prefill `new_tokens` over `cached_tokens`; 0 for nothing to do."""
+        if new_tokens <= 0:
+            return 0.0
+        c = self.prefill
+        return (
+            c.fixed_s
+            + new_tokens * (c.per_token_s + cached_tokens * c.per_token_cached_s)
+            + new_tokens * new_tokens * c.per_token_squared_s
+        )
+
+    def decode_step_s(self, batch: int, context_tokens: int) -> float:
+        """Seconds of one decode step of `batch` requests with `context_tokens` in all; 0 for an empty batch."""
+        if batch <= 0:
+            return 0.0
+        c = self.decode
+        return c.fixed_s + batch * c.per_request_s + context_tokens * c.per_context_token_s
+
+    def transfer_s(self, tokens: int) -> float:
+        """Seconds to move the KV of `tokens` over an idle link; 0 for nothing to move."""
+        if tokens <= 0:
+            return 0.0
+        c = self.transfer
+        return c.fixed_s + tokens * c.kv_bytes_per_token / c.bytes_per_s
+
+
+def load_latency_model(name_or_path: str) -> LatencyModel:
+    """A bundled profile by name, or a JSON file by path; raises ValueError naming what is wrong."""
+    bundled = resources.files("antiphon.policies") / "data" / f"{name_or_path}.json"
+    try:
+        raw = bundled.read_bytes() if bundled.is_file() else Path(name_or_path).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"latency profile {name_or_path!r} is neither bundled nor a readable file: {error}"
+        ) from error
+    try:
+        return msgspec.json.decode(raw, type=LatencyModel)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"latency profile {name_or_path!r}: {error}") from error

@@ -1,0 +1,309 @@
+"""Events in, commands out: all that the core and a driver say to each other. No logic here.
+
+Times are seconds on the driver's monotonic clock. Page hashes are 32-byte digests (`engines/page_hash.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+
+from antiphon.policies.base import Arm, Placement
+
+
+class Outcome(Enum):
+    """How an accepted or refused round ended; few values, for metrics."""
+
+    COMPLETED = "completed"
+    REFUSED = "refused"
+    """Never started: no engine, no room."""
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    """The client went away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """An engine holds the KV of the first `tokens` tokens of a prompt."""
+
+    engine_id: str
+    incarnation: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What one replica has reserved on one engine."""
+
+    prefill_s: float = 0.0
+    prefill_rounds: int = 0
+    decode_rounds: int = 0
+    context_tokens: int = 0
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class RoundArrived:
+    """A checked request. `hashes` are those of every whole page of the prompt."""
+
+    round_id: str
+    session_id: str
+    tenant: str
+    prompt_tokens: int
+    hashes: tuple[bytes, ...]
+    max_output_tokens: int
+    slo_ttft_s: float
+    slo_itl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The ledger gave us the round: what it knows of the session and of the others' load."""
+
+    round_id: str
+    fence: int
+    round_number: int
+    """1 for a session's first round."""
+    home: str | None = None
+    holdings: tuple[Holding, ...] = ()
+    others: Mapping[str, Totals] = field(default_factory=lambda: MappingProxyType({}))
+    """Engine id -> the other replicas' reservations there, summed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimLost:
+    """The ledger could not answer: go on with what the core knows (degraded)."""
+
+    round_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchDone:
+    """The puller has `pages` of what was asked, from the first on; fewer (even 0) only costs recomputing."""
+
+    round_id: str
+    engine_id: str
+    pages: int
+    pulled_bytes: int
+    elapsed_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    round_id: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    round_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFinished:
+    """The stream ended well. `hashes` now cover prompt and output: every whole page with KV at the home."""
+
+    round_id: str
+    completion_tokens: int
+    cached_tokens: int
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """A call for this round failed on this engine (kind as in `engines.base.FailureKind`)."""
+
+    round_id: str
+    engine_id: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineUp:
+    """An engine said hello. A new incarnation of a known engine voids what was believed of the old one."""
+
+    engine_id: str
+    incarnation: str
+    pool: str
+    can_transfer: bool
+    page_size_tokens: int
+    pool_tokens: int
+    kv_bytes_per_token: int = 0
+    chunk_tokens: int = 0
+    decode_interval: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDown:
+    engine_id: str
+    incarnation: str
+    """Only this incarnation is down; a newer one is not touched."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReported:
+    engine_id: str
+    used_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    round_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """`next_deadline()` has come."""
+
+
+Event = (
+    RoundArrived | Claimed | ClaimLost | PrefetchDone | PrefillDone | FirstToken | RoundFinished
+    | EngineFailed | EngineUp | EngineDown | LoadReported | ClientGone | Tick
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Ask the ledger for lease, session record and the others' totals."""
+
+    round_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Have `engine_id` pull pages [first_page, first_page + pages) of the round's prompt from `source_id`."""
+
+    round_id: str
+    engine_id: str
+    source_id: str
+    source_incarnation: str
+    first_page: int
+    pages: int
+    deadline_s: float
+    """Seconds from now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Compute the prompt on `engine_id`, generate nothing."""
+
+    round_id: str
+    engine_id: str
+    rid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Answer the round on `engine_id`, streaming to the client."""
+
+    round_id: str
+    engine_id: str
+    rid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop whatever runs for this try: cancel the local call and abort `rid` on the engine ("" = no rid yet)."""
+
+    round_id: str
+    engine_id: str
+    rid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Our reservations on one engine changed: publish without waiting."""
+
+    engine_id: str
+    totals: Totals
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The round is over: record it, free the lease. `new_holdings` pairs hashes with who holds them now."""
+
+    round_id: str
+    outcome: Outcome
+    receipt: Receipt
+    home: str | None
+    holdings: tuple[tuple[bytes, int, str, str], ...] = ()
+    """(page hash, tokens up to its end, engine id, incarnation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer the client with an error; nothing was streamed yet. `Complete` follows."""
+
+    round_id: str
+    code: str
+    """no_engine_available | upstream_failed | bad_upstream_request"""
+    message: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Broke:
+    """The stream broke after its first token: end it with a clean error event. `Complete` follows."""
+
+    round_id: str
+    message: str
+
+
+Command = Claim | Prefetch | Prefill | Generate | Abort | Reserved | Complete | Refuse | Broke
+
+
+# ---------------------------------------------------------------- receipts
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One attempt at the round and how it ended ("" = it is the one that answered)."""
+
+    placement: Placement
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The record of one decision: what was considered, predicted and measured, and why."""
+
+    round_id: str
+    session_id: str
+    round_number: int
+    outcome: Outcome
+    arm: Arm | None
+    home: str | None
+    prefill_engine: str | None
+    reason: str
+    tries: tuple[Try, ...]
+    degraded: bool
+    prompt_tokens: int
+    history_tokens: int
+    """H(home) as believed at the decision."""
+    completion_tokens: int
+    cached_tokens: int
+    """Prompt tokens that no engine computed for this round."""
+    bytes_decode_to_prefill: int
+    bytes_prefill_to_decode: int
+    pulled_tokens: int
+    """History that the prefill engine pulled."""
+    predicted_ttft_s: float
+    ttft_s: float | None
+    queue_s: float
+    pull_s: float
+    prefill_s: float
+    push_s: float
+    itl_s: float | None
+    notes: tuple[str, ...] = ()
+    """What did not go as planned: pages that did not come, and why."""
