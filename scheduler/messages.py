@@ -55,6 +55,7 @@ class RoundArrived:
     tenant: str
     prompt_tokens: int
     hashes: tuple[bytes, ...]
+    page_size_tokens: int
     max_output_tokens: int
     slo_ttft_s: float
     slo_itl_s: float
@@ -66,8 +67,11 @@ class Claimed:
 
     round_id: str
     fence: int
+    session_id: str
+    """Another than asked for when the session had a round in flight: an implicit fork."""
     round_number: int
     """1 for a session's first round."""
+    parent_id: str | None = None
     home: str | None = None
     holdings: tuple[Holding, ...] = ()
     others: Mapping[str, Totals] = field(default_factory=lambda: MappingProxyType({}))
@@ -89,6 +93,7 @@ class PrefetchDone:
     round_id: str
     engine_id: str
     pages: int
+    pulled_pages: int
     pulled_bytes: int
     elapsed_s: float
     reason: str = ""
@@ -175,9 +180,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Ask the ledger for lease, session record and the others' totals."""
+    """Ask the ledger for lease, session record, residency of `candidates` and the others' totals."""
 
     round_id: str
+    candidates: tuple[tuple[int, bytes], ...] = ()
+    """(tokens, hash of the page that ends there), longest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +221,7 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Stop whatever runs for this try: cancel the local call and abort `rid` on the engine ("" = no rid yet)."""
+    """Stop the call under way: cancel it here and abort `rid` on the engine ("" = nothing to abort there)."""
 
     round_id: str
     engine_id: str

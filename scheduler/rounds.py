@@ -1,16 +1,17 @@
 """What the driver keeps of a round in flight, and the gateway's side of it.
 
-The gateway submits a `RoundRequest` and gets a `RoundHandle`. Life of a handle: `start()` returns when the first
-event of the answer is there (so that status and headers can still be real), or raises `RoundRefused`; then
-iterate over chunks, until the stream ends or raises `RoundBroke`. Leaving the `async with` early means that the
-client is gone: the decode is aborted and the lease freed.
+The gateway submits a `RoundRequest` and gets a `RoundHandle`. Life of a handle: `start()` returns when the
+first event of the answer is there (so that status and headers can still be real), or raises `RoundRefused`;
+then iterate over chunks, until the stream ends or raises `RoundBroke`. Leaving the `async with` early means
+that the client is gone: the decode is aborted and the lease freed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -41,7 +42,7 @@ class RoundRequest:
 
 
 class RoundRefused(Exception):
-    """Nothing was streamed. `code` as in `messages.Refuse`; `status` and `body` are an engine's 4xx answer."""
+    """Nothing was streamed. `code` as in `messages.Refuse`; `status` and `body`: an engine's 4xx answer."""
 
     def __init__(
         self, code: str, message: str, retry_after_s: float, status: int = 0, body: bytes = b""
@@ -57,34 +58,51 @@ class RoundBroke(Exception):
     """The stream broke after its first token."""
 
 
-@dataclass(slots=True)
 class RoundHandle:
-    """One round as the gateway sees it. Written only by the driver, read by one gateway task."""
+    """One round as the gateway sees it: filled by the driver, read by one gateway task."""
 
-    request: RoundRequest
-    on_gone: Any = None
-    round_number: int = 0
-    arm: str = ""
-    receipt: Receipt | None = None
-    """Set before the stream ends."""
-    session_id: str = ""
-    """The session that the round really ran in: another than asked for when it became a fork."""
-    parent_id: str | None = None
-    ended: bool = False
-    _first: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    _chunks: asyncio.Queue[Chunk | Exception | None] = field(
-        default_factory=lambda: asyncio.Queue(STREAM_BUFFER_CHUNKS)
-    )
+    def __init__(self, request: RoundRequest, on_gone: Callable[[], None] | None = None) -> None:
+        self.request = request
+        self.session_id = request.session_id
+        """The session that the round really ran in: another than asked for when it became a fork."""
+        self.parent_id: str | None = None
+        self.round_number = 0
+        self.arm = ""
+        self.receipt: Receipt | None = None
+        """Set before the chunk with usage is relayed."""
+        self._on_gone = on_gone
+        self._started = asyncio.Event()
+        self._error: Exception | None = None
+        self._ended = False
+        self._chunks: deque[Chunk] = deque()
+        self._changed = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """The driver will add nothing more."""
+        return self._ended
+
+    # ---- the gateway's side
 
     async def start(self) -> None:
         """Wait for the first event; raises `RoundRefused`."""
-        await self._first
+        await self._started.wait()
+        if self._error is not None and not self._chunks:
+            raise self._error
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        while (item := await self._chunks.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        """Chunks in order; raises `RoundBroke` after the last one when the stream broke."""
+        while True:
+            while self._chunks:
+                chunk = self._chunks.popleft()
+                self._changed.set()
+                yield chunk
+            if self._ended:
+                if self._error is not None:
+                    raise self._error
+                return
+            self._changed.clear()
+            await self._changed.wait()
 
     async def __aenter__(self) -> Self:
         return self
@@ -92,8 +110,26 @@ class RoundHandle:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.ended and self.on_gone is not None:
-            self.on_gone()
+        if not self._ended and self._on_gone is not None:
+            self._on_gone()
+
+    # ---- the driver's side
+
+    async def push(self, chunk: Chunk) -> None:
+        """Add a chunk; waits while the reader lags by STREAM_BUFFER_CHUNKS."""
+        while len(self._chunks) >= STREAM_BUFFER_CHUNKS and not self._ended:
+            self._changed.clear()
+            await self._changed.wait()
+        self._chunks.append(chunk)
+        self._started.set()
+        self._changed.set()
+
+    def finish(self, error: Exception | None = None) -> None:
+        """No more chunks; `error` is raised to the reader after those already there."""
+        self._error = error
+        self._ended = True
+        self._started.set()
+        self._changed.set()
 
 
 class RoundRunner(Protocol):

@@ -1,0 +1,161 @@
+"""The core's bookkeeping for rounds: views for the policy, reservations, beliefs on residency. No decisions.
+
+Reservations of a round (made in the step that decides, given back by `release`):
+    decode[round]     at the home, from the decision to the end
+    prefill_s[round]  at the prefill engine, from the decision until the prefill is done (local: first token)
+    queue / in_flight at the prefill engine of a remote round
+"""
+
+from __future__ import annotations
+
+from antiphon.policies.base import ClusterView, Placement, RoundView
+from antiphon.policies.latency import LatencyModel
+from antiphon.scheduler.fleet import DecodeSlot, Fleet
+from antiphon.scheduler.messages import Claimed, EngineUp, Reserved, RoundFinished, Totals
+from antiphon.scheduler.receipts import is_remote
+from antiphon.scheduler.residency import ResidencyIndex
+from antiphon.scheduler.sessions import SessionKey, SessionTable
+from antiphon.scheduler.states import Round
+
+
+class Books:
+    """Fleet, sessions and residency as one place to look at and to write."""
+
+    def __init__(self, latency: LatencyModel, session_ttl_s: float, max_sessions: int) -> None:
+        self.latency = latency
+        self.fleet = Fleet()
+        self.residency = ResidencyIndex()
+        self.sessions = SessionTable(self.fleet, session_ttl_s, max_sessions)
+        self.dirty: set[str] = set()
+        """Engines whose reservations changed since `publish`."""
+        self._published: dict[str, Totals] = {}
+
+    # ---- views
+
+    def cluster(self, now: float) -> ClusterView:
+        return ClusterView(self.fleet.views(now), self.latency)
+
+    def view(self, round: Round, now: float) -> RoundView:
+        arrived = round.arrived
+        return RoundView(
+            round_id=arrived.round_id,
+            session_id=round.session_id,
+            seed=round.seed,
+            prompt_tokens=arrived.prompt_tokens,
+            max_output_tokens=arrived.max_output_tokens,
+            slo_ttft_s=arrived.slo_ttft_s,
+            slo_itl_s=arrived.slo_itl_s,
+            home=self.sessions.live_home(session_key(round)),
+            waited_s=now - round.arrived_s,
+            history_tokens=self.held(round),
+            excluded=round.excluded,
+        )
+
+    # ---- reservations
+
+    def reserve(self, round: Round, placement: Placement, now: float) -> None:
+        """Book the round's work on its engines and settle the session at its home."""
+        arrived = round.arrived
+        slot = DecodeSlot(arrived.prompt_tokens + arrived.max_output_tokens, arrived.slo_itl_s)
+        self.fleet.books[placement.home].decode[arrived.round_id] = slot
+        work_s = placement.predicted.prefill_s + placement.predicted.pull_s
+        self.fleet.books[placement.prefill_engine].prefill_s[arrived.round_id] = work_s
+        self.settle(round, placement.home, arrived.prompt_tokens, now)
+        self.touch(placement.home)
+        self.touch(placement.prefill_engine)
+
+    def prefill_over(self, round: Round, engine_id: str) -> None:
+        """The prefill engine has done its part."""
+        book = self.fleet.books[engine_id]
+        book.in_flight.discard(round.round_id)
+        book.prefill_s.pop(round.round_id, None)
+        self.touch(engine_id)
+
+    def release(self, round: Round) -> None:
+        """Give back everything that the round still holds."""
+        if round.placement is None:
+            return
+        for engine_id in {round.placement.home, round.placement.prefill_engine}:
+            book = self.fleet.books.get(engine_id)
+            if book is None:
+                continue
+            book.decode.pop(round.round_id, None)
+            book.prefill_s.pop(round.round_id, None)
+            book.in_flight.discard(round.round_id)
+            if round.round_id in book.queue:
+                book.queue.remove(round.round_id)
+            self.touch(engine_id)
+
+    def settle(self, round: Round, home: str, tokens: int, now: float) -> None:
+        self.sessions.settle(session_key(round), home, tokens, round.round_number, now)
+
+    def count_others(self, claimed: Claimed) -> None:
+        """Take over what the other replicas have reserved."""
+        for engine_id, book in self.fleet.books.items():
+            others = claimed.others.get(engine_id, Totals())
+            if others != book.others:
+                book.others = others
+                book.touch()
+
+    def touch(self, engine_id: str) -> None:
+        """This engine's view must be rebuilt and its totals published."""
+        self.fleet.books[engine_id].touch()
+        self.dirty.add(engine_id)
+
+    def publish(self) -> list[Reserved]:
+        """Our reservations that changed since the last call, by engine id."""
+        changed = []
+        for engine_id in sorted(self.dirty):
+            book = self.fleet.books.get(engine_id)
+            if book is not None and self._published.get(engine_id) != (totals := book.totals()):
+                self._published[engine_id] = totals
+                changed.append(Reserved(engine_id, totals))
+        self.dirty.clear()
+        return changed
+
+    def engine_up(self, up: EngineUp) -> None:
+        self.fleet.add(up)
+        self.residency.admit(up.engine_id, up.incarnation)
+        self.sessions.engine_returned(up.engine_id)
+
+    def engine_gone(self, engine_id: str, incarnation: str) -> None:
+        self.fleet.remove(engine_id)
+        self.residency.void(engine_id, incarnation)
+        self._published.pop(engine_id, None)
+
+    # ---- residency
+
+    def held(self, round: Round) -> dict[str, int]:
+        """H(e) for every engine that holds some of the round's prompt."""
+        return self.residency.held(round.arrived.hashes, round.arrived.page_size_tokens)
+
+    def hold(self, round: Round, engine_id: str, pages: int) -> None:
+        """Believe that a live engine holds the first `pages` pages of the round's prompt."""
+        book = self.fleet.books.get(engine_id)
+        if book is not None and pages > 0:
+            arrived = round.arrived
+            self.residency.record(
+                engine_id, book.up.incarnation, arrived.hashes[:pages], arrived.page_size_tokens
+            )
+
+    def hold_claimed(self, round: Round, claimed: Claimed) -> None:
+        """Take over what the ledger knows; holdings of an old incarnation are void."""
+        self.residency.merge(round.arrived.hashes, round.arrived.page_size_tokens, claimed.holdings)
+
+    def new_holdings(self, round: Round, finished: RoundFinished) -> tuple[tuple[bytes, int, str, str], ...]:
+        """What the ledger learns: the home holds prompt and output, a remote prefill engine the prompt."""
+        assert round.placement is not None
+        size = round.arrived.page_size_tokens
+        chains = {round.placement.home: finished.hashes}
+        if is_remote(round.placement.arm):
+            chains[round.placement.prefill_engine] = round.arrived.hashes
+        return tuple(
+            (page_hash, tokens, engine_id, self.fleet.books[engine_id].up.incarnation)
+            for engine_id, hashes in chains.items()
+            if engine_id in self.fleet.books
+            for tokens, page_hash in self.residency.checkpoints(hashes, size)
+        )
+
+
+def session_key(round: Round) -> SessionKey:
+    return (round.arrived.tenant, round.session_id)

@@ -1,0 +1,48 @@
+"""What must always be true of the core's books. Called after every event in tests, never in production."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from antiphon.scheduler.receipts import is_remote
+from antiphon.scheduler.states import PREFILL_PHASES, PREFILL_RESERVED, Phase, Round
+
+if TYPE_CHECKING:
+    from antiphon.scheduler.core import Scheduler
+
+
+def check_scheduler(core: Scheduler) -> None:
+    """Nothing reserved twice, no round in two places, no queue that starves, every round ends once."""
+    assert core.accepted == len(core.rounds) + sum(core.ended.values()), "a round was lost or ended twice"
+    for round in core.rounds.values():
+        _check_round(core, round)
+    for engine_id, book in core.books.fleet.books.items():
+        known = set(core.rounds)
+        assert set(book.decode) <= known, f"{engine_id}: decode slots of ended rounds"
+        assert set(book.prefill_s) <= known, f"{engine_id}: prefill reservations of ended rounds"
+        assert len(book.queue) == len(set(book.queue)), f"{engine_id}: a round queued twice"
+        limit = core.config.prefill_in_flight
+        assert len(book.in_flight) <= limit, f"{engine_id}: {len(book.in_flight)} in flight, limit {limit}"
+        assert not book.queue or len(book.in_flight) == limit, f"{engine_id}: its queue starves"
+        assert book.idle_tokens == sum(book.session_tokens.values()), f"{engine_id}: session tokens differ"
+
+
+def _check_round(core: Scheduler, round: Round) -> None:
+    books, round_id, placement = core.books.fleet.books, round.round_id, round.placement
+    queued = [e for e, b in books.items() if round_id in b.queue]
+    in_flight = [e for e, b in books.items() if round_id in b.in_flight]
+    decode = [e for e, b in books.items() if round_id in b.decode]
+    prefill = [e for e, b in books.items() if round_id in b.prefill_s]
+    assert round.phase is not Phase.ENDED, f"{round_id}: ended but kept"
+    if round.phase is Phase.CLAIMING:
+        assert not (queued or in_flight or decode or prefill), f"{round_id}: reserved before it was placed"
+        return
+    assert placement is not None, f"{round_id}: {round.phase.value} without a placement"
+    where, home = placement.prefill_engine, placement.home
+    remote = is_remote(placement.arm)
+    assert queued == ([where] if round.phase is Phase.QUEUED else []), f"{round_id}: queued at {queued}"
+    expected = [where] if round.phase in PREFILL_PHASES else []
+    assert in_flight == expected, f"{round_id}: in flight at {in_flight}, expected {expected}"
+    assert decode == [home], f"{round_id}: decode slots at {decode}, home {home}"
+    working = round.phase in PREFILL_RESERVED if remote else round.phase is Phase.GENERATING
+    assert prefill == ([where] if working else []), f"{round_id}: prefill reserved at {prefill}"

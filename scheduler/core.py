@@ -1,0 +1,384 @@
+"""The core: events in, commands out. No clock, no I/O, no chance.
+
+`Scheduler.receive(event, now)` decides and reserves in one step and returns what the driver must do. One call
+per round is under way at any time; the driver reports how it ended. Life of a round: states.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from dataclasses import dataclass, replace
+
+from antiphon.policies.base import Arm, Ordering, Policy, Reject
+from antiphon.policies.latency import LatencyModel
+from antiphon.scheduler.books import Books, session_key
+from antiphon.scheduler.checks import check_scheduler
+from antiphon.scheduler.messages import (
+    Abort,
+    Broke,
+    Claim,
+    Claimed,
+    ClaimLost,
+    ClientGone,
+    Command,
+    Complete,
+    EngineDown,
+    EngineFailed,
+    EngineUp,
+    Event,
+    FirstToken,
+    Generate,
+    LoadReported,
+    Outcome,
+    Prefetch,
+    PrefetchDone,
+    Prefill,
+    PrefillDone,
+    Refuse,
+    RoundArrived,
+    RoundFinished,
+    Tick,
+    Try,
+)
+from antiphon.scheduler.receipts import is_remote, make_receipt
+from antiphon.scheduler.states import IllegalEvent, Phase, Round
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """The core's own knobs; seconds and counts."""
+
+    max_tries: int = 3
+    prefill_in_flight: int = 2
+    """Rounds that pull or prefill on one engine at once, per replica."""
+    first_token_deadline_s: float = 120.0
+    """A round without a token by then is refused."""
+    transfer_floor_s: float = 0.5
+    """Every transfer may take this long; a predicted longer one takes four times its prediction."""
+    retry_after_s: float = 1.0
+    session_ttl_s: float = 3600.0
+    max_sessions: int = 100_000
+
+
+class Scheduler:
+    """One replica's mind. Not thread-safe: one driver calls it."""
+
+    def __init__(
+        self, policy: Policy, ordering: Ordering, latency: LatencyModel, config: CoreConfig | None = None
+    ) -> None:
+        self.policy = policy
+        self.ordering = ordering
+        self.config = config or CoreConfig()
+        self.books = Books(latency, self.config.session_ttl_s, self.config.max_sessions)
+        self.rounds: dict[str, Round] = {}
+        self.accepted = 0
+        self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
+        self._deadlines: list[tuple[float, str]] = []
+        self._commands: list[Command] = []
+
+    # ---------------------------------------------------------------- the port
+
+    def receive(self, event: Event, now: float) -> list[Command]:
+        """Take one event and return what to do, in order. An illegal event raises and changes nothing."""
+        self._commands = []
+        match event:
+            case RoundArrived():
+                self._on_arrived(event, now)
+            case EngineUp():
+                self._on_engine_up(event, now)
+            case EngineDown():
+                self._on_engine_down(event, now)
+            case LoadReported():
+                pass  # our own books are exact; two replicas see each other through the ledger
+            case Tick():
+                self._on_tick(now)
+            case _:
+                self._on_round_event(event, now)
+        for engine_id in sorted(self.books.dirty):
+            self._dispatch(engine_id, now)
+        self._commands.extend(self.books.publish())
+        return self._commands
+
+    def next_deadline(self) -> float | None:
+        """When a Tick is due; None while nothing waits."""
+        while self._deadlines and self._has_token(self._deadlines[0][1]):
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the books contradict each other. Tests call it after every event."""
+        check_scheduler(self)
+
+    # ---------------------------------------------------------------- rounds
+
+    def _on_arrived(self, event: RoundArrived, now: float) -> None:
+        if event.round_id in self.rounds:
+            raise IllegalEvent(f"round {event.round_id} has arrived already")
+        digest = hashlib.sha256(f"{event.session_id}\0{event.round_id}".encode()).digest()
+        deadline_s = now + self.config.first_token_deadline_s
+        round = Round(event, now, deadline_s, int.from_bytes(digest[:8], "little"), event.session_id)
+        self.rounds[event.round_id] = round
+        self.accepted += 1
+        heapq.heappush(self._deadlines, (deadline_s, event.round_id))
+        candidates = self.books.residency.checkpoints(event.hashes, event.page_size_tokens)
+        self._commands.append(Claim(event.round_id, tuple(candidates)))
+
+    def _on_round_event(self, event: Event, now: float) -> None:
+        round = self.rounds.get(event.round_id)  # type: ignore[union-attr]
+        if round is None:
+            raise IllegalEvent(f"no such round: {event!r}")
+        round.check(event)
+        match event:
+            case Claimed():
+                self._on_claimed(round, event, now)
+            case ClaimLost():
+                self._on_claim_lost(round, event, now)
+            case PrefetchDone():
+                self._on_prefetch_done(round, event, now)
+            case PrefillDone():
+                self._on_prefill_done(round, event, now)
+            case FirstToken():
+                self._on_first_token(round, now)
+            case RoundFinished():
+                self._on_finished(round, event, now)
+            case EngineFailed():
+                self._on_failed(round, event, now)
+            case ClientGone():
+                self._abort(round)
+                self._end(round, Outcome.CANCELLED, now)
+
+    def _on_claimed(self, round: Round, event: Claimed, now: float) -> None:
+        round.session_id = event.session_id
+        round.round_number = event.round_number
+        self.books.count_others(event)
+        self.books.hold_claimed(round, event)
+        if event.home is not None:
+            self.books.sessions.adopt(session_key(round), event.home, event.round_number, now)
+        self._place(round, now)
+
+    def _on_claim_lost(self, round: Round, event: ClaimLost, now: float) -> None:
+        """The ledger is away: go on with what the core knows."""
+        round.degraded = True
+        round.notes.append(f"ledger: {event.reason}")
+        session = self.books.sessions.get(session_key(round))
+        round.round_number = session.round_number + 1 if session else 1
+        self._place(round, now)
+
+    def _on_prefetch_done(self, round: Round, event: PrefetchDone, now: float) -> None:
+        elapsed_s = now - round.entered_s
+        self.books.hold(round, event.engine_id, event.pages)
+        if event.reason:
+            round.notes.append(f"{round.phase.value} on {event.engine_id}: {event.reason}")
+        if round.phase is Phase.PULLING:
+            round.pull_s = elapsed_s
+            round.bytes_decode_to_prefill += event.pulled_bytes
+            round.pulled_tokens = event.pulled_pages * round.arrived.page_size_tokens
+            self._prefill(round, now)
+        else:
+            round.push_s = elapsed_s
+            round.bytes_prefill_to_decode += event.pulled_bytes
+            self._generate(round, now)
+
+    def _on_prefill_done(self, round: Round, event: PrefillDone, now: float) -> None:
+        assert round.placement is not None
+        engine_id, pages = round.placement.prefill_engine, len(round.arrived.hashes)
+        round.prefilled_s = now - round.entered_s
+        round.prefill_cached_tokens = event.cached_tokens
+        self.books.prefill_over(round, engine_id)
+        self.books.hold(round, engine_id, pages)
+        if pages:
+            round.enter(Phase.PUSHING, now)
+            self._prefetch(round, round.placement.home, engine_id, pages)
+        else:
+            self._generate(round, now)
+
+    def _on_first_token(self, round: Round, now: float) -> None:
+        assert round.placement is not None
+        round.enter(Phase.DECODING, now)
+        round.first_token_s = now
+        placement, books = round.placement, self.books.fleet.books
+        books[placement.home].prefill_s.pop(round.round_id, None)
+        books[placement.home].decode[round.round_id].running = True
+        self.books.touch(placement.home)
+        if placement.prefill_engine in books:
+            books[placement.prefill_engine].ttft.add(now, now - round.arrived_s)
+            self.books.touch(placement.prefill_engine)
+
+    def _on_finished(self, round: Round, event: RoundFinished, now: float) -> None:
+        assert round.placement is not None and round.first_token_s is not None
+        home = self.books.fleet.books[round.placement.home]
+        if event.completion_tokens > 1:
+            home.itl.add(now, (now - round.first_token_s) / (event.completion_tokens - 1))
+        tokens = round.arrived.prompt_tokens + event.completion_tokens
+        self.books.settle(round, round.placement.home, tokens, now)
+        size = round.arrived.page_size_tokens
+        self.books.residency.record(home.up.engine_id, home.up.incarnation, event.hashes, size)
+        self._end(round, Outcome.COMPLETED, now, event)
+
+    def _on_failed(self, round: Round, event: EngineFailed, now: float) -> None:
+        if round.phase is Phase.DECODING:
+            self._break(round, event.message, now)
+            return
+        if event.kind == "deadline":
+            self._abort(round)
+        self._give_up_try(round, event.engine_id, f"{event.kind}: {event.message}")
+        if event.kind == "bad_request":
+            self._refuse(round, "bad_upstream_request", event.message, now)
+        else:
+            self._try_again(round, now)
+
+    def _on_tick(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, round_id = heapq.heappop(self._deadlines)
+            if not self._has_token(round_id):
+                round = self.rounds[round_id]
+                self._abort(round)
+                limit_s = self.config.first_token_deadline_s
+                message = f"no token within {limit_s:g} s (the round was {round.phase.value})"
+                self._refuse(round, "upstream_failed", message, now)
+
+    # ---------------------------------------------------------------- engines
+
+    def _on_engine_up(self, up: EngineUp, now: float) -> None:
+        known = self.books.fleet.books.get(up.engine_id)
+        if known is not None and known.up.incarnation == up.incarnation:
+            known.up = up
+            self.books.touch(up.engine_id)
+            return
+        if known is not None:
+            reason = "replaced by a new incarnation"
+            self._on_engine_down(EngineDown(up.engine_id, known.up.incarnation, reason), now)
+        self.books.engine_up(up)
+
+    def _on_engine_down(self, event: EngineDown, now: float) -> None:
+        engine_id, reason = event.engine_id, f"engine {event.engine_id} is gone: {event.reason}"
+        book = self.books.fleet.books.get(engine_id)
+        if book is None or book.up.incarnation != event.incarnation:
+            return
+        touched = [r for r in self.rounds.values() if r.depends_on(engine_id)]
+        for round in touched:
+            self._abort(round)
+            if round.phase is not Phase.DECODING:
+                self._give_up_try(round, engine_id, f"gone: {event.reason}")
+        for round in touched:
+            if round.phase is Phase.DECODING:
+                self._break(round, reason, now)
+        self.books.engine_gone(engine_id, event.incarnation)
+        for round in touched:
+            if round.phase is not Phase.ENDED:
+                self._try_again(round, now)
+
+    # ---------------------------------------------------------------- deciding
+
+    def _place(self, round: Round, now: float) -> None:
+        """Decide, reserve, and start or queue."""
+        cluster = self.books.cluster(now)
+        answer = self.policy.place(self.books.view(round, now), cluster)
+        if isinstance(answer, Reject) and round.excluded:
+            round.excluded = frozenset()  # better the same engine again than no answer
+            answer = self.policy.place(self.books.view(round, now), cluster)
+        if isinstance(answer, Reject):
+            self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
+            return
+        round.placement = answer
+        round.tries.append(Try(answer))
+        round.history_tokens = self.books.held(round).get(answer.home, 0)
+        self.books.reserve(round, answer, now)
+        if is_remote(answer.arm):
+            round.enter(Phase.QUEUED, now)
+            self.books.fleet.books[answer.prefill_engine].queue.append(round.round_id)
+        else:
+            round.dispatched_s = now
+            self._generate(round, now)
+
+    def _dispatch(self, engine_id: str, now: float) -> None:
+        """Start waiting rounds while the prefill engine has room, in the ordering's order."""
+        book = self.books.fleet.books.get(engine_id)
+        while book and book.queue and len(book.in_flight) < self.config.prefill_in_flight:
+            first = book.queue[0]
+            if len(book.queue) > 1:
+                waiting = [self.books.view(self.rounds[round_id], now) for round_id in book.queue]
+                first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
+            book.queue.remove(first)
+            book.in_flight.add(first)
+            self._start_prefill(self.rounds[first], now)
+
+    def _start_prefill(self, round: Round, now: float) -> None:
+        assert round.placement is not None
+        placement, round.dispatched_s = round.placement, now
+        pages = self.books.held(round).get(placement.home, 0) // round.arrived.page_size_tokens
+        if placement.arm is Arm.REMOTE_PULL and pages > 0:
+            round.enter(Phase.PULLING, now)
+            self._prefetch(round, placement.prefill_engine, placement.home, pages)
+        else:
+            self._prefill(round, now)
+
+    # ---------------------------------------------------------------- acting
+
+    def _prefetch(self, round: Round, puller: str, source: str, pages: int) -> None:
+        """Fetch from the first page on: the puller skips what its store has, and only prefixes count."""
+        tokens = pages * round.arrived.page_size_tokens
+        deadline_s = max(self.config.transfer_floor_s, 4 * self.books.latency.transfer_s(tokens))
+        book = self.books.fleet.books.get(source)
+        incarnation = book.up.incarnation if book else ""
+        round.rid = ""
+        self._commands.append(Prefetch(round.round_id, puller, source, incarnation, 0, pages, deadline_s))
+
+    def _prefill(self, round: Round, now: float) -> None:
+        assert round.placement is not None
+        round.enter(Phase.PREFILLING, now)
+        round.rid = f"{round.round_id}-{len(round.tries):02d}p"
+        self._commands.append(Prefill(round.round_id, round.placement.prefill_engine, round.rid))
+
+    def _generate(self, round: Round, now: float) -> None:
+        assert round.placement is not None
+        round.enter(Phase.GENERATING, now)
+        round.rid = f"{round.round_id}-{len(round.tries):02d}g"
+        self._commands.append(Generate(round.round_id, round.placement.home, round.rid))
+
+    def _abort(self, round: Round) -> None:
+        """Stop the call under way. A queued round has none."""
+        if round.phase is not Phase.QUEUED:
+            self._commands.append(Abort(round.round_id, round.engine_id or "", round.rid))
+
+    def _give_up_try(self, round: Round, engine_id: str, failure: str) -> None:
+        """Undo the present try; the caller then tries again or refuses."""
+        round.tries[-1] = replace(round.tries[-1], failure=f"{engine_id}: {failure}")
+        round.excluded |= {engine_id}
+        self.books.release(round)
+        round.placement = None
+        round.rid = ""
+        round.prefill_cached_tokens = None
+
+    def _try_again(self, round: Round, now: float) -> None:
+        if len(round.tries) < self.config.max_tries:
+            self._place(round, now)
+            return
+        failures = "; ".join(t.failure for t in round.tries)
+        self._refuse(round, "upstream_failed", f"{len(round.tries)} tries failed: {failures}", now)
+
+    def _refuse(
+        self, round: Round, code: str, message: str, now: float, retry_after_s: float | None = None
+    ) -> None:
+        retry_s = self.config.retry_after_s if retry_after_s is None else retry_after_s
+        self._commands.append(Refuse(round.round_id, code, message, retry_s))
+        self._end(round, Outcome.FAILED if round.tries else Outcome.REFUSED, now)
+
+    def _break(self, round: Round, message: str, now: float) -> None:
+        self._commands.append(Broke(round.round_id, message))
+        self._end(round, Outcome.FAILED, now)
+
+    def _end(self, round: Round, outcome: Outcome, now: float, finished: RoundFinished | None = None) -> None:
+        receipt = make_receipt(round, outcome, now, finished)
+        holdings = self.books.new_holdings(round, finished) if finished else ()
+        self.books.release(round)
+        round.enter(Phase.ENDED, now)
+        del self.rounds[round.round_id]
+        self.ended[outcome] += 1
+        self._commands.append(Complete(round.round_id, outcome, receipt, receipt.home, holdings))
+
+    def _has_token(self, round_id: str) -> bool:
+        """The round's deadline has no meaning any more."""
+        round = self.rounds.get(round_id)
+        return round is None or round.phase is Phase.DECODING

@@ -1,0 +1,85 @@
+"""What the core remembers of sessions between rounds: home, context, last round. Bounded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from antiphon.scheduler.fleet import Fleet
+
+SessionKey = tuple[str, str]
+"""(tenant, session id)."""
+
+
+@dataclass(slots=True)
+class Session:
+    home: str
+    tokens: int
+    seen_s: float
+    round_number: int
+
+
+class SessionTable:
+    """Sessions by key, least recently used first; keeps each home's idle context in the fleet's books."""
+
+    def __init__(self, fleet: Fleet, ttl_s: float, limit: int) -> None:
+        self._fleet = fleet
+        self._ttl_s = ttl_s
+        self._limit = limit
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, key: SessionKey) -> Session | None:
+        return self._sessions.get(key)
+
+    def live_home(self, key: SessionKey) -> str | None:
+        """The session's home, if that engine is alive."""
+        session = self._sessions.get(key)
+        return session.home if session is not None and session.home in self._fleet.books else None
+
+    def adopt(self, key: SessionKey, home: str, round_number: int, now: float) -> None:
+        """The ledger's home wins over ours: another replica may have moved the session."""
+        session = self._sessions.get(key)
+        if session is None:
+            self._sessions[key] = Session(home, 0, now, round_number)
+        elif session.home != home:
+            self._leave_home(key, session)
+            session.home, session.tokens = home, 0
+
+    def settle(self, key: SessionKey, home: str, tokens: int, round_number: int, now: float) -> None:
+        """The session's KV, `tokens` long, is (or will be) at `home`."""
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._sessions[key] = Session(home, tokens, now, round_number)
+        elif session.home != home:
+            self._leave_home(key, session)
+        session.home, session.tokens, session.seen_s = home, tokens, now
+        session.round_number = max(session.round_number, round_number)
+        self._sessions.move_to_end(key)
+        self._fleet.books[home].set_session(_name(key), tokens)
+        self._trim(now)
+
+    def engine_returned(self, engine_id: str) -> None:
+        """A new incarnation took over the name: its sessions still have their home there, with no KV."""
+        for key, session in self._sessions.items():
+            if session.home == engine_id:
+                self._fleet.books[engine_id].set_session(_name(key), 0)
+
+    def _trim(self, now: float) -> None:
+        while self._sessions:
+            key, session = next(iter(self._sessions.items()))
+            if len(self._sessions) <= self._limit and session.seen_s > now - self._ttl_s:
+                return
+            self._leave_home(key, session)
+            del self._sessions[key]
+
+    def _leave_home(self, key: SessionKey, session: Session) -> None:
+        book = self._fleet.books.get(session.home)
+        if book is not None:
+            book.drop_session(_name(key))
+
+
+def _name(key: SessionKey) -> str:
+    return f"{key[0]}\0{key[1]}"

@@ -1,0 +1,146 @@
+"""A round's life as tables: which event each phase takes, and which phases may follow.
+
+Rules of this file: every change of phase goes through `Round.enter`; an event that its phase does not take is
+`IllegalEvent`, raised before anything changed. The diagram in docs/architecture.md is made from these tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from antiphon.policies.base import Arm, Placement
+from antiphon.scheduler.messages import (
+    Claimed,
+    ClaimLost,
+    ClientGone,
+    EngineFailed,
+    Event,
+    FirstToken,
+    PrefetchDone,
+    PrefillDone,
+    RoundArrived,
+    RoundFinished,
+    Try,
+)
+
+
+class Phase(Enum):
+    CLAIMING = "claiming"
+    """The ledger is asked for the lease."""
+    QUEUED = "queued"
+    """In one prefill engine's queue."""
+    PULLING = "pulling"
+    """The prefill engine fetches history."""
+    PREFILLING = "prefilling"
+    PUSHING = "pushing"
+    """The home fetches what it lacks from the prefill engine."""
+    GENERATING = "generating"
+    """Sent to the home; no token yet."""
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+PLACEABLE = frozenset({Phase.QUEUED, Phase.GENERATING, Phase.ENDED})
+"""Where a (re)placement can lead: a prefill queue, the home at once, or a refusal."""
+
+SUCCESSORS: dict[Phase, frozenset[Phase]] = {
+    Phase.CLAIMING: PLACEABLE,
+    Phase.QUEUED: PLACEABLE | {Phase.PULLING, Phase.PREFILLING},
+    Phase.PULLING: PLACEABLE | {Phase.PREFILLING},
+    Phase.PREFILLING: PLACEABLE | {Phase.PUSHING},
+    Phase.PUSHING: PLACEABLE,
+    Phase.GENERATING: PLACEABLE | {Phase.DECODING},
+    Phase.DECODING: frozenset({Phase.ENDED}),
+    Phase.ENDED: frozenset(),
+}
+
+ACCEPTS: dict[Phase, frozenset[type]] = {
+    Phase.CLAIMING: frozenset({Claimed, ClaimLost, ClientGone}),
+    Phase.QUEUED: frozenset({ClientGone}),
+    Phase.PULLING: frozenset({PrefetchDone, EngineFailed, ClientGone}),
+    Phase.PREFILLING: frozenset({PrefillDone, EngineFailed, ClientGone}),
+    Phase.PUSHING: frozenset({PrefetchDone, EngineFailed, ClientGone}),
+    Phase.GENERATING: frozenset({FirstToken, EngineFailed, ClientGone}),
+    Phase.DECODING: frozenset({RoundFinished, EngineFailed, ClientGone}),
+    Phase.ENDED: frozenset(),
+}
+
+PREFILL_PHASES = frozenset({Phase.PULLING, Phase.PREFILLING})
+"""In flight at the prefill engine: what the limit of rounds per engine counts."""
+
+PREFILL_RESERVED = frozenset({Phase.QUEUED, Phase.PULLING, Phase.PREFILLING})
+"""A remote round's prefill work is reserved from the decision until it is done."""
+
+
+class IllegalEvent(Exception):
+    """An event that the core must not get now: a bug in a driver. Nothing was changed."""
+
+
+@dataclass(slots=True)
+class Round:
+    """A round in flight. Written only by the core."""
+
+    arrived: RoundArrived
+    arrived_s: float
+    deadline_s: float
+    """When it is refused if no token has come."""
+    seed: int
+    session_id: str = ""
+    phase: Phase = Phase.CLAIMING
+    round_number: int = 1
+    degraded: bool = False
+    tries: list[Try] = field(default_factory=list)
+    excluded: frozenset[str] = frozenset()
+    placement: Placement | None = None
+    history_tokens: int = 0
+    """H(home) as believed at the decision."""
+    rid: str = ""
+    """Of the engine call under way; "" between calls."""
+    dispatched_s: float | None = None
+    entered_s: float = 0.0
+    """When the present phase began."""
+    prefilled_s: float = 0.0
+    pull_s: float = 0.0
+    push_s: float = 0.0
+    prefill_cached_tokens: int | None = None
+    """What the prefill engine did not compute; None when no other engine computed anything."""
+    pulled_tokens: int = 0
+    bytes_decode_to_prefill: int = 0
+    bytes_prefill_to_decode: int = 0
+    first_token_s: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def round_id(self) -> str:
+        return self.arrived.round_id
+
+    @property
+    def arm(self) -> Arm | None:
+        return self.placement.arm if self.placement else None
+
+    @property
+    def engine_id(self) -> str | None:
+        """The engine that the call under way runs on (the one whose death ends it); None between calls."""
+        if self.placement is None or self.phase in (Phase.CLAIMING, Phase.QUEUED, Phase.ENDED):
+            return None
+        return self.placement.prefill_engine if self.phase in PREFILL_PHASES else self.placement.home
+
+    def depends_on(self, engine_id: str) -> bool:
+        """The round cannot go on as placed without this engine."""
+        if self.placement is None or self.phase in (Phase.CLAIMING, Phase.ENDED):
+            return False
+        if self.placement.home == engine_id:
+            return True
+        return self.placement.prefill_engine == engine_id and self.phase in PREFILL_RESERVED
+
+    def check(self, event: Event) -> None:
+        """Raise `IllegalEvent` unless the present phase takes this event."""
+        if type(event) not in ACCEPTS[self.phase]:
+            raise IllegalEvent(f"round {self.round_id} is {self.phase.value}: it does not take {event!r}")
+
+    def enter(self, phase: Phase, now: float) -> None:
+        if phase not in SUCCESSORS[self.phase]:
+            raise IllegalEvent(f"round {self.round_id} cannot go from {self.phase.value} to {phase.value}")
+        self.phase = phase
+        self.entered_s = now
