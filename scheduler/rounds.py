@@ -112,6 +112,8 @@ class RoundHandle:
     ) -> None:
         if not self._ended and self._on_gone is not None:
             self._on_gone()
+        self._ended = True  # a driver that still pushes must not wait for a reader that left
+        self._changed.set()
 
     # ---- the driver's side
 

@@ -1,0 +1,91 @@
+"""The runtime's calls to the ledger: claim, record with patience, publish reservations without waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
+from antiphon.scheduler.messages import Claim, Claimed, ClaimLost, Complete, Reserved, Totals
+from antiphon.scheduler.rounds import RoundRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RecorderConfig:
+    session_ttl_s: float = 3600.0
+    retry_s: float = 1.0
+    tries: int = 60
+    """A completion is offered to a ledger that is away this often before it is given up."""
+
+
+class Recorder:
+    """One replica's side of the ledger. Raises nothing: without a ledger rounds are degraded, not failed."""
+
+    def __init__(self, ledger: Ledger, replica: str, config: RecorderConfig | None = None) -> None:
+        self._ledger = ledger
+        self._replica = replica
+        self._config = config or RecorderConfig()
+        self._totals: dict[str, Totals] = {}
+        self._publishing = False
+
+    async def claim(self, request: RoundRequest, command: Claim) -> Claimed | ClaimLost:
+        try:
+            return await self._ledger.claim(
+                replica=self._replica,
+                round_id=request.round_id,
+                session_id=request.session_id,
+                tenant=request.tenant,
+                candidates=command.candidates,
+                ttl_s=self._config.session_ttl_s,
+                slo_ttft_s=request.slo_ttft_s,
+                slo_itl_s=request.slo_itl_s,
+            )
+        except LedgerUnavailable as error:
+            return ClaimLost(request.round_id, str(error))
+
+    async def record(self, request: RoundRequest, command: Complete, fence: int) -> None:
+        """Offer the completion until it is taken: a lease that stayed would fork the session's next round.
+
+        `fence` is the claim's, 0 for a round that ran degraded.
+        """
+        for attempt in range(self._config.tries):
+            if attempt:
+                await asyncio.sleep(self._config.retry_s)
+            try:
+                recorded = await self._ledger.complete(
+                    replica=self._replica,
+                    fence=fence,
+                    session_id=command.receipt.session_id,
+                    tenant=request.tenant,
+                    receipt=command.receipt,
+                    holdings=command.holdings,
+                    ttl_s=self._config.session_ttl_s,
+                )
+            except LedgerUnavailable as error:
+                log.warning("round %s is not recorded yet: %s", command.round_id, error)
+                continue
+            if not recorded:
+                log.warning("round %s was fenced off: a newer claim has its session", command.round_id)
+            return
+        log.error("round %s was never recorded: the ledger stayed away", command.round_id)
+
+    def note(self, reserved: Reserved) -> bool:
+        """Remember a changed reservation; True if `publish` must be started."""
+        self._totals[reserved.engine_id] = reserved.totals
+        started, self._publishing = self._publishing, True
+        return not started
+
+    async def publish(self) -> None:
+        """Write our reservations, one write at a time; what changes meanwhile goes with the next."""
+        sent: dict[str, Totals] | None = None
+        try:
+            while sent != self._totals:
+                sent = dict(self._totals)
+                await self._ledger.publish_totals(self._replica, sent)
+        except LedgerUnavailable as error:
+            log.debug("reservations are not published: %s", error)
+        finally:
+            self._publishing = False

@@ -1,0 +1,394 @@
+"""The asyncio driver: carries out the core's commands and reports how they ended.
+
+Per round at most one call is under way; it runs in a task of the runtime's own group and posts exactly one
+event when it ends, unless it was cancelled by `Abort`. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from antiphon.engines.base import Engine, EngineError, FailureKind, GenerateRequest
+from antiphon.engines.page_hash import namespace_seed, page_hashes
+from antiphon.scheduler.core import Scheduler
+from antiphon.scheduler.messages import (
+    Abort,
+    Broke,
+    Claim,
+    Claimed,
+    ClientGone,
+    Command,
+    Complete,
+    EngineFailed,
+    EngineUp,
+    Event,
+    FirstToken,
+    Generate,
+    Prefetch,
+    PrefetchDone,
+    Prefill,
+    PrefillDone,
+    Receipt,
+    Refuse,
+    Reserved,
+    RoundArrived,
+    RoundFinished,
+    Tick,
+)
+from antiphon.scheduler.recorder import Recorder
+from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRefused, RoundRequest
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PAGE_TOKENS = 16
+"""Until an engine with our linker has told its own; without one, nothing is hashed at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """Deadlines of single calls, in seconds; what bounds a whole round is the core's."""
+
+    prefill_deadline_s: float = 120.0
+    event_deadline_s: float = 120.0
+    """For the first and for each next event of an answer."""
+    abort_deadline_s: float = 5.0
+    touch_deadline_s: float = 1.0
+    prefetch_grace_s: float = 1.0
+    """On top of the core's deadline for a transfer: the way there and back."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A round in flight, on the driver's side."""
+
+    request: RoundRequest
+    handle: RoundHandle
+    hashes: tuple[bytes, ...]
+    page_tokens: int
+    fence: int = 0
+    claimed: bool = False
+    call: asyncio.Task[None] | None = None
+    output_ids: list[int] = field(default_factory=list)
+    error: EngineError | None = None
+    """The last call's failure: an engine's own 4xx goes to the client."""
+
+    def hashes_with_output(self) -> tuple[bytes, ...]:
+        """Pages with KV at the home after the round: the last token that was sampled has none."""
+        whole = len(self.hashes) * self.page_tokens
+        rest = [*self.request.input_ids[whole:], *self.output_ids[:-1]]
+        prior = self.hashes[-1] if self.hashes else _seed(self.request)
+        return self.hashes + page_hashes(rest, self.page_tokens, prior)
+
+
+class Runtime:
+    """One replica's driver. `run()` owns every task; `submit` works while it runs."""
+
+    def __init__(
+        self,
+        core: Scheduler,
+        recorder: Recorder,
+        engines: Mapping[str, Engine],
+        *,
+        config: RuntimeConfig | None = None,
+        on_receipt: Callable[[Receipt], None] = lambda receipt: None,
+        on_unreachable: Callable[[str], None] = lambda engine_id: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`engines` is read at each call, so discovery may change it. `on_unreachable` gets engine ids."""
+        self._core = core
+        self._recorder = recorder
+        self._engines = engines
+        self._config = config or RuntimeConfig()
+        self._on_receipt = on_receipt
+        self._on_unreachable = on_unreachable
+        self._clock = clock
+        self._live: dict[str, _Live] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._deadline_changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._page_tokens = DEFAULT_PAGE_TOKENS
+        self._hashing = False
+
+    @property
+    def rounds_in_flight(self) -> int:
+        return len(self._live)
+
+    def now(self) -> float:
+        """The clock that the core's times are on."""
+        return self._clock()
+
+    # ---------------------------------------------------------------- the gateway's and discovery's side
+
+    async def run(self, started: asyncio.Event | None = None) -> None:
+        """Drive until cancelled; every round still in flight is then cancelled with its calls."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            if started is not None:
+                started.set()
+            try:
+                await self._tick()
+            finally:
+                self._tasks = None
+                for live in self._live.values():
+                    live.handle.finish(RoundBroke("the gateway is shutting down"))
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Wait until no round is in flight; False when some still are after `deadline_s`."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def submit(self, request: RoundRequest) -> RoundHandle:
+        """Accept a round. Raises RuntimeError when the runtime does not run."""
+        if self._tasks is None:
+            raise RuntimeError("the runtime does not run")
+        handle = RoundHandle(request, lambda: self._client_gone(request.round_id))
+        hashes: tuple[bytes, ...] = ()
+        if self._hashing:
+            hashes = page_hashes(request.input_ids, self._page_tokens, _seed(request))
+        self._live[request.round_id] = _Live(request, handle, hashes, self._page_tokens)
+        self._idle.clear()
+        self.post(
+            RoundArrived(
+                round_id=request.round_id,
+                session_id=request.session_id,
+                tenant=request.tenant,
+                prompt_tokens=len(request.input_ids),
+                hashes=hashes,
+                page_size_tokens=self._page_tokens,
+                max_output_tokens=request.max_output_tokens,
+                slo_ttft_s=request.slo_ttft_s,
+                slo_itl_s=request.slo_itl_s,
+            )
+        )
+        self._deadline_changed.set()
+        return handle
+
+    def post(self, event: Event) -> None:
+        """Give an event to the core and carry out what it commands."""
+        if isinstance(event, EngineUp) and event.can_transfer:
+            self._page_tokens, self._hashing = event.page_size_tokens, True
+        for command in self._core.receive(event, self._clock()):
+            self._execute(command)
+
+    def _client_gone(self, round_id: str) -> None:
+        if round_id in self._live:
+            self.post(ClientGone(round_id))
+
+    # ---------------------------------------------------------------- commands
+
+    def _execute(self, command: Command) -> None:
+        log.debug("command", extra={"command": command})
+        if isinstance(command, Reserved):
+            if self._recorder.note(command):
+                self._spawn(self._recorder.publish())
+            return
+        live = self._live[command.round_id]
+        match command:
+            case Claim():
+                self._call(live, "", self._claim(live, command))
+            case Prefetch():
+                self._call(live, command.engine_id, self._prefetch(live, command))
+            case Prefill():
+                self._call(live, command.engine_id, self._prefill(live, command))
+            case Generate():
+                self._call(live, command.engine_id, self._generate(live, command))
+            case Abort():
+                self._abort(live, command)
+            case Refuse():
+                error = live.error
+                status, body = (error.status, error.body) if error else (0, b"")
+                live.handle.finish(
+                    RoundRefused(command.code, command.message, command.retry_after_s, status, body)
+                )
+            case Broke():
+                live.handle.finish(RoundBroke(command.message))
+            case Complete():
+                self._complete(live, command)
+
+    def _call(self, live: _Live, engine_id: str, work: Coroutine[None, None, Event | None]) -> None:
+        live.call = self._spawn(self._guard(live, engine_id, work))
+
+    async def _guard(self, live: _Live, engine_id: str, work: Coroutine[None, None, Event | None]) -> None:
+        """Run one call and post how it ended; whatever it raises becomes an event."""
+        round_id = live.request.round_id
+        event: Event | None
+        try:
+            event = await work
+        except EngineError as error:
+            live.error = error
+            event = EngineFailed(round_id, engine_id, error.kind.value, str(error))
+            if error.kind is FailureKind.UNREACHABLE:
+                self._on_unreachable(engine_id)
+        except Exception as error:
+            log.exception("a call of round %s failed by a bug", round_id)
+            event = EngineFailed(round_id, engine_id, "bug", repr(error))
+        live.call = None
+        if round_id not in self._live:  # it ended well before its stream did: nothing is owed any more
+            live.handle.finish()
+        elif event is not None:
+            self.post(event)
+
+    def _abort(self, live: _Live, command: Abort) -> None:
+        if live.call is not None:
+            live.call.cancel()
+            live.call = None
+        engine = self._engines.get(command.engine_id)
+        if engine is not None and command.rid:
+            self._spawn(self._abort_on(engine, command.rid))
+
+    async def _abort_on(self, engine: Engine, rid: str) -> None:
+        try:
+            await engine.abort(rid, deadline_s=self._config.abort_deadline_s)
+        except EngineError as error:
+            log.warning("could not abort %s on %s: %s", rid, engine.record.engine_id, error)
+
+    def _complete(self, live: _Live, command: Complete) -> None:
+        live.handle.receipt = command.receipt
+        live.handle.session_id = command.receipt.session_id
+        if not live.handle.ended and live.call is None:
+            live.handle.finish()
+        del self._live[command.round_id]
+        if not self._live:
+            self._idle.set()
+        self._on_receipt(command.receipt)
+        if live.claimed or command.receipt.degraded:
+            self._spawn(self._recorder.record(live.request, command, live.fence))
+
+    # ---------------------------------------------------------------- calls; each returns its event
+
+    async def _claim(self, live: _Live, command: Claim) -> Event:
+        answer = await self._recorder.claim(live.request, command)
+        if isinstance(answer, Claimed):
+            live.fence, live.claimed = answer.fence, True
+            live.handle.session_id, live.handle.parent_id = answer.session_id, answer.parent_id
+        return answer
+
+    async def _prefetch(self, live: _Live, command: Prefetch) -> Event:
+        """Pages that do not come are only recomputed, so a failure here is an answer of 0 pages."""
+        started = self._clock()
+        wanted = live.hashes[command.first_page : command.first_page + command.pages]
+        parent = live.hashes[command.first_page - 1] if command.first_page else _seed(live.request)
+        try:
+            puller, source = self._engine(command.engine_id), self._engine(command.source_id)
+            async with asyncio.timeout(command.deadline_s + self._config.prefetch_grace_s):
+                result = await puller.prefetch(
+                    source.record.kv_addresses,
+                    command.source_incarnation,
+                    parent,
+                    wanted,
+                    deadline_s=command.deadline_s,
+                )
+        except (EngineError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {command.deadline_s:g} s"
+            elapsed_s = self._clock() - started
+            return PrefetchDone(command.round_id, command.engine_id, 0, 0, 0, elapsed_s, reason)
+        return PrefetchDone(
+            command.round_id,
+            command.engine_id,
+            command.first_page + result.pages,
+            result.pulled_pages,
+            result.pulled_bytes,
+            result.elapsed_s,
+            result.reason,
+        )
+
+    async def _prefill(self, live: _Live, command: Prefill) -> Event:
+        result = await self._engine(command.engine_id).prefill(
+            live.request.input_ids,
+            command.rid,
+            session_id=live.handle.session_id,
+            cache_salt=live.request.cache_salt,
+            deadline_s=self._config.prefill_deadline_s,
+        )
+        return PrefillDone(command.round_id, result.cached_tokens)
+
+    async def _generate(self, live: _Live, command: Generate) -> Event | None:
+        """Relay the answer. The round is finished when its usage is known, before that is relayed."""
+        engine, request = self._engine(command.engine_id), live.request
+        self._touch(engine, live)
+        call = GenerateRequest(
+            path=request.path,
+            input_ids=request.input_ids,
+            rid=command.rid,
+            session_id=live.handle.session_id,
+            body=request.body,
+            cache_salt=request.cache_salt,
+        )
+        relayed = finished = False
+        async with aclosing(engine.generate(call, deadline_s=self._config.event_deadline_s)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                live.output_ids.extend(chunk.token_ids)
+                if not relayed:
+                    relayed = True
+                    self._begin_stream(live)
+                if chunk.usage is not None and not finished:
+                    finished = True
+                    usage = chunk.usage
+                    self._finish(live, usage.completion_tokens, usage.cached_tokens)
+                await live.handle.push(chunk)
+        if not finished:
+            raise EngineError(FailureKind.BROKEN, "the answer ended without its usage")
+        live.handle.finish()
+        return None
+
+    def _begin_stream(self, live: _Live) -> None:
+        round = self._core.rounds[live.request.round_id]
+        live.handle.arm = round.arm.value if round.arm else ""
+        live.handle.round_number = round.round_number
+        self.post(FirstToken(live.request.round_id))
+
+    def _finish(self, live: _Live, completion_tokens: int, cached_tokens: int) -> None:
+        hashes = live.hashes_with_output() if self._hashing else ()
+        self.post(RoundFinished(live.request.round_id, completion_tokens, cached_tokens, hashes))
+
+    # ---------------------------------------------------------------- small things
+
+    def _engine(self, engine_id: str) -> Engine:
+        engine = self._engines.get(engine_id)
+        if engine is None:
+            raise EngineError(FailureKind.UNREACHABLE, f"engine {engine_id} is not connected any more")
+        return engine
+
+    def _touch(self, engine: Engine, live: _Live) -> None:
+        """A full hit on the device never reaches the linker: tell its store that the chain is in use."""
+        round = self._core.rounds[live.request.round_id]
+        pages = min(round.history_tokens // live.page_tokens, len(live.hashes))
+        if pages > 0 and engine.hello is not None:
+            self._spawn(self._touch_on(engine, live.hashes[pages - 1]))
+
+    async def _touch_on(self, engine: Engine, tip: bytes) -> None:
+        try:
+            await engine.touch(tip, deadline_s=self._config.touch_deadline_s)
+        except EngineError as error:
+            log.debug("touch on %s failed: %s", engine.record.engine_id, error)
+
+    async def _tick(self) -> None:
+        while True:
+            due_s = self._core.next_deadline()
+            wait_s = None if due_s is None else max(0.0, due_s - self._clock())
+            self._deadline_changed.clear()
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._deadline_changed.wait()
+            except TimeoutError:
+                self.post(Tick())
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None] | None:
+        if self._tasks is None:  # shutting down: nothing new is begun
+            work.close()
+            return None
+        return self._tasks.create_task(work)
+
+
+def _seed(request: RoundRequest) -> bytes:
+    return namespace_seed(request.extra_key, request.cache_salt)

@@ -1,0 +1,108 @@
+"""`antiphon serve`: one replica behind uvicorn, from configuration to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from antiphon.scheduler.config import Config
+from antiphon.scheduler.errors import UserError
+from antiphon.scheduler.fleet_key import load_or_create_fleet_key
+from antiphon.scheduler.gateway import create_app
+from antiphon.scheduler.ledger import Ledger
+from antiphon.scheduler.logs import configure_logging
+from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.prompts import TokenizerSource
+from antiphon.scheduler.replica import Replica
+from antiphon.scheduler.valkey import ValkeyError, resolve_ledger_url
+
+log = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `_serve`: uvicorn raises them again before we have closed what stands behind it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run_server(config: Config) -> int:
+    """Serve until SIGINT or SIGTERM; 0 after a clean end. Raises `UserError` if it cannot start."""
+    configure_logging(config.gateway.log_level)
+    state_dir = config.state_dir()
+    key_file = Path(config.fleet.key_file).expanduser() if config.fleet.key_file else None
+    fleet_key = load_or_create_fleet_key(state_dir, key_file)
+    listener = _bind(config)
+    try:
+        server = resolve_ledger_url(config.ledger.url, state_dir)
+    except ValkeyError as error:
+        raise UserError(str(error)) from error
+    try:
+        uvloop.run(_serve(config, server.url, fleet_key, listener))
+    finally:
+        if server.embedded is not None:
+            server.embedded.stop()
+    return 0
+
+
+async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: socket.socket) -> None:
+    metrics = Metrics()
+    ledger = Ledger(ledger_url, fleet=config.ledger.fleet)
+    try:
+        replica = Replica(config, ledger, fleet_key, uuid.uuid4().hex, metrics)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    def locate() -> str | None:
+        return config.model.path or next(iter(replica.model_ids()), None)
+
+    app = create_app(replica, TokenizerSource(locate), config, replica, metrics)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(config.gateway.shutdown_grace_s) or 1,
+        )
+    )
+    _stop_on_signals(server)
+    host, port = listener.getsockname()[:2]
+    try:
+        async with replica.running():
+            log.info("serving", extra={"url": f"http://{host}:{port}", "ledger": ledger_url})
+            await server.serve(sockets=[listener])
+    finally:
+        await ledger.close()
+
+
+def _stop_on_signals(server: uvicorn.Server) -> None:
+    """The first signal drains, a second one cuts off."""
+
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+
+
+def _bind(config: Config) -> socket.socket:
+    """The listening socket, bound before anything else is started. Raises `UserError`."""
+    host, port = config.gateway.host, config.gateway.port
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error}") from error
