@@ -4,19 +4,35 @@ Ports
     base.py        the `Engine` protocol that the scheduler's driver speaks, and its values
     wire.py        frames of the directory protocol (scheduler <-> engine, engine <-> engine)
     page_hash.py   names of KV pages: SGLang's chained hashes
+    registry.py    the fleet's list of engines in Redis: heartbeat and reader
 Adapters on the scheduler's side
-    http.py        `HttpEngine`: SGLang's HTTP API and the directory, by aiohttp and asyncio streams
+    http.py        `HttpEngine`: SGLang's HTTP API and the directory
+    stream.py      one streamed answer: what we ask for beyond the client; sse.py parses its events
     directory_client.py  both clients of the directory: asyncio (scheduler) and blocking (linker)
+    handshake.py   authentication of both sides, addresses, the fleet key
 Inside an engine
     linker.py      `AntiphonLinker`, SGLang's out-of-tree cache linker: one per rank
-    page_store.py  registered host memory: slots, states, pins, parent links, eviction
-    device_copy.py device pages <-> store slots, on a CPU and (pinned, with events) on a GPU
+    linker_config.py     what it is told on SGLang's command line
+    device_pool.py SGLang's KV pool as pages; device_copy.py copies them, on a CPU or a GPU
+    worker.py      a thread that works off a queue
+    page_store.py  host memory of pages: slots, states, pins, eviction
+    page_index.py  its books: which page is where, what to evict; page_memory.py is its bytes
+    rank_service.py      one rank's store, NIXL agent, puller and directory, opened and closed together
     nixl_agent.py  the one thread that owns NIXL
-    directory.py   the engine's directory service, on threads of its own
+    directory.py   the directory service, on threads of its own
+    directory_backend.py what it answers from: store and puller
     transfer.py    pulling pages from a peer: reserve, read, confirm, publish
+    breaker.py     leaves a failing peer alone for a while
+    interfaces.py  network interfaces by name or address
 Starting engines
     launcher.py    `antiphon engine`: one SGLang server with our linker, registered in the ledger
+    launch_options.py    what it takes, checks, and turns into SGLang flags
     cpu_shims.py   what SGLang 0.5.23 lacks on a machine without a GPU
-    simulated.py   `antiphon engine --simulated`: the same protocols with virtual KV
     tiny_model.py  `antiphon tiny-model`: a small random checkpoint, same bytes for the same seed
+Simulated engines (the same protocols, virtual KV)
+    simulated.py   `antiphon engine --simulated`, put together
+    simulated_http.py    its routes; simulated_api.py is what they say
+    simulated_loop.py    its batch loop; simulated_request.py one request in it
+    virtual_kv.py  pages without bytes; virtual_directory.py serves them
+    scripts.py, faults.py  what it answers, and what it does wrong, on command
 """

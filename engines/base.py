@@ -29,6 +29,8 @@ class EngineRecord:
     kv_addresses: tuple[str, ...] = ()
     """host:port of each rank's directory; empty = an engine without our linker (`local` only)."""
     model_id: str = ""
+    model_path: str = ""
+    """Where the engine found it: the gateway takes tokenizer and chat template from there, if it can."""
     chunk_tokens: int = 0
     """--chunked-prefill-size; 0 = unknown."""
     decode_interval: int = 0

@@ -22,8 +22,10 @@ def namespace_seed(extra_key: str | None = None, cache_salt: str | None = None) 
     """Digest that stands before the first page; empty when neither key nor salt is set.
 
     Absent, empty and joined parts differ: presence byte, then the UTF-8 length in 8 bytes, then the text
-    (SGLang `mem_cache/utils.py`, `storage_namespace_seed`).
+    (SGLang `mem_cache/utils.py`, `storage_namespace_seed`). An empty salt counts as none, an empty extra key
+    does not (`RadixKey`).
     """
+    cache_salt = cache_salt or None
     if extra_key is None and cache_salt is None:
         return ROOT
     digest = hashlib.sha256(b"sglang-cache-namespace-v1")

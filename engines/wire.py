@@ -58,49 +58,49 @@ class Hello(msgspec.Struct, frozen=True):
     """The model window."""
 
 
-class Challenge(Message, tag="challenge"):
+class Challenge(Message, tag="challenge", frozen=True):
     version: int
     nonce: bytes
 
 
-class Auth(Message, tag="auth"):
+class Auth(Message, tag="auth", frozen=True):
     peer: str
     nonce: bytes
     mac: bytes
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, tag="welcome", frozen=True):
     mac: bytes
     hello: Hello
 
 
-class Failure(Message, tag="failure"):
+class Failure(Message, tag="failure", frozen=True):
     code: str
     """bad_request | denied | void_incarnation | layout_mismatch | peer_unreachable | busy | internal"""
     message: str
 
 
-class Touch(Message, tag="touch"):
+class Touch(Message, tag="touch", frozen=True):
     """Mark the chain that ends in `tip` as just used (a full device hit never reaches the linker)."""
 
     tip: bytes
 
 
-class Touched(Message, tag="touched"):
+class Touched(Message, tag="touched", frozen=True):
     pages: int
 
 
-class Lookup(Message, tag="lookup"):
+class Lookup(Message, tag="lookup", frozen=True):
     """How many of these pages, from the first on, does this store hold?"""
 
     hashes: tuple[bytes, ...]
 
 
-class Found(Message, tag="found"):
+class Found(Message, tag="found", frozen=True):
     pages: int
 
 
-class Reserve(Message, tag="reserve"):
+class Reserve(Message, tag="reserve", frozen=True):
     """Pin the longest stored prefix of `hashes` for a peer's READ.
 
     Waits up to `wait_s` while offloads that may still bring the pages are under way.
@@ -115,24 +115,24 @@ class Reserve(Message, tag="reserve"):
     wait_s: float
 
 
-class Reserved(Message, tag="reserved"):
+class Reserved(Message, tag="reserved", frozen=True):
     pin_id: int
     slots: tuple[int, ...]
     checksums: tuple[int, ...] = ()
     """crc32 of each page in checksum mode, else empty."""
 
 
-class Confirm(Message, tag="confirm"):
+class Confirm(Message, tag="confirm", frozen=True):
     """The READ is over: give the pin back and say whether it was held all the time."""
 
     pin_id: int
 
 
-class Confirmed(Message, tag="confirmed"):
+class Confirmed(Message, tag="confirmed", frozen=True):
     held: bool
 
 
-class Prefetch(Message, tag="prefetch"):
+class Prefetch(Message, tag="prefetch", frozen=True):
     """Scheduler -> puller: bring these pages from that source into your store."""
 
     source_address: str
@@ -142,7 +142,7 @@ class Prefetch(Message, tag="prefetch"):
     deadline_s: float
 
 
-class Prefetched(Message, tag="prefetched"):
+class Prefetched(Message, tag="prefetched", frozen=True):
     pages: int
     """Of `hashes`, from the first on, how many are in the puller's store now (already there or pulled)."""
     pulled_pages: int
@@ -152,11 +152,11 @@ class Prefetched(Message, tag="prefetched"):
     """"" when everything came; else why not, in words."""
 
 
-class Stats(Message, tag="stats"):
+class Stats(Message, tag="stats", frozen=True):
     """Ask for counters."""
 
 
-class StatsReply(Message, tag="stats_reply"):
+class StatsReply(Message, tag="stats_reply", frozen=True):
     free_pages: int
     used_pages: int
     inflight_pages: int
@@ -171,13 +171,13 @@ class StatsReply(Message, tag="stats_reply"):
     """Read but not made visible: pin lost, checksum wrong, deadline passed."""
 
 
-class Corrupt(Message, tag="corrupt"):
+class Corrupt(Message, tag="corrupt", frozen=True):
     """Test hook: flip bytes of one stored page. Denied unless the engine was started with fault injection."""
 
     page_hash: bytes
 
 
-class Corrupted(Message, tag="corrupted"):
+class Corrupted(Message, tag="corrupted", frozen=True):
     found: bool
 
 

@@ -119,7 +119,7 @@ async def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     console.print("checking every output token with transformers ...")
     report = await asyncio.to_thread(verify_rounds, model, log)
     written = _write_result(options.directory / "result.json", result, report, prefill_s, slo_s, began)
-    _judge(result, report)
+    judge(result, report)
     console.print(
         f"{report.rounds_checked} rounds, {report.tokens_checked} tokens checked: all equal. "
         f"result: {options.directory / 'result.json'} ({written['wall_s_total']:.0f} s in all)"
@@ -212,7 +212,7 @@ def _write_result(
     return written
 
 
-def _judge(result: ReplayResult, report: VerifyReport) -> None:
+def judge(result: ReplayResult, report: VerifyReport) -> None:
     """Raise `DemoError` unless the run showed everything that it must."""
     wrong: list[str] = []
     if result.rounds_completed != result.rounds_total:

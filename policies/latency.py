@@ -56,7 +56,7 @@ class LatencyModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
-        """Seconds of one decode step of `batch` requests with `context_tokens` in all; 0 for an empty batch."""
+        """Seconds of one decode step of `batch` requests with `context_tokens` in all; 0 for no batch."""
         if batch <= 0:
             return 0.0
         c = self.decode

@@ -2,22 +2,37 @@
 
 Core (no clock, no I/O)
     messages.py    events in, commands out: the whole vocabulary
-    states.py      transition table of a round
+    states.py      a round's life as tables; the record of a round in flight
     residency.py   which engine is believed to hold which prefix
-    fleet.py       engine books: reservations, queues, windows -> EngineView
-    core.py        Scheduler.receive(event, now) -> commands; check_invariants()
-Drivers and state
+    fleet.py       one engine's books: reservations, queue, windows -> EngineView
+    sessions.py    what is remembered of sessions between rounds
+    books.py       fleet, sessions and residency in one place: views, reservations, beliefs
+    receipts.py    a round's receipt, from its record
+    core.py        Scheduler.receive(event, now) -> commands
+    checks.py      check_invariants(): do the books contradict each other
+Driver and state
     runtime.py     asyncio driver: commands -> engine and ledger calls, results -> events
-    rounds.py      what the driver keeps of a round in flight: its request, its stream to the client
-    discovery.py   engine registry -> EngineUp / EngineDown
-    ledger.py      Redis: claims, completions, residency, leases, engine registry (data/*.lua)
+    rounds.py      a round as the gateway sees it: its request, its stream to the client
+    recorder.py    the driver's calls to the ledger: claim, record, publish reservations
+    discovery.py   engine registry and configuration -> EngineUp / EngineDown
+    heartbeat.py   keeps this replica's leases alive
+    ledger.py      Redis: claims, completions, residency, totals (data/*.lua)
+    ledger_connection.py  one connection to it: deadlines, errors, names of keys
+    ledger_views.py       reading it: sessions, receipts, counters
+    receipt_log.py the latest receipts of this replica
     valkey.py      the embedded Valkey
 Doors
-    gateway.py     ASGI app: OpenAI routes, health, metrics, receipts
-    requests.py    checks of what clients send; OpenAI-shaped errors
+    gateway.py     ASGI app: routes, health, metrics, receipts
+    completions.py one completion request: checked, submitted, answered
+    requests.py    checks of what clients send
+    identity.py    whose round it is: the session id
     prompts.py     tokenizer and chat template
-    serve.py       wiring of one replica; uvicorn
+    relay.py       chunks -> events of a stream, or one answer
+    replica.py     one replica put together: core, runtime, discovery, ledger
+    serve.py       the process: from configuration to a clean end; uvicorn
     config.py      antiphon.toml -> frozen config
+    fleet_key.py   the key that scheduler and engines prove to each other
     metrics.py, logs.py, errors.py
-    cli.py         the `antiphon` command
+    cli.py         the `antiphon` command; doctor.py proves an installation
+    sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

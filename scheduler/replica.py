@@ -100,8 +100,16 @@ class Replica:
     def model_ids(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(e.hello.model_id for e in self._engines() if e.hello is not None))
 
+    def model_path(self) -> str | None:
+        """Where the engines found the model; its id, for what it is worth, if none says."""
+        records = [engine.record for engine in self._engines()]
+        paths = [record.model_path for record in records if record.model_path]
+        return next(iter([*paths, *self.model_ids()]), None)
+
     def context_tokens(self) -> int:
-        return min((e.hello.context_tokens for e in self._engines() if e.hello is not None), default=0)
+        """What a round may be long: the smallest window, and no more than a device pool holds."""
+        hellos = [e.hello for e in self._engines() if e.hello is not None]
+        return min((min(h.context_tokens, h.pool_tokens) for h in hellos), default=0)
 
     async def receipts(self, limit: int, session_id: str | None) -> Sequence[Item]:
         """This replica's own, newest first: complete even while the ledger is away."""

@@ -77,6 +77,11 @@ class _Live:
     error: EngineError | None = None
     """The last call's failure: an engine's own 4xx goes to the client."""
 
+    def cut_off(self, why: str) -> None:
+        """End the client's stream without the core: nobody will answer any more."""
+        streaming = bool(self.handle.arm)
+        self.handle.finish(RoundBroke(why) if streaming else RoundRefused("no_engine_available", why, 1.0))
+
     def hashes_with_output(self) -> tuple[bytes, ...]:
         """Pages with KV at the home after the round: the last token that was sampled has none."""
         whole = len(self.hashes) * self.page_tokens
@@ -136,7 +141,7 @@ class Runtime:
             finally:
                 self._tasks = None
                 for live in self._live.values():
-                    live.handle.finish(RoundBroke("the gateway is shutting down"))
+                    live.cut_off("the gateway is shutting down")
 
     async def drain(self, deadline_s: float) -> bool:
         """Wait until no round is in flight; False when some still are after `deadline_s`."""

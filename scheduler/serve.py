@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from antiphon.scheduler.config import Config
+from antiphon.scheduler.config import Config, masked
 from antiphon.scheduler.errors import UserError
 from antiphon.scheduler.fleet_key import load_or_create_fleet_key
 from antiphon.scheduler.gateway import create_app
@@ -23,7 +23,7 @@ from antiphon.scheduler.logs import configure_logging
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.prompts import TokenizerSource
 from antiphon.scheduler.replica import Replica
-from antiphon.scheduler.valkey import ValkeyError, resolve_ledger_url
+from antiphon.scheduler.valkey import EmbeddedValkey, ValkeyError
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,15 @@ def run_server(config: Config) -> int:
     fleet_key = load_or_create_fleet_key(state_dir, key_file)
     listener = _bind(config)
     try:
-        server = resolve_ledger_url(config.ledger.url, state_dir)
+        embedded = None if config.ledger.url else EmbeddedValkey.start(state_dir)
     except ValkeyError as error:
         raise UserError(str(error)) from error
     try:
-        uvloop.run(_serve(config, server.url, fleet_key, listener))
+        url = config.ledger.url or (embedded.url if embedded else "")
+        uvloop.run(_serve(config, url, fleet_key, listener))
     finally:
-        if server.embedded is not None:
-            server.embedded.stop()
+        if embedded is not None:
+            embedded.stop()
     return 0
 
 
@@ -64,7 +65,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         raise UserError(str(error)) from error
 
     def locate() -> str | None:
-        return config.model.path or next(iter(replica.model_ids()), None)
+        return config.model.path or replica.model_path()
 
     app = create_app(replica, TokenizerSource(locate), config, replica, metrics)
     server = _Server(
@@ -80,7 +81,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
     host, port = listener.getsockname()[:2]
     try:
         async with replica.running():
-            log.info("serving", extra={"url": f"http://{host}:{port}", "ledger": ledger_url})
+            log.info("serving", extra={"url": f"http://{host}:{port}", "ledger": masked(ledger_url)})
             await server.serve(sockets=[listener])
     finally:
         await ledger.close()

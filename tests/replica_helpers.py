@@ -75,7 +75,7 @@ async def cluster(
         made = Cluster(Replica(config, ledger, KEY, uuid.uuid4().hex, Metrics()), ledger)
         for engine_id in engines.split():
             pool = "prefill" if engine_id.startswith("p") else "decode"
-            settings = {
+            settings: dict[str, Any] = {
                 "engine_id": engine_id,
                 "pool": pool,
                 "ledger": valkey_url,

@@ -1,11 +1,16 @@
 """Traces: recorded or generated agent sessions, and driving them against a gateway.
 
-schema.py    SessionTrace, RoundTrace; one JSON line per session
-readers.py   files to sessions, by content: our own form and the normalised `rounds` form
-shape.py     pure changes of a trace: scale lengths, cap gaps, fit a window
-arrivals.py  when sessions start: Poisson or as recorded, with a bound on live sessions
-prompts.py   token ids from token counts, so that every round extends its session
-replay.py    `antiphon replay`: the open-loop driver over HTTP
-results.py   result file "antiphon.result/1", percentiles, the closing table
-data/        small traces that ship with the package
+Sessions as data (pure, but for reading the file)
+    schema.py      SessionTrace, RoundTrace; one JSON line per session; what makes a session sound
+    readers.py     files to sessions, by content: our own form and the normalised `rounds` form
+    shape.py       scale lengths, cap gaps, fit a window
+    arrivals.py    when sessions start: Poisson or as recorded, with a bound on live sessions
+    prompts.py     token ids from token counts, so that every round extends its session
+Driving them over HTTP
+    plan.py        what a replay is told and what it is going to send
+    replay.py      `antiphon replay`: the driver
+    gateway_client.py  what it says to a gateway; answers.py reads one streamed answer
+    results.py     per-round records, result file "antiphon.result/1", verify log
+    display.py     progress and the closing table; provenance.py: commit and machine
+data/demo.jsonl    a small agent trace that ships with the package
 """

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 SCHEMA = "antiphon.trace/1"
+MAX_TOKENS = 100_000_000
+"""No real round comes near; a larger number is a broken file, not a workload."""
+
+Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+SomeTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+
+
+class TraceError(Exception):
+    """A trace cannot be used: where (file, line), what is wrong and, where it helps, what to do."""
 
 
 class RoundTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One request of a session, in tokens and seconds."""
 
-    prompt_tokens: int
-    output_tokens: int
-    kept_tokens: int = 0
+    prompt_tokens: SomeTokens
+    output_tokens: SomeTokens
+    kept_tokens: Tokens = 0
     """Prefix shared with the previous round's prompt and output; shrinks at a compaction."""
-    gap_s: float = 0.0
+    gap_s: Seconds = 0.0
     """From the end of the previous response to this request."""
     tool: str = ""
+
+    @property
+    def new_tokens(self) -> int:
+        return self.prompt_tokens - self.kept_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens
 
 
 class SessionTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -24,12 +45,34 @@ class SessionTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
 
     session_id: str
     rounds: tuple[RoundTrace, ...]
-    start_s: float | None = None
+    start_s: Seconds | None = None
     """Recorded start, where the source has one."""
     parent: str | None = None
     shared_prefix: str = ""
     """Sessions with the same id share their first `shared_tokens` tokens."""
-    shared_tokens: int = 0
-    slo_ttft_s: float | None = None
-    slo_itl_s: float | None = None
+    shared_tokens: Tokens = 0
+    slo_ttft_s: Seconds | None = None
+    slo_itl_s: Seconds | None = None
     schema: str = SCHEMA
+
+
+def session_fault(session: SessionTrace) -> str | None:
+    """What makes this session impossible, in words; None if it is sound.
+
+    Sound: it has an id and rounds; every round keeps at most what was there (the previous prompt and output)
+    and brings at least one new token; the shared prefix lies inside the first prompt.
+    """
+    if not session.session_id or not session.rounds:
+        return "a session needs an id and at least one round"
+    if session.shared_tokens > session.rounds[0].prompt_tokens:
+        return f"shared_tokens {session.shared_tokens} exceed the first prompt"
+    if session.shared_tokens and not session.shared_prefix:
+        return "shared_tokens without a shared_prefix id"
+    there = 0
+    for number, turn in enumerate(session.rounds, 1):
+        if turn.kept_tokens > there:
+            return f"round {number} keeps {turn.kept_tokens} tokens of {there} that were there"
+        if turn.new_tokens < 1:
+            return f"round {number} brings no new token: prompt {turn.prompt_tokens}, kept {turn.kept_tokens}"
+        there = turn.total_tokens
+    return None

@@ -1,0 +1,272 @@
+"""`antiphon engine`: one SGLang server with our linker in this process, registered in the ledger.
+
+Run as `python -m antiphon.engines.launcher`: SGLang's children are spawned and import this module again, and
+its last lines are where they get what they lack on a CPU. When this process dies, however it dies, its
+children die with it; SIGTERM and SIGINT take its record out of the ledger first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import multiprocessing.resource_tracker
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any, NoReturn
+
+from antiphon.engines.launch_options import (
+    EngineOptions,
+    LaunchError,
+    check_installed,
+    check_port_free,
+    find_free_ports,
+    parse_options,
+    read_model_config,
+    sglang_arguments,
+)
+
+log = logging.getLogger("antiphon.engine")
+
+SHIMS_VARIABLE = "ANTIPHON_CPU_SHIMS"
+"""Set by the launcher for its children, so that all of them decide alike."""
+PARENT_VARIABLE = "ANTIPHON_LAUNCHER_PID"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+WARM_UP_DEADLINE_S = 300.0
+CHILD_EXIT_DEADLINE_S = 5.0
+
+
+def run_engine(options: EngineOptions) -> NoReturn:
+    """Check what can be checked at once (raises `LaunchError`), then become the launcher process."""
+    check(options)
+    os.execv(sys.executable, [sys.executable, "-m", "antiphon.engines.launcher", *options.arguments()])
+
+
+def check(options: EngineOptions) -> dict[str, Any]:
+    """Everything that can be wrong before SGLang is loaded; the model's config. Raises `LaunchError`."""
+    check_installed(options.linker)
+    config = read_model_config(options.model)
+    check_port_free(options.host, options.port, "--port")
+    if options.linker:
+        _check_fleet_key(options)
+        for port in range(options.kv_port, options.kv_port + options.ranks) if options.kv_port else ():
+            check_port_free(options.host, port, "--kv-port")
+    return config
+
+
+def _check_fleet_key(options: EngineOptions) -> None:
+    from antiphon.engines.handshake import load_fleet_key
+
+    try:
+        load_fleet_key(path=options.key_file)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until stopped. Returns the exit status of a start that failed; a stop ends the process."""
+    # Before any thread exists: all of them inherit the mask, so that only `_await_stop` sees these signals.
+    # multiprocessing's tracker unblocks them when it starts, so it starts first.
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    try:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        EngineProcess(options, check(options)).serve()
+    except LaunchError as error:
+        print(f"antiphon engine: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class EngineProcess:
+    """This process, from the checks to the last signal."""
+
+    def __init__(self, options: EngineOptions, config: dict[str, Any]) -> None:
+        self.options = options
+        self.incarnation = uuid.uuid4().hex
+        self.kv_port = options.kv_port or find_free_ports(options.host, options.ranks)
+        self._config = config
+        self._scratch = tempfile.mkdtemp(prefix="antiphon-engine-")
+        self._registration: Any = None
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.options.host}:{self.options.port}"
+
+    def serve(self) -> None:
+        """Run SGLang's server in this thread until it ends."""
+        tempfile.tempdir = self._scratch  # SGLang never removes the files of its sockets
+        threading.Thread(target=self._await_stop, name="antiphon-stop", daemon=True).start()
+        on_cpu = self._prepare_device()
+        from sglang.srt.entrypoints.http_server import launch_server
+        from sglang.srt.server_args import prepare_server_args
+
+        words = sglang_arguments(
+            self.options,
+            on_cpu=on_cpu,
+            config=self._config,
+            kv_port=self.kv_port,
+            incarnation=self.incarnation,
+        )
+        server_args = prepare_server_args(words)
+        server_args.resolve_once()
+        try:
+            launch_server(server_args, launch_callback=self._announce)
+        finally:
+            self.stop(1)
+
+    def _prepare_device(self) -> bool:
+        """Whether this engine runs on the CPU; if so, everything that this needs is done."""
+        # One computing thread a process unless the user says else: engines and gateway share the cores.
+        defaults = {"TOKENIZERS_PARALLELISM": "false"}
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
+        from antiphon.engines import cpu_shims
+
+        on_cpu = self.options.flag("--device") == "cpu"
+        if not on_cpu:
+            on_cpu = self.options.flag("--device") is None and not cpu_shims.has_gpu()
+        if on_cpu:
+            defaults["OMP_NUM_THREADS"] = "1"
+            os.environ[SHIMS_VARIABLE] = "1"
+        else:
+            os.environ.pop(SHIMS_VARIABLE, None)
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        if on_cpu:
+            cpu_shims.apply()
+            import torch
+
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        return on_cpu
+
+    def _announce(self) -> None:
+        """SGLang's callback when it serves: warm our own path up, then tell the ledger."""
+        try:
+            self._warm_up()
+            if self.options.ledger:
+                self._register()
+            log.info("engine %s serves %s at %s", self.options.resolved_id, self.options.model_id, self.url)
+        except Exception:
+            log.exception("engine %s could not be announced; stopping", self.options.resolved_id)
+            self.stop(1)
+
+    def _warm_up(self) -> None:
+        """A prompt of several pages: the first page hash, offload and decode are slower than all others."""
+        page = int(self._ask("/server_info").get("page_size") or 1)
+        length = min(4 * page + 1, int(self._config.get("max_position_embeddings") or 64) // 2)
+        prompt = {"input_ids": [1] * length, "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+        self._ask("/generate", prompt)
+
+    def _register(self) -> None:
+        from antiphon.engines.base import EngineRecord
+        from antiphon.engines.registry import Registration
+
+        info = self._ask("/server_info")
+        options = self.options
+        ports = range(self.kv_port, self.kv_port + options.ranks) if options.linker else ()
+        record = EngineRecord(
+            engine_id=options.resolved_id,
+            url=self.url,
+            pool=options.pool,
+            incarnation=self.incarnation,
+            kv_addresses=tuple(f"{options.host}:{port}" for port in ports),
+            model_id=options.model_id,
+            model_path=str(Path(options.model).resolve()) if Path(options.model).is_dir() else "",
+            chunk_tokens=max(int(info.get("chunked_prefill_size") or 0), 0),
+            decode_interval=int(info.get("prefill_decode_interval") or 0),
+        )
+        with self._lock:
+            if self._stopping:
+                return
+            self._registration = Registration(
+                options.ledger, record, fleet=options.fleet, replace=options.replace,
+                on_taken=lambda holder: self.stop(1),
+            )  # fmt: skip
+            self._registration.start()
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """JSON of our own server; raises OSError."""
+        key = self.options.flag("--api-key")
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        with urllib.request.urlopen(request, timeout=WARM_UP_DEADLINE_S) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
+    def _await_stop(self) -> None:
+        received = signal.sigwait(STOP_SIGNALS)
+        log.info("%s: engine %s stops", signal.Signals(received).name, self.options.resolved_id)
+        self.stop(0)
+
+    def stop(self, status: int) -> NoReturn:
+        """Leave the ledger, end every child and this process; the first caller's status counts."""
+        with self._lock:
+            first, self._stopping = not self._stopping, True
+        if not first:
+            threading.Event().wait()  # whoever came first ends us
+        if self._registration is not None and threading.current_thread() is not self._registration._thread:
+            self._registration.close()
+        end_children()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        logging.shutdown()
+        os._exit(status)
+
+
+def end_children() -> None:
+    """SIGKILL this process's children and wait until they are gone (their memory and ports with them)."""
+    children = [
+        int(child)
+        for task in Path("/proc/self/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    for child in children:
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    deadline = time.monotonic() + CHILD_EXIT_DEADLINE_S
+    for child in children:
+        while time.monotonic() < deadline:
+            try:
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    break
+            except ChildProcessError:
+                break
+            time.sleep(0.01)
+
+
+def prepare_child() -> None:
+    """What each of SGLang's processes needs before SGLang is imported in it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    die_with_parent()
+    if os.environ.get(SHIMS_VARIABLE) == "1":
+        from antiphon.engines import cpu_shims
+
+        cpu_shims.apply()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill us when our parent dies. SGLang asks for it too, but only after its imports."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    try:
+        os.kill(int(os.environ[PARENT_VARIABLE]), 0)
+    except ProcessLookupError:
+        os._exit(1)  # the launcher died before we asked
+
+
+if __name__ == "__mp_main__":
+    prepare_child()
+elif __name__ == "__main__":
+    sys.exit(main())

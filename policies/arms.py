@@ -1,0 +1,105 @@
+"""What an arm costs one round on given engines: the terms of AMPD's Eq. 2, shared by every policy.
+
+With L prompt tokens, home d, prefill engine p and H(e) = history on e:
+
+    local             queue_s(d) + prefill of L - H(d)
+    remote_recompute  queue_s(p) + prefill of L - H(p)                           + push of L - H(d)
+    remote_pull       queue_s(p) + prefill of L - H(d) + pull of H(d) - H(p)     + push of L - H(d)
+
+An engine always computes at least the prompt's last token. Prefill runs in chunks of C with K decode steps
+of the engine's own batch between two of them (`EngineView.chunk_tokens`, `decode_interval`): those steps are
+part of its prefill time. NOT in any term: the harm that a prefill does to the ITL of the rounds that decode
+on the same engine (AMPD's local prefill "pauses the batch"); policies guard it by their rules, not by this
+estimate. Transfers are priced on an idle link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Pool, RoundView
+from antiphon.policies.home import fits
+from antiphon.policies.latency import LatencyModel
+
+
+def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int, latency: LatencyModel) -> float:
+    """Seconds to prefill the prompt over `cached_tokens`, with the decode steps that come in between."""
+    new = max(1, prompt_tokens - cached_tokens)
+    seconds = latency.prefill_s(new, prompt_tokens - new)
+    if engine.batch and engine.chunk_tokens and engine.decode_interval:
+        gaps = (new - 1) // engine.chunk_tokens
+        seconds += gaps * engine.decode_interval * latency.decode_step_s(engine.batch, engine.context_tokens)
+    return seconds
+
+
+def local(round: RoundView, home: EngineView, latency: LatencyModel) -> Candidate:
+    prefill_s = prefill_on(home, round.prompt_tokens, round.held(home.engine_id), latency)
+    return Candidate(Arm.LOCAL, home.engine_id, home.queue_s, prefill_s, 0.0, 0.0)
+
+
+def remote_recompute(
+    round: RoundView, engine: EngineView, home: EngineView, latency: LatencyModel
+) -> Candidate:
+    """`engine` computes what it lacks; `home` fetches what it lacks."""
+    return Candidate(
+        arm=Arm.REMOTE_RECOMPUTE,
+        prefill_engine=engine.engine_id,
+        queue_s=engine.queue_s,
+        prefill_s=prefill_on(engine, round.prompt_tokens, round.held(engine.engine_id), latency),
+        pull_s=0.0,
+        push_s=latency.transfer_s(round.prompt_tokens - round.held(home.engine_id)),
+    )
+
+
+def remote_pull(round: RoundView, engine: EngineView, home: EngineView, latency: LatencyModel) -> Candidate:
+    """`engine` first fetches what `home` holds beyond it. With nothing to fetch it is `remote_recompute`."""
+    history = round.held(home.engine_id)
+    pulled = history - round.held(engine.engine_id)
+    if pulled <= 0:
+        return remote_recompute(round, engine, home, latency)
+    return Candidate(
+        arm=Arm.REMOTE_PULL,
+        prefill_engine=engine.engine_id,
+        queue_s=engine.queue_s,
+        prefill_s=prefill_on(engine, round.prompt_tokens, history, latency),
+        pull_s=latency.transfer_s(pulled),
+        push_s=latency.transfer_s(round.prompt_tokens - history),
+    )
+
+
+def prefill_engines(round: RoundView, home: EngineView, cluster: ClusterView) -> list[EngineView]:
+    """Engines of the prefill pool that can compute this round for `home`, in order of engine id.
+
+    None when KV cannot get from there to the home: it has no linker, or it is a prefill engine itself that
+    stands in for a decode pool without a usable engine.
+    """
+    if home.pool is Pool.PREFILL or not home.can_transfer:
+        return []
+    need, excluded = round.prompt_tokens, round.excluded
+    return [
+        engine
+        for engine in cluster.engines.values()
+        if engine.pool is Pool.PREFILL
+        and engine.can_transfer
+        and fits(engine, need)
+        and engine.engine_id not in excluded
+    ]
+
+
+def shortlist(round: RoundView, engines: Sequence[EngineView], count: int) -> Sequence[EngineView]:
+    """The `count` engines with the shortest queue and the `count` with most history, by engine id.
+
+    So a decision estimates at most 2 * count engines however large the pool is.
+    """
+    if len(engines) <= count:
+        return engines
+    by_queue = sorted(engines, key=_queue)
+    held = round.history_tokens
+    holders = [engine for engine in by_queue if held.get(engine.engine_id)]
+    holders.sort(key=lambda engine: held[engine.engine_id], reverse=True)  # stable: ties stay by queue
+    chosen = {engine.engine_id: engine for engine in (*by_queue[:count], *holders[:count])}
+    return [chosen[engine_id] for engine_id in sorted(chosen)]
+
+
+_queue = attrgetter("queue_s", "engine_id")

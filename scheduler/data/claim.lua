@@ -1,0 +1,97 @@
+-- Claim a round in one step: lease, session record, residency of its prompt, the other replicas' totals.
+--
+-- KEYS  1 fence, 2 replicas, 3 session index, 4 round, 5 session, 6.. residency, longest prefix first
+-- ARGV  1 key prefix of the fleet, 2 replica, 3 round id, 4 session id, 5 tenant, 6 session TTL ms, 7 lease ms,
+--       8 head of a fork's id, 9 head of a fork's key, 10 epoch for an empty ledger, 11 TTFT SLO, 12 ITL SLO
+-- Answers {fence, epoch, session id, parent id, rounds so far, home, {engine, value, ...}, {totals, ...}}.
+--
+-- A lease is three fields of the session record. It holds while `lease_until` lies ahead and its replica's
+-- heartbeat key lives; our own leases need no heartbeat: we are alive.
+local prefix, replica, round_id = ARGV[1], ARGV[2], ARGV[3]
+local ttl_ms, lease_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
+local clock = redis.call('TIME')
+local now_us = clock[1] * 1000000 + clock[2]
+local now_ms = math.floor(now_us / 1000)
+
+local function alive(other)
+    return other == replica or redis.call('EXISTS', prefix .. ':replica:' .. other) == 1
+end
+
+local function holds(lease)
+    return lease[1] and tonumber(lease[3]) > now_ms and alive(lease[2])
+end
+
+-- Above every fence of this ledger and, after a loss of its data, above those of the lost one too: the
+-- clock has gone on since. Microseconds stay exact in a double until the year 2255.
+local function next_fence()
+    redis.call('HSETNX', KEYS[1], 'epoch', ARGV[10])
+    local fence = math.max(now_us, (tonumber(redis.call('HGET', KEYS[1], 'last')) or 0) + 1)
+    redis.call('HSET', KEYS[1], 'last', string.format('%.0f', fence))
+    return fence
+end
+
+local key, session_id = KEYS[5], ARGV[4]
+local known = redis.call('HMGET', KEYS[4], 'session_key', 'session_id', 'replica', 'done', 'lease_until')
+if known[4] then return redis.error_reply('ROUNDTAKEN the round has ended already') end
+if known[1] then
+    if known[3] ~= replica and holds({known[1], known[3], known[5]}) then
+        return redis.error_reply('ROUNDTAKEN the round runs on replica ' .. known[3])
+    end
+    key, session_id = known[1], known[2]
+end
+
+local lease = redis.call('HMGET', key, 'lease_round', 'lease_replica', 'lease_until', 'lease_fence')
+local fence
+if lease[1] == round_id and lease[2] == replica then
+    fence = tonumber(lease[4]) -- asked again, as after a lost answer: the same claim
+else
+    fence = next_fence()
+    if holds(lease) then
+        local parent, home = session_id, redis.call('HGET', key, 'home')
+        local suffix = string.format('~%x', fence)
+        while redis.call('EXISTS', ARGV[9] .. suffix) == 1 do
+            fence = next_fence()
+            suffix = string.format('~%x', fence)
+        end
+        key, session_id = ARGV[9] .. suffix, ARGV[8] .. suffix
+        redis.call('HSET', key, 'parent_id', parent)
+        if home then redis.call('HSET', key, 'home', home) end
+    end
+end
+
+local fence_text, until_ms = string.format('%.0f', fence), string.format('%.0f', now_ms + lease_ms)
+redis.call('HSET', key, 'session_id', session_id, 'tenant', ARGV[5], 'slo_ttft_s', ARGV[11], 'slo_itl_s', ARGV[12],
+    'lease_round', round_id, 'lease_replica', replica, 'lease_until', until_ms, 'lease_fence', fence_text,
+    'updated_ms', string.format('%.0f', now_ms))
+redis.call('HSETNX', key, 'created_ms', string.format('%.0f', now_ms))
+local keep_ms = math.max(ttl_ms, lease_ms)
+redis.call('PEXPIRE', key, keep_ms)
+redis.call('ZADD', KEYS[3], string.format('%.0f', now_ms + keep_ms), key)
+redis.call('HSET', KEYS[4], 'session_key', key, 'session_id', session_id, 'replica', replica, 'lease_until', until_ms)
+redis.call('PEXPIRE', KEYS[4], lease_ms)
+
+-- Longest prefix of each engine (and incarnation: the caller knows which one lives).
+local holdings, seen = {}, {}
+for i = 6, #KEYS do
+    local entries = redis.call('HGETALL', KEYS[i])
+    for j = 1, #entries, 2 do
+        local holder = entries[j] .. '\n' .. (string.match(entries[j + 1], '^(.*)|') or '')
+        if not seen[holder] then
+            seen[holder] = true
+            holdings[#holdings + 1] = entries[j]
+            holdings[#holdings + 1] = entries[j + 1]
+        end
+    end
+    if #entries > 0 then redis.call('PEXPIRE', KEYS[i], ttl_ms) end
+end
+
+local totals = {}
+for _, other in ipairs(redis.call('SMEMBERS', KEYS[2])) do
+    if other ~= replica and alive(other) then
+        totals[#totals + 1] = redis.call('GET', prefix .. ':totals:' .. other) or nil
+    end
+end
+
+local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home')
+return {fence_text, redis.call('HGET', KEYS[1], 'epoch'), session_id, record[1] or '', record[2] or '0',
+    record[3] or '', holdings, totals}

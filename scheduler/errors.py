@@ -1,0 +1,122 @@
+"""Errors by whose fault they are: the operator's (`UserError`), or a client's or the fleet's (`ApiError`).
+
+An `ApiError` becomes an OpenAI-shaped answer, `{"error": {"message", "type", "param", "code"}}`. Its status
+is never 409: OpenAI's clients retry that one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from antiphon.scheduler.rounds import RoundRefused
+
+MAX_UPSTREAM_MESSAGE_CHARS = 2000
+"""Of an engine's own error text, what is passed on."""
+
+
+class UserError(Exception):
+    """The operator's command, configuration or environment is wrong: what, where, what to do."""
+
+
+class ApiError(Exception):
+    """A request that is answered by an error. `kind` is OpenAI's `type`, `param` the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """`retry-after-ms` is what OpenAI's clients read first; `Retry-After` is for everybody else."""
+        if self.retry_after_s is None:
+            return {}
+        return {
+            "retry-after-ms": str(math.ceil(self.retry_after_s * 1000)),
+            "Retry-After": str(max(1, math.ceil(self.retry_after_s))),
+        }
+
+
+def invalid(message: str, *, param: str | None = None, code: str = "invalid_request") -> ApiError:
+    """400: the request itself is wrong."""
+    return ApiError(400, code, message, param=param)
+
+
+def model_not_found(model: str, served: tuple[str, ...]) -> ApiError:
+    known = ", ".join(repr(name) for name in served)
+    return ApiError(
+        404, "model_not_found", f"The model {model!r} does not exist here; served: {known}.", param="model"
+    )
+
+
+def context_length_exceeded(prompt_tokens: int, window_tokens: int, param: str) -> ApiError:
+    return invalid(
+        f"This model's window is {window_tokens} tokens and the prompt has {prompt_tokens}: "
+        f"at least one token must be left for the answer. Shorten the prompt.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def body_too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"The request body is over the limit of {limit_bytes} bytes.")
+
+
+def no_engine(message: str, retry_after_s: float = 1.0) -> ApiError:
+    return ApiError(503, "no_engine_available", message, kind="overloaded_error", retry_after_s=retry_after_s)
+
+
+def deadline_exceeded(deadline_s: float) -> ApiError:
+    return ApiError(
+        504, "deadline_exceeded", f"The round did not finish within {deadline_s:g} s.", kind="server_error"
+    )
+
+
+def stream_broke(message: str) -> ApiError:
+    """The answer broke off after its first token."""
+    return ApiError(502, "stream_broke", message, kind="server_error")
+
+
+def from_refusal(refusal: RoundRefused) -> ApiError:
+    """The answer to a round that never started."""
+    message = str(refusal)
+    if refusal.code == "bad_upstream_request":
+        usable = 400 <= refusal.status < 500 and refusal.status != 409
+        return ApiError(
+            refusal.status if usable else 400, refusal.code, upstream_message(refusal.body) or message
+        )
+    retry_after_s = refusal.retry_after_s if refusal.retry_after_s > 0 else None
+    if refusal.code == "upstream_failed":
+        return ApiError(502, refusal.code, message, kind="server_error", retry_after_s=retry_after_s)
+    return ApiError(503, refusal.code, message, kind="overloaded_error", retry_after_s=retry_after_s or 1.0)
+
+
+def upstream_message(body: bytes) -> str:
+    """What an engine's error answer says (OpenAI's, SGLang's or FastAPI's shape), or its text; bounded."""
+    try:
+        answer = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return body[:MAX_UPSTREAM_MESSAGE_CHARS].decode("utf-8", "replace").strip()
+    inner = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(inner, dict):
+        inner = inner.get("message") or inner.get("detail") or ""
+    text = inner if isinstance(inner, str) else msgspec.json.encode(inner).decode()
+    return text[:MAX_UPSTREAM_MESSAGE_CHARS].strip()

@@ -1,0 +1,251 @@
+"""The gateway: an ASGI app with the OpenAI routes, health, metrics, receipts; knows rounds, not the core."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, QueryParams
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from antiphon.scheduler.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, FleetModel, served_names
+from antiphon.scheduler.config import Config
+from antiphon.scheduler.errors import ApiError, invalid, model_not_found
+from antiphon.scheduler.identity import given_request_id
+from antiphon.scheduler.logs import request_id_var
+from antiphon.scheduler.metrics import CONTENT_TYPE, Metrics
+from antiphon.scheduler.prompts import TokenizerSource
+from antiphon.scheduler.requests import CHAT_ROUTE, COMPLETION_ROUTE
+from antiphon.scheduler.rounds import RoundRunner
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LIST_ITEMS = 100
+MAX_LIST_ITEMS = 10_000
+CLIENT_CLOSED_STATUS = 499
+"""In logs and metrics only: the client went away before there was a status."""
+
+Item = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether this replica can serve, and what it stands on."""
+
+    engines_alive: int
+    ledger: str
+    """"ok", "degraded" (away: rounds go on with what the core knows) or "starting"."""
+    detail: str = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.engines_alive > 0 and self.ledger != "starting"
+
+
+class GatewayState(FleetModel, Protocol):
+    """What the gateway shows of the replica behind it. Items are JSON-ready."""
+
+    def readiness(self) -> Readiness: ...
+
+    async def receipts(self, limit: int, session_id: str | None) -> Sequence[Item]:
+        """Newest first."""
+
+    async def engines(self) -> Sequence[Item]: ...
+
+    async def sessions(self, limit: int) -> Sequence[Item]:
+        """Last active first."""
+
+
+def create_app(
+    runner: RoundRunner,
+    tokenizers: TokenizerSource,
+    config: Config,
+    state: GatewayState,
+    metrics: Metrics,
+) -> ASGIApp:
+    """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it."""
+    metrics.watch_engines(lambda: state.readiness().engines_alive)
+    pages = _Pages(config, state, metrics)
+    completions = [
+        Route(path, CompletionRoute(path, runner, tokenizers, config, state, metrics), methods=["POST"])
+        for path in (CHAT_ROUTE, COMPLETION_ROUTE)
+    ]
+    routes = [
+        *completions,
+        Route("/v1/models", pages.models),
+        Route("/v1/models/{model:path}", pages.model),
+        Route("/v1/receipts", pages.receipts),
+        Route("/v1/engines", pages.engines),
+        Route("/v1/sessions", pages.sessions),
+        Route("/health", pages.health),
+        Route("/ready", pages.ready),
+        Route("/metrics", pages.metrics),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={
+            ApiError: pages.api_error,
+            HTTPException: pages.http_error,
+            Exception: pages.bug,
+        },
+    )
+    return _RequestScope(app, metrics, frozenset(route.path for route in routes))
+
+
+class _Pages:
+    """Everything that is not a completion."""
+
+    def __init__(self, config: Config, state: GatewayState, metrics: Metrics) -> None:
+        self._config = config
+        self._state = state
+        self._metrics = metrics
+        self._started_at = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "ok", "policy": self._config.scheduler.policy})
+
+    async def ready(self, request: Request) -> Response:
+        readiness = self._state.readiness()
+        shown = {
+            "ready": readiness.ready,
+            "engines_alive": readiness.engines_alive,
+            "ledger": readiness.ledger,
+            "detail": readiness.detail,
+            "policy": self._config.scheduler.policy,
+        }
+        return _json(shown, 200 if readiness.ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
+
+    async def models(self, request: Request) -> Response:
+        return _list([self._model(name) for name in served_names(self._config, self._state)])
+
+    async def model(self, request: Request) -> Response:
+        name, served = request.path_params["model"], served_names(self._config, self._state)
+        if name not in served:
+            raise model_not_found(name, served)
+        return _json(self._model(name))
+
+    async def receipts(self, request: Request) -> Response:
+        limit = _limit(request.query_params)
+        return _list(await self._state.receipts(limit, request.query_params.get("session_id")))
+
+    async def engines(self, request: Request) -> Response:
+        return _list(await self._state.engines())
+
+    async def sessions(self, request: Request) -> Response:
+        return _list(await self._state.sessions(_limit(request.query_params)))
+
+    async def api_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        self._metrics.errors.labels(error.code).inc()
+        request.scope.setdefault(LOG_FIELDS, {})["code"] = error.code
+        closing = {"Connection": "close"} if error.status in (408, 413) else {}  # the body was not read whole
+        return _json(error.body(), error.status, error.headers() | closing)
+
+    async def http_error(self, request: Request, error: Exception) -> Response:
+        """Starlette's own: no such route, or not with this method."""
+        assert isinstance(error, HTTPException)
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        what = f"{request.method} {request.url.path}: {error.detail}."
+        shaped = await self.api_error(request, ApiError(error.status_code, code, what))
+        shaped.headers.update(error.headers or {})
+        return shaped
+
+    async def bug(self, request: Request, error: Exception) -> Response:
+        """Our own fault; the exception goes on to the log."""
+        shown = ApiError(
+            500, "internal_error", "The gateway failed; its log has the request id.", kind="server_error"
+        )
+        return await self.api_error(request, shown)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started_at,
+            "owned_by": "antiphon",
+            "max_model_len": self._state.context_tokens() or None,
+        }
+
+
+class _RequestScope:
+    """Outermost layer: request id in context and answer, one log line and the HTTP metrics per request."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        round_id = f"r{secrets.token_hex(12)}"
+        request_id = given_request_id(Headers(scope=scope)) or round_id
+        token = request_id_var.set(request_id)
+        fields: dict[str, Any] = {}
+        scope[LOG_FIELDS] = fields
+        scope[ROUND_ID] = round_id
+        status = CLIENT_CLOSED_STATUS
+        began_s = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            with self._metrics.in_flight.track_inprogress():
+                await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request failed by a bug")
+            raise
+        finally:
+            self._record(scope, status, time.perf_counter() - began_s, fields)
+            request_id_var.reset(token)
+
+    def _record(self, scope: Scope, status: int, elapsed_s: float, fields: dict[str, Any]) -> None:
+        route = scope["path"] if scope["path"] in self._paths else "other"
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(elapsed_s)
+        quiet = scope["method"] == "GET" and status < 400
+        shown = {"method": scope["method"], "path": scope["path"], "status": status}
+        log.log(
+            logging.DEBUG if quiet else logging.INFO,
+            "request",
+            extra={**shown, "elapsed_s": round(elapsed_s, 6), **fields},
+        )
+
+
+def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def _list(items: Sequence[Item]) -> Response:
+    return _json({"object": "list", "data": items})
+
+
+def _limit(query: QueryParams) -> int:
+    given = query.get("limit", str(DEFAULT_LIST_ITEMS))
+    if (
+        not given.isdecimal()
+        or not given.isascii()
+        or not 1 <= int(given[:9]) <= MAX_LIST_ITEMS
+        or len(given) > 9
+    ):
+        raise invalid(f"`limit` must be 1 to {MAX_LIST_ITEMS}, got {given[:20]!r}.", param="limit")
+    return int(given)

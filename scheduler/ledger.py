@@ -1,0 +1,293 @@
+"""The ledger: what must outlive a replica, in Redis. Leases, sessions, residency, totals, receipts.
+
+One script per claim and one per completion (data/*.lua), each atomic and safe to repeat; never one per token.
+A fence is max(last + 1, the server's clock in microseconds): strictly increasing, and above all that an
+emptied or rolled-back Redis ever gave, because the clock went on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from antiphon.engines.base import EngineRecord
+from antiphon.engines.registry import list_engines
+from antiphon.scheduler import ledger_views
+from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, RoundTaken, escaped
+from antiphon.scheduler.ledger_views import SessionRecord
+from antiphon.scheduler.messages import Claimed, Holding, Receipt, Totals
+
+__all__ = ["Ledger", "LedgerUnavailable", "RoundTaken", "SessionRecord", "thin"]
+
+log = logging.getLogger(__name__)
+
+DENSE_CANDIDATES = 24
+RECEIPTS_KEPT = 10_000
+ROUND_MEMORY_S = 600.0
+"""How long a recorded round is remembered, so that a repeated completion is known as such."""
+MAX_ID_CHARS = 255
+FORK_SUFFIX_CHARS = 17
+UNSETTLED_S = 10.0
+WRITTEN_LIMIT = 65_536
+
+HoldingEntry = tuple[bytes, int, str, str]
+"""(page hash, tokens up to its end, engine id, incarnation), as in `messages.Complete`."""
+
+_totals_decoder = msgspec.json.Decoder(dict[str, Totals])
+
+
+class Ledger:
+    """One process's ledger. Every call ends within `deadline_s` or raises `LedgerUnavailable`.
+
+    After a failed call, claims fail at once for `retry_after_s`: a ledger that hangs then costs one round
+    its deadline, and not every round.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        fleet: str = "default",
+        deadline_s: float = 0.5,
+        lease_ttl_s: float = 900.0,
+        retry_after_s: float = 1.0,
+        max_connections: int = 16,
+    ) -> None:
+        """`lease_ttl_s` bounds a lease whose replica lives on without it; longer than any round may take."""
+        self.connection = LedgerConnection(url, fleet, deadline_s, max_connections)
+        self._lease_ms = _milliseconds(lease_ttl_s)
+        self._retry_after_s = retry_after_s
+        self._epoch = ""
+        """Names the ledger's data: another one means that it was lost, with all that we wrote."""
+        self._written: OrderedDict[tuple[str, HoldingEntry], float] = OrderedDict()
+        """(tenant, entry) -> when it was written: not again before its TTL wears down."""
+        self._unsettled: dict[tuple[str, str], float] = {}
+        """(replica, round) of claims without an answer -> since when; their leases are given back."""
+        self._totals: dict[str, bytes] = {}
+
+    # ---------------------------------------------------------------- rounds
+
+    async def claim(
+        self,
+        *,
+        replica: str,
+        round_id: str,
+        session_id: str,
+        tenant: str,
+        candidates: Sequence[tuple[int, bytes]],
+        ttl_s: float,
+        slo_ttft_s: float = 0.0,
+        slo_itl_s: float = 0.0,
+    ) -> Claimed:
+        """Lease the session for this round; never waits for a busy session, never refuses one.
+
+        When a live round of a live replica holds the session, the answer names a new one, forked from it.
+        `candidates` are (tokens, page hash), longest first; a long list is thinned. Repeating a claim gives
+        the same answer. Raises `LedgerUnavailable`, or `RoundTaken` if another live replica runs this round.
+        """
+        if self.connection.failed_within(self._retry_after_s):
+            raise LedgerUnavailable("the ledger failed a moment ago")
+        c = self.connection
+        fork_of = session_id[: MAX_ID_CHARS - FORK_SUFFIX_CHARS]
+        keys = [
+            *c.keys("fence", "replicas", "sessions"),
+            c.round_key(round_id),
+            c.session_key(tenant, session_id),
+            *c.residency_keys(tenant, [page_hash for _, page_hash in thin(candidates)]),
+        ]
+        arguments = [
+            c.tag, escaped(replica), round_id, session_id, tenant, _milliseconds(ttl_s), self._lease_ms,
+            fork_of, c.session_key(tenant, fork_of), secrets.token_hex(8), slo_ttft_s, slo_itl_s,
+        ]  # fmt: skip
+        try:
+            answer = await c.script("claim", keys, arguments)
+        except (LedgerUnavailable, asyncio.CancelledError):
+            self._unsettled[replica, round_id] = time.monotonic()
+            raise
+        self._unsettled.pop((replica, round_id), None)
+        self._see_epoch(answer[1])
+        return _claimed(round_id, answer)
+
+    async def complete(
+        self,
+        *,
+        replica: str,
+        fence: int,
+        session_id: str,
+        tenant: str,
+        receipt: Receipt,
+        holdings: Sequence[HoldingEntry] = (),
+        ttl_s: float,
+    ) -> bool:
+        """Record how a round ended and free its lease; `session_id` is the one that the claim answered.
+
+        `fence` is the claim's, 0 for a round that ran without one (degraded). False: a newer claim has the
+        session, and nothing was recorded but a count. Repeating a completion changes nothing and answers
+        the same. Raises `LedgerUnavailable`.
+        """
+        c = self.connection
+        now = time.monotonic()
+        # A long history would be written anew by every round: the cost must not grow with its length.
+        written, stale_s = self._written, now - ttl_s / 4
+        fresh = [entry for entry in holdings if written.get((tenant, entry), stale_s) <= stale_s]
+        keys = [
+            *c.keys("fence"),
+            c.round_key(receipt.round_id),
+            c.session_key(tenant, session_id),
+            *c.keys("sessions", "receipts", "counters"),
+            *c.residency_keys(tenant, [page_hash for page_hash, _, _, _ in fresh]),
+        ]
+        arguments: list[str | int | bytes] = [
+            c.tag, escaped(replica), receipt.round_id, fence, session_id, tenant, receipt.home or "",
+            receipt.outcome.value, _milliseconds(ttl_s), receipt.prompt_tokens, receipt.completion_tokens,
+            receipt.cached_tokens, msgspec.json.encode(receipt), RECEIPTS_KEPT, _milliseconds(ROUND_MEMORY_S),
+        ]  # fmt: skip
+        for _, tokens, engine_id, incarnation in fresh:
+            arguments += (engine_id, f"{incarnation}|{tokens}")
+        self._unsettled.pop((replica, receipt.round_id), None)
+        recorded, epoch = await c.script("complete", keys, arguments)
+        self._see_epoch(epoch)
+        if recorded:
+            self._remember(tenant, fresh, now)
+        return bool(recorded)
+
+    async def release(self, replica: str, round_id: str) -> bool:
+        """Give back a claim that will not run; True if there was one. Raises `LedgerUnavailable`."""
+        keys = [self.connection.round_key(round_id), *self.connection.keys("sessions")]
+        return bool(await self.connection.script("release", keys, [escaped(replica), round_id]))
+
+    # ---------------------------------------------------------------- replicas
+
+    async def publish_totals(self, replica: str, totals: Mapping[str, Totals]) -> None:
+        """All that this replica has reserved, by engine id. Raises `LedgerUnavailable`.
+
+        Written only where a heartbeat keeps it alive; else the next heartbeat brings it.
+        """
+        encoded = self._totals[replica] = msgspec.json.encode(totals)
+        _, key = self.connection.replica_keys(replica)
+        await self.connection.command("SET", key, encoded, "XX", "KEEPTTL")
+
+    async def heartbeat(self, replica: str, ttl_s: float) -> None:
+        """The replica, its leases and its totals live for `ttl_s` more. Raises `LedgerUnavailable`.
+
+        Also gives back the leases of claims whose answers never came.
+        """
+        c = self.connection
+        keys = [*c.replica_keys(replica), *c.keys("replicas")]
+        totals = self._totals.get(replica, b"{}")
+        await c.script("heartbeat", keys, [c.tag, escaped(replica), _milliseconds(ttl_s), totals])
+        for (owner, round_id), since in list(self._unsettled.items()):
+            # The claim may still be on its way when it is released: try for a while.
+            released = owner == replica and await self.release(replica, round_id)
+            if released or time.monotonic() - since > UNSETTLED_S:
+                self._unsettled.pop((owner, round_id), None)
+
+    async def retire(self, replica: str) -> None:
+        """A clean end: leases and totals of the replica are void at once. Raises `LedgerUnavailable`."""
+        keys = self.connection.replica_keys(replica)
+        await self.connection.command("DEL", *keys)
+
+    # ---------------------------------------------------------------- views; all raise `LedgerUnavailable`
+
+    async def check(self) -> None:
+        """The ledger answers and takes our scripts."""
+        await self.connection.load_scripts()
+
+    async def engines(self) -> tuple[EngineRecord, ...]:
+        """Records of the fleet's live engines, by id."""
+        return await self.connection.call(lambda: list_engines(self.connection.redis, self.connection.fleet))
+
+    async def sessions(
+        self, limit: int = 100, cursor: int = 0
+    ) -> tuple[tuple[SessionRecord, ...], int | None]:
+        """A page of sessions, latest use first, and the next page's cursor (None at the end)."""
+        return await ledger_views.sessions(self.connection, limit, cursor)
+
+    async def receipts(self, limit: int = 100, session_id: str | None = None) -> tuple[dict[str, Any], ...]:
+        """Latest first: JSON objects with the fields of `messages.Receipt`, and `tenant`, `recorded_s`."""
+        return await ledger_views.receipts(self.connection, limit, session_id)
+
+    async def counters(self) -> dict[str, int]:
+        """Recorded rounds by outcome, and `fenced`: completions that came too late to be recorded."""
+        return await ledger_views.counters(self.connection)
+
+    async def close(self) -> None:
+        await self.connection.close()
+
+    # ---------------------------------------------------------------- what need not be written again
+
+    def _remember(self, tenant: str, entries: Sequence[HoldingEntry], now: float) -> None:
+        for entry in entries:
+            self._written[tenant, entry] = now
+            self._written.move_to_end((tenant, entry))
+        while len(self._written) > WRITTEN_LIMIT:
+            self._written.popitem(last=False)
+
+    def _see_epoch(self, epoch: str) -> None:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._written.clear()
+
+
+def thin(candidates: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """A list, longest first, that grows with the logarithm of a history's length.
+
+    All of the longest DENSE_CANDIDATES stay; of the rest, counted from the shortest, the first 15 and then
+    every 2nd, 4th, 8th, ... of each doubling. So a prefix is understated by less than an eighth.
+    """
+    count = len(candidates)
+    return [
+        candidate
+        for at, candidate in enumerate(candidates)
+        if at < DENSE_CANDIDATES or (count - at) % (1 << max(0, (count - at).bit_length() - 4)) == 0
+    ]
+
+
+def _claimed(round_id: str, answer: Sequence[Any]) -> Claimed:
+    fence, _, session_id, parent_id, rounds, home, holdings, totals = answer
+    return Claimed(
+        round_id=round_id,
+        fence=int(fence),
+        session_id=session_id,
+        round_number=int(rounds) + 1,
+        parent_id=parent_id or None,
+        home=home or None,
+        holdings=tuple(_holding(*pair) for pair in zip(holdings[::2], holdings[1::2], strict=True)),
+        others=_summed(totals),
+    )
+
+
+def _holding(engine_id: str, value: str) -> Holding:
+    incarnation, _, tokens = value.rpartition("|")
+    return Holding(engine_id, incarnation, int(tokens))
+
+
+def _summed(encoded: Sequence[str]) -> dict[str, Totals]:
+    """The other replicas' totals by engine; one that cannot be read is left out."""
+    total: dict[str, Totals] = {}
+    for text in encoded:
+        try:
+            replica = _totals_decoder.decode(text)
+        except msgspec.MsgspecError as error:
+            log.warning("the totals of a replica cannot be read and are ignored: %s", error)
+            continue
+        for engine_id, theirs in replica.items():
+            ours = total.get(engine_id, Totals())
+            total[engine_id] = Totals(
+                ours.prefill_s + theirs.prefill_s,
+                ours.prefill_rounds + theirs.prefill_rounds,
+                ours.decode_rounds + theirs.decode_rounds,
+                ours.context_tokens + theirs.context_tokens,
+            )
+    return total
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

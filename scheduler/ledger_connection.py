@@ -1,0 +1,144 @@
+"""A connection to the ledger's Redis: deadlines, one kind of error, scripts, and the names of keys.
+
+Keys of a fleet share one hash tag, so that a script never leaves its slot. Tenants and ids are
+percent-encoded in keys, so that no name can reach another's record:
+
+    {antiphon:F}:fence              hash   epoch, last fence given
+    {antiphon:F}:sess:TENANT:ID     hash   a session, with the lease of the round in flight; TTL
+    {antiphon:F}:round:ID           hash   the session that a round was claimed in, whether it is done; TTL
+    {antiphon:F}:res:TENANT:HASH    hash   engine id -> "incarnation|tokens"; TTL
+    {antiphon:F}:replica:ID, totals:ID     a replica's heartbeat, and what it has reserved; TTL
+    {antiphon:F}:replicas, sessions, receipts, counters
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import resources
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from antiphon.engines.registry import fleet_tag, shown
+
+T = TypeVar("T")
+
+SCRIPTS = ("claim", "complete", "release", "heartbeat")
+
+
+class LedgerUnavailable(Exception):
+    """The ledger did not answer in time, or could not do what it was asked: go on without it."""
+
+
+class RoundTaken(Exception):
+    """The round runs on another live replica, or has ended: it must not run again."""
+
+
+class LedgerConnection:
+    """Every call ends within `deadline_s` or raises `LedgerUnavailable`. Used from one event loop."""
+
+    def __init__(self, url: str, fleet: str, deadline_s: float, max_connections: int) -> None:
+        self.where = shown(url)
+        self.fleet = fleet
+        self.deadline_s = deadline_s
+        self.tag = fleet_tag(fleet)
+        self._failed_s: float | None = None
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url,
+            max_connections=max_connections,
+            timeout=deadline_s,
+            protocol=2,
+            decode_responses=True,
+            socket_timeout=deadline_s,
+            socket_connect_timeout=deadline_s,
+            # One retry: a server that was restarted leaves dead connections in the pool. Scripts bear it.
+            retry=Retry(NoBackoff(), 1),
+        )
+        self.redis = redis.asyncio.Redis.from_pool(pool)
+        folder = resources.files("antiphon.scheduler") / "data"
+        self._texts = {name: (folder / f"{name}.lua").read_text() for name in SCRIPTS}
+        self._scripts = {name: self.redis.register_script(text) for name, text in self._texts.items()}
+
+    async def call(self, call: Callable[[], Awaitable[T]]) -> T:
+        """One exchange; raises `LedgerUnavailable` for whatever goes wrong, `RoundTaken` from a script."""
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                answer = await call()
+        except ResponseError as error:
+            if str(error).startswith("ROUNDTAKEN"):
+                raise RoundTaken(str(error)) from error
+            raise self._failed(f"refuses: {error}") from error
+        except TimeoutError as error:
+            raise self._failed(f"did not answer in {self.deadline_s:g} s") from error
+        except (RedisError, OSError) as error:
+            raise self._failed(f"is away: {error}") from error
+        self._failed_s = None
+        return answer
+
+    async def command(self, *words: str | int | bytes) -> Any:
+        """One Redis command, its answer as redis-py parses it."""
+        (answer,) = await self.commands([words])
+        return answer
+
+    async def commands(self, commands: Sequence[tuple[str | int | bytes, ...]]) -> list[Any]:
+        """Several commands in one exchange, not atomic."""
+
+        async def execute() -> list[Any]:
+            async with self.redis.pipeline(transaction=False) as pipeline:
+                for words in commands:
+                    pipeline.execute_command(*words)
+                return await pipeline.execute()
+
+        return await self.call(execute) if commands else []
+
+    async def script(self, name: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """Run a script by its hash; a server that does not know it (restarted, flushed) is taught again."""
+        return await self.call(lambda: self._scripts[name](keys=keys, args=arguments))
+
+    async def load_scripts(self) -> None:
+        """Teach the server every script: shows that it is there and takes them."""
+        await self.commands([("SCRIPT LOAD", text) for text in self._texts.values()])
+
+    def failed_within(self, seconds: float) -> bool:
+        """The last call failed, less than `seconds` ago."""
+        return self._failed_s is not None and time.monotonic() - self._failed_s < seconds
+
+    async def close(self) -> None:
+        await self.redis.aclose()
+        await self.redis.connection_pool.disconnect()
+
+    def _failed(self, what: str) -> LedgerUnavailable:
+        self._failed_s = time.monotonic()
+        return LedgerUnavailable(f"the ledger at {self.where} {what}")
+
+    # ---- names of keys
+
+    def keys(self, *names: str) -> list[str]:
+        return [f"{self.tag}:{name}" for name in names]
+
+    def round_key(self, round_id: str) -> str:
+        return f"{self.tag}:round:{escaped(round_id)}"
+
+    def session_key(self, tenant: str, session_id: str) -> str:
+        return f"{self.tag}:sess:{escaped(tenant)}:{escaped(session_id)}"
+
+    def residency_keys(self, tenant: str, page_hashes: Sequence[bytes]) -> list[str]:
+        """Content is shared within a tenant only: the tenant's digest stands in the key."""
+        digest = hashlib.sha256(tenant.encode()).hexdigest()[:16]
+        return [f"{self.tag}:res:{digest}:{page_hash.hex()}" for page_hash in page_hashes]
+
+    def replica_keys(self, replica: str) -> list[str]:
+        """Heartbeat and totals."""
+        return [f"{self.tag}:replica:{escaped(replica)}", f"{self.tag}:totals:{escaped(replica)}"]
+
+
+def escaped(name: str) -> str:
+    """Percent-encoded: letters, digits and -_.~ only, so neither ':' nor braces; different names differ."""
+    return quote(name, safe="")

@@ -1,0 +1,109 @@
+"""Prometheus metrics of one replica, from receipts and gateway events. The table is docs/metrics.md.
+
+Every name begins with `antiphon_` and ends in its unit. Labels have few values: never a session or a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from antiphon.scheduler.messages import Receipt
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0)
+ITL_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+PHASE_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+
+
+class Metrics:
+    """One registry per instance, so that several replicas can live in one process (tests do)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(namespace="antiphon", registry=self.registry)
+        self._gateway()
+        self._rounds()
+
+    def _gateway(self) -> None:
+        self.requests = self._counter("http_requests", "HTTP requests answered", "route", "status")
+        self.in_flight = Gauge(
+            "antiphon_http_requests_in_flight", "HTTP requests being answered", registry=self.registry
+        )
+        self.request_seconds = self._histogram(
+            "http_request_seconds", "Whole request, until its last byte was sent", TTFT_BUCKETS_S, "route"
+        )
+        self.disconnects = self._counter(
+            "client_disconnects", "Clients that went away before their answer ended", "phase"
+        )
+        self.errors = self._counter("errors", "Error answers and error events, by code", "code")
+
+    def _rounds(self) -> None:
+        self.rounds = self._counter("rounds", "Rounds that ended", "arm", "outcome")
+        self.ttft = self._histogram("round_ttft_seconds", "Arrival to first token", TTFT_BUCKETS_S, "arm")
+        self.itl = self._histogram("round_itl_seconds", "Mean time between tokens of a round", ITL_BUCKETS_S)
+        self.phase = self._histogram("round_phase_seconds", "Parts of the TTFT", PHASE_BUCKETS_S, "phase")
+        self.ttft_ratio = self._histogram(
+            "round_ttft_actual_to_predicted_ratio", "1 = the latency model was right", RATIO_BUCKETS, "arm"
+        )
+        self.tokens = self._counter(
+            "tokens", "Tokens of completed rounds: prompt, cached (of the prompt), pulled, completion", "kind"
+        )
+        self.transfer_bytes = self._counter("kv_transfer_bytes", "KV moved between pools", "direction")
+        self.failed_tries = self._counter("failed_tries", "Tries of rounds that an engine failed", "arm")
+        self.degraded = self._counter("degraded_rounds", "Rounds decided without the ledger")
+
+    def watch_engines(self, count: Callable[[], int]) -> None:
+        """`count` is asked at every scrape for the engines that are alive."""
+        gauge = Gauge("antiphon_engines_alive", "Engines that can be used now", registry=self.registry)
+        gauge.set_function(count)
+
+    def observe_receipt(self, receipt: Receipt) -> None:
+        """Count a round that ended; call it once per receipt."""
+        arm = receipt.arm.value if receipt.arm is not None else "none"
+        self.rounds.labels(arm, receipt.outcome.value).inc()
+        for attempt in receipt.tries:
+            if attempt.failure:
+                self.failed_tries.labels(attempt.placement.arm.value).inc()
+        if receipt.degraded:
+            self.degraded.inc()
+        self.transfer_bytes.labels("decode_to_prefill").inc(receipt.bytes_decode_to_prefill)
+        self.transfer_bytes.labels("prefill_to_decode").inc(receipt.bytes_prefill_to_decode)
+        if receipt.completion_tokens:
+            self._observe_tokens(receipt)
+        if receipt.ttft_s is not None:
+            self._observe_times(receipt, receipt.ttft_s, arm)
+
+    def render(self) -> bytes:
+        """The registry in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _observe_tokens(self, receipt: Receipt) -> None:
+        self.tokens.labels("prompt").inc(receipt.prompt_tokens)
+        self.tokens.labels("cached").inc(receipt.cached_tokens)
+        self.tokens.labels("pulled").inc(receipt.pulled_tokens)
+        self.tokens.labels("completion").inc(receipt.completion_tokens)
+
+    def _observe_times(self, receipt: Receipt, ttft_s: float, arm: str) -> None:
+        self.ttft.labels(arm).observe(ttft_s)
+        if receipt.itl_s is not None:
+            self.itl.observe(receipt.itl_s)
+        if receipt.predicted_ttft_s > 0:
+            self.ttft_ratio.labels(arm).observe(ttft_s / receipt.predicted_ttft_s)
+        phases = {
+            "queue": receipt.queue_s,
+            "pull": receipt.pull_s,
+            "prefill": receipt.prefill_s,
+            "push": receipt.push_s,
+        }
+        for phase, seconds in phases.items():
+            self.phase.labels(phase).observe(seconds)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"antiphon_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"antiphon_{name}", text, labels, registry=self.registry, buckets=buckets)

@@ -1,0 +1,329 @@
+"""What clients may send to the completion routes: parsing and checks, before anything else happens.
+
+The structs list every field that we read or pass on; what is not listed is ignored, as SGLang ignores it. So
+a client can never reach an engine's own routing fields (`rid`, `bootstrap_host`, `extra_key`, ...).
+A failed check raises `ApiError` with the field in `param` and leaves no trace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from antiphon.scheduler.errors import ApiError, context_length_exceeded, invalid
+
+CHAT_ROUTE = "/v1/chat/completions"
+COMPLETION_ROUTE = "/v1/completions"
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of `max_tokens` on /v1/completions; on the chat route it is what the window leaves."""
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Milliseconds = Annotated[float, Meta(gt=0)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class Slo(msgspec.Struct, frozen=True):
+    ttft_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
+
+
+class SessionFields(msgspec.Struct, frozen=True):
+    id: str | None = None
+    slo: Slo | None = None
+
+
+class Body(msgspec.Struct, kw_only=True, frozen=True):
+    """Fields of both routes. None means "not given": clients send null for that."""
+
+    model: str
+    max_tokens: Positive | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    best_of: int | None = None
+    session: SessionFields | None = None
+    session_id: str | None = None
+    return_token_ids: bool | None = None
+    cache_salt: str | None = None
+    extra_key: Any = None
+    # Passed to the engine as they are.
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Int64 | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    min_tokens: Count | None = None
+    seed: Int64 | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Count] | None = None
+    stop_regex: str | list[str] | None = None
+    no_stop_trim: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    custom_params: dict[str, Any] | None = None
+
+
+class ChatBody(Body, kw_only=True, frozen=True):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | float | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+
+
+class CompletionBody(Body, kw_only=True, frozen=True):
+    prompt: Any
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    json_schema: str | None = None
+
+
+# Ours alone: read here, never sent to an engine. `model` too: an engine would take "a:b" for an adapter.
+_OURS = frozenset({
+    "model", "prompt", "max_tokens", "max_completion_tokens", "stream", "stream_options", "n", "best_of",
+    "session", "session_id", "return_token_ids", "cache_salt", "extra_key", "suffix",
+    "continue_final_message",
+})  # fmt: skip
+
+_chat_decoder = msgspec.json.Decoder(ChatBody)
+_completion_decoder = msgspec.json.Decoder(CompletionBody)
+_AT_PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"missing required field `(?P<field>\w+)`")
+
+
+@dataclass(frozen=True, slots=True)
+class Slos:
+    ttft_s: float
+    itl_s: float
+
+
+def parse_chat(raw: bytes) -> ChatBody:
+    """A checked chat body; raises `ApiError` (400)."""
+    body: ChatBody = _decode(_chat_decoder, raw)
+    _check_common(body)
+    _check_messages(body.messages)
+    for index, tool in enumerate(body.tools or ()):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise invalid("A tool needs a `function` with a `name`.", param=f"tools[{index}]")
+    _check_tool_choice(body)
+    return body
+
+
+def parse_completion(raw: bytes) -> tuple[CompletionBody, str | tuple[int, ...]]:
+    """A checked completion body and its one prompt, text or token ids; raises `ApiError` (400)."""
+    body: CompletionBody = _decode(_completion_decoder, raw)
+    _check_common(body)
+    if body.suffix is not None:
+        raise invalid("`suffix` is not supported.", param="suffix")
+    return body, _one_prompt(body.prompt)
+
+
+def output_limit(body: Body, prompt_tokens: int, window_tokens: int) -> int:
+    """How many tokens may be generated: what was asked for, but never more than the window leaves.
+
+    Raises `ApiError` (400, context_length_exceeded) when the prompt leaves nothing; a `max_tokens` that is
+    too large is cut, not refused: agents send the same one in every round.
+    """
+    chat = isinstance(body, ChatBody)
+    left = window_tokens - prompt_tokens
+    if left < 1:
+        raise context_length_exceeded(prompt_tokens, window_tokens, "messages" if chat else "prompt")
+    asked = body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        asked = body.max_completion_tokens
+    if asked is None:
+        asked = left if chat else DEFAULT_COMPLETION_TOKENS
+    if body.min_tokens is not None and body.min_tokens > asked:
+        raise invalid(
+            f"`min_tokens` is {body.min_tokens}, over the {asked} tokens that may be generated.",
+            param="min_tokens",
+        )
+    return min(asked, left)
+
+
+def engine_fields(body: Body, max_output_tokens: int) -> dict[str, Any]:
+    """The fields that go to the engine: what the client gave, less what is ours, with the limit resolved."""
+    fields = {
+        name: value
+        for name in body.__struct_fields__
+        if name not in _OURS and (value := getattr(body, name)) is not None
+    }
+    fields["max_tokens"] = max_output_tokens
+    if "min_tokens" in fields:
+        fields["min_tokens"] = min(fields["min_tokens"], max_output_tokens)
+    return fields
+
+
+def template_tools(body: ChatBody) -> list[dict[str, Any]] | None:
+    """The tools that the prompt shows: none for `tool_choice` "none", one for a named choice."""
+    if not body.tools or body.tool_choice == "none":
+        return None
+    if isinstance(body.tool_choice, dict):
+        name = body.tool_choice["function"]["name"]
+        return [tool for tool in body.tools if tool["function"]["name"] == name]
+    return body.tools
+
+
+def template_kwargs(body: ChatBody) -> dict[str, Any]:
+    """Template variables: the client's own, and what `reasoning_effort` stands for (as SGLang has it)."""
+    variables: dict[str, Any] = {}
+    if body.reasoning_effort is not None:
+        thinks = body.reasoning_effort != "none"
+        variables = {"reasoning_effort": body.reasoning_effort, "thinking": thinks, "enable_thinking": thinks}
+    return variables | (body.chat_template_kwargs or {})
+
+
+def slos(session: SessionFields | None, default: Slos) -> Slos:
+    """The request's own targets where it names them."""
+    asked = session.slo if session is not None else None
+    if asked is None:
+        return default
+    return Slos(
+        default.ttft_s if asked.ttft_ms is None else asked.ttft_ms / 1000,
+        default.itl_s if asked.tpot_ms is None else asked.tpot_ms / 1000,
+    )
+
+
+def check_token_ids(ids: tuple[int, ...], vocabulary_tokens: int) -> None:
+    """Raises `ApiError` (400) for an id that the model has no embedding for."""
+    lowest, highest = min(ids), max(ids)
+    if lowest < 0 or highest >= vocabulary_tokens:
+        wrong = lowest if lowest < 0 else highest
+        raise invalid(
+            f"Token id {wrong} at position {ids.index(wrong)}: the vocabulary has {vocabulary_tokens}.",
+            param="prompt",
+            code="invalid_token_id",
+        )
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        raise _validation_error(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(f"The body is not valid JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise invalid("The body is nested too deeply.", code="invalid_json") from error
+
+
+def _validation_error(text: str) -> ApiError:
+    found = _AT_PATH.match(text)
+    what, path = (found["what"], found["path"]) if found else (text, "")
+    if missing := _MISSING.search(what):
+        path = f"{path}.{missing['field']}" if path else missing["field"]
+        return invalid(f"The field `{path}` is required.", param=path)
+    where = f"`{path}`" if path else "the body"
+    return invalid(f"Wrong value for {where}: {what[:1].lower()}{what[1:]}.", param=path or None)
+
+
+def _check_common(body: Body) -> None:
+    for name, value in (("n", body.n), ("best_of", body.best_of)):
+        if value is not None and value != 1:
+            raise invalid(f"`{name}` must be 1: one answer per request is supported.", param=name)
+    if body.extra_key is not None:
+        raise invalid(
+            "`extra_key` is not supported: use `cache_salt` to keep caches apart.", param="extra_key"
+        )
+    if body.cache_salt == "":
+        raise invalid("`cache_salt` must not be empty: leave it out instead.", param="cache_salt")
+
+
+def _check_messages(messages: list[dict[str, Any]]) -> None:
+    if not messages:
+        raise invalid("`messages` is empty: at least one message is needed.", param="messages")
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        role = message.get("role")
+        if role not in ROLES if isinstance(role, str) else True:
+            raise invalid(
+                f"`role` must be one of {', '.join(sorted(ROLES))}; got {role!r:.60}.", param=f"{where}.role"
+            )
+        _check_content(message.get("content"), f"{where}.content")
+        calls = message.get("tool_calls")
+        if calls is not None and not (
+            isinstance(calls, list)
+            and all(isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls)
+        ):
+            raise invalid(
+                "`tool_calls` must be a list of objects with a `function`.", param=f"{where}.tool_calls"
+            )
+
+
+def _check_tool_choice(body: ChatBody) -> None:
+    choice = body.tool_choice
+    if choice is None or choice in ("auto", "none"):
+        return
+    names = [tool["function"]["name"] for tool in body.tools or ()]
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if name not in names:
+            raise invalid(f"`tool_choice` names {name!r:.60}, which is not in `tools`.", param="tool_choice")
+    elif choice != "required":
+        raise invalid("`tool_choice` must be auto, none, required or a function.", param="tool_choice")
+    elif not names:
+        raise invalid("`tool_choice` is required, but there are no `tools`.", param="tool_choice")
+
+
+def _check_content(content: Any, where: str) -> None:
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise invalid("`content` must be a string, a list of parts, or null.", param=where)
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise invalid(
+                f"Only content parts of type `text` are supported, not {kind!r:.60}.",
+                param=f"{where}[{index}]",
+            )
+        if not isinstance(part.get("text"), str):
+            raise invalid("A text part needs a string `text`.", param=f"{where}[{index}].text")
+
+
+def _one_prompt(prompt: Any) -> str | tuple[int, ...]:
+    """Text or ids, bare or as the only element of a list; raises `ApiError`."""
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if len(prompt) > 1:
+            raise invalid(
+                f"`prompt` holds {len(prompt)} prompts: send one per request.",
+                param="prompt",
+                code="several_prompts",
+            )
+        prompt = prompt[0]
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(prompt, list) and prompt and all(type(token_id) is int for token_id in prompt):
+        return tuple(prompt)
+    if prompt in ("", []):
+        raise invalid("`prompt` is empty.", param="prompt")
+    raise invalid("`prompt` must be a string or a list of token ids.", param="prompt")
