@@ -9,7 +9,7 @@ nothing by itself: call `abort(rid)`. Every method has a deadline and raises onl
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -29,12 +29,12 @@ class EngineRecord:
     kv_addresses: tuple[str, ...] = ()
     """host:port of each rank's directory; empty = an engine without our linker (`local` only)."""
     model_id: str = ""
-    model_path: str = ""
-    """Where the engine found it: the gateway takes tokenizer and chat template from there, if it can."""
     chunk_tokens: int = 0
     """--chunked-prefill-size; 0 = unknown."""
     decode_interval: int = 0
     """--prefill-decode-interval: decode steps between chunks; 0 = prefill first."""
+    model_path: str = ""
+    """Where the engine found its model: the gateway takes tokenizer and chat template from there."""
 
 
 class FailureKind(Enum):
@@ -147,7 +147,7 @@ class Engine(Protocol):
     ) -> PrefillResult:
         """Compute and keep the KV of `input_ids`, generate nothing (`max_new_tokens` 0)."""
 
-    def generate(self, request: GenerateRequest, *, deadline_s: float) -> AsyncIterator[Chunk]:
+    def generate(self, request: GenerateRequest, *, deadline_s: float) -> AsyncGenerator[Chunk, None]:
         """Stream one answer. `deadline_s` bounds the wait for the first and for each next event."""
 
     async def prefetch(

@@ -65,6 +65,8 @@ class SimulatedOptions:
     script: Path | None = None
     """JSONL file of scripted answers (`scripts.py`)."""
     model_id: str = "simulated"
+    model_path: str = ""
+    """Whose tokenizer and chat template gateways are to use; the engine itself needs none."""
     page_size_tokens: int = 16
     pool_tokens: int = 65536
     """Device pool."""
@@ -102,6 +104,7 @@ class SimulatedOptions:
 
 _SGLANG_FLAGS: dict[str, tuple[str, type]] = {
     "--served-model-name": ("model_id", str),
+    "--model-path": ("model_path", str),
     "--page-size": ("page_size_tokens", int),
     "--max-total-tokens": ("pool_tokens", int),
     "--context-length": ("context_tokens", int),
@@ -200,6 +203,7 @@ class SimulatedEngine:
             incarnation=self._incarnation,
             kv_addresses=self.hello.kv_addresses,
             model_id=options.model_id,
+            model_path=options.model_path,
             chunk_tokens=options.chunk_tokens,
             decode_interval=options.decode_interval,
         )
@@ -279,7 +283,7 @@ class SimulatedEngine:
 
 
 async def serve_simulated(options: SimulatedOptions) -> None:
-    """Run one engine until SIGINT or SIGTERM; raises ValueError, OSError, EngineIdTaken if it cannot start."""
+    """Run one engine until SIGINT or SIGTERM. Cannot start: ValueError, OSError, EngineIdTaken."""
     stop = asyncio.Event()
     running = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -117,6 +117,8 @@ class Puller:
         self._breaker = breaker or CircuitBreaker()
         self._connections = _Connections()
         self._lock = threading.Lock()
+        self._under_way: dict[bytes, threading.Event] = {}
+        """First page of every pull under way -> set when it has ended."""
         self.totals = PullTotals()
 
     def pull(self, request: wire.Prefetch) -> wire.Prefetched:
@@ -124,19 +126,14 @@ class Puller:
         now = time.monotonic()
         pull = _Pull(request, now, now + request.deadline_s)
         self._store.learn((request.parent, *request.hashes))
-        # What is here already must not be evicted to make room for what follows it.
-        have = self._store.pin(request.hashes, ttl_s=request.deadline_s + _CONFIRM_GRACE_S, holder="pull")
         reason = ""
         try:
-            if len(have.slots) < len(request.hashes):
-                self._pull_from_source(pull, len(have.slots))
+            self._pull_missing(pull)
         except _Stop as stop:
             reason = str(stop)
         except Exception as error:
             logger.exception("pull from %s failed", request.source_address)
             reason = f"internal error: {error!r}"
-        finally:
-            self._store.unpin(have.pin_id)
         with self._lock:
             self.totals.pulled_pages += pull.pages
             self.totals.pulled_bytes += pull.bytes
@@ -150,6 +147,31 @@ class Puller:
 
     def close(self) -> None:
         self._connections.close()
+
+    def _pull_missing(self, pull: _Pull) -> None:
+        """Pull what is not here, once: who finds its first missing page under way waits for that pull."""
+        hashes = pull.request.hashes
+        while True:
+            # What is here already must not be evicted to make room for what follows it.
+            have = self._store.pin(hashes, ttl_s=pull.request.deadline_s + _CONFIRM_GRACE_S, holder="pull")
+            try:
+                if len(have.slots) == len(hashes):
+                    return
+                first = hashes[len(have.slots)]
+                ended = threading.Event()
+                with self._lock:
+                    other = self._under_way.setdefault(first, ended)
+                if other is ended:
+                    try:
+                        self._pull_from_source(pull, len(have.slots))
+                    finally:
+                        with self._lock:
+                            del self._under_way[first]
+                        ended.set()
+                    return
+            finally:
+                self._store.unpin(have.pin_id)
+            other.wait(self._time_left(pull))
 
     def _pull_from_source(self, pull: _Pull, have: int) -> None:
         source = pull.request.source_address

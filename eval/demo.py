@@ -42,12 +42,16 @@ from antiphon.traces.replay import ReplayOptions, replay
 from antiphon.traces.results import ReplayResult
 
 ARMS_NEEDED = ("local", "remote_pull")
-CONCURRENCIES = (4, 8, 2)
-"""Tried in turn until both arms occurred."""
-SLO_FACTOR = 1.75
-"""TTFT target = this times one unloaded remote round: slack while the prefill engine is idle, none when it
-has a queue. With AMPD's alpha of 0.8 the first tier then closes under load and opens again."""
+CONCURRENCIES = (4, 8, 16)
+"""Live sessions, tried in turn until both arms occurred."""
+REPEATS = 3
+"""The bundled trace is sent so often, each time as new sessions: AMPD's first tier looks back 10 s, so it
+closes and opens again only in a run of some length."""
+SLO_FACTOR = 5.0
+"""TTFT target = this times one unloaded prefill. A remote round has two requests and a transfer, about two of
+them: slack while few sessions are live, none when they queue."""
 RECEIPT_POLL_S = 0.3
+BUNDLED_TRACE = Path(str(resources.files("antiphon.traces") / "data" / "demo.jsonl"))
 
 
 class DemoError(Exception):
@@ -87,32 +91,27 @@ async def running_stack(options: DemoOptions, console: Console) -> AsyncIterator
         yield stack, model
 
 
-async def measure_round_s(stack: Stack, prompt: list[int]) -> float:
-    """One remote round without load, second of two: prefill on p0, transfer, prefill of the rest on d0."""
-    engines = [HttpEngine(stack.engines[name], stack.fleet_key) for name in ("p0", "d0")]
+async def measure_prefill_s(stack: Stack, prompt: list[int]) -> float:
+    """Seconds of one whole prefill without load: the best of three, each under a salt of its own."""
+    engine = HttpEngine(stack.engines["p0"], stack.fleet_key)
     try:
-        for engine in engines:
-            await engine.connect(30.0)
+        await engine.connect(30.0)
         best = float("inf")
-        for attempt in range(3):
-            salted = [*prompt[:-1], 40 + attempt]
-            salt = uuid.uuid4().hex  # nothing cached: the whole prompt is computed
+        for _ in range(3):
+            rid, salt = uuid.uuid4().hex, uuid.uuid4().hex
             began = time.perf_counter()
-            await engines[0].prefill(
-                salted, uuid.uuid4().hex, session_id="measure", cache_salt=salt, deadline_s=60.0
-            )
+            await engine.prefill(prompt, rid, session_id="measure", cache_salt=salt, deadline_s=60.0)
             best = min(best, time.perf_counter() - began)
         return best
     finally:
-        for engine in engines:
-            await engine.close()
+        await engine.close()
 
 
 async def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """All five steps; the result as written. Raises `DemoError` or `StackError`."""
     began = time.monotonic()
-    trace = options.trace or Path(str(resources.files("antiphon.traces") / "data" / "demo.jsonl"))
     async with running_stack(options, console) as (stack, model):
+        trace = _write_trace(options.directory / "trace.jsonl", options.trace or BUNDLED_TRACE)
         prefill_s, slo_s = await _start_gateway(stack, trace, options, console)
         result, log = await _replay_until_both_arms(stack, trace, options, slo_s, console)
         console.print(result_table(result))
@@ -132,7 +131,7 @@ async def _start_gateway(
 ) -> tuple[float, float]:
     """(unloaded prefill, TTFT target) in seconds; the gateway runs with that target."""
     session = next(iter(read_trace(trace)))
-    prefill_s = await measure_round_s(stack, prompt_ids(session, 0, [], ORDINARY_IDS, 0))
+    prefill_s = await measure_prefill_s(stack, prompt_ids(session, 0, [], ORDINARY_IDS, 0))
     slo_s = round(SLO_FACTOR * prefill_s, 3)
     console.print(
         f"one prefill of {session.rounds[0].prompt_tokens} tokens without load: {prefill_s:.3f} s; "
@@ -140,7 +139,7 @@ async def _start_gateway(
     )
     (port,) = free_ports(1) if not options.port else (options.port,)
     url = await stack.start_gateway(
-        *("--policy", options.policy, "--slo-ttft-s", f"{slo_s:.3f}", "--slo-itl-s", "0.5"),
+        *("--policy", options.policy, "--slo-ttft", f"{slo_s:.3f}", "--slo-itl", "0.5"),
         port=port,
         engines=2,
     )
@@ -160,7 +159,12 @@ async def _replay_until_both_arms(
         try:
             result = await replay(
                 ReplayOptions(
-                    trace, stack.gateway_url, concurrency=concurrency, slo_ttft_s=slo_s, verify_log=log
+                    trace,
+                    stack.gateway_url,
+                    concurrency=concurrency,
+                    seed=concurrency,  # other tokens than the run before: nothing of it is cached
+                    slo_ttft_s=slo_s,
+                    verify_log=log,
                 ),
                 lambda record: None,
             )
@@ -188,10 +192,22 @@ async def _print_receipts(url: str, console: Console) -> None:
 def _receipt_line(receipt: dict[str, Any]) -> str:
     ttft = f"{receipt['ttft_s']:.3f} s" if receipt["ttft_s"] is not None else receipt["outcome"]
     cached = f"{receipt['cached_tokens']:>4}/{receipt['prompt_tokens']:<4}"
+    session = receipt["session_id"].rpartition("/")[2]  # without the replay's own prefix
     return (
-        f"  {receipt['session_id'][-8:]:>8} round {receipt['round_number']:>2}  {receipt['arm'] or '-':16} "
+        f"  {session:>8} round {receipt['round_number']:>2}  {receipt['arm'] or '-':16} "
         f"TTFT {ttft:>8}  cached {cached} {receipt['reason']}"
     )
+
+
+def _write_trace(path: Path, source: Path) -> Path:
+    """The sessions of `source`, REPEATS times, under new ids."""
+    sessions = list(read_trace(source))
+    with path.open("wb") as file:
+        for repeat in range(REPEATS):
+            for session in sessions:
+                renamed = msgspec.structs.replace(session, session_id=f"{session.session_id}.{repeat + 1}")
+                file.write(msgspec.json.encode(renamed) + b"\n")
+    return path
 
 
 def _write_result(
@@ -235,12 +251,11 @@ def judge(result: ReplayResult, report: VerifyReport) -> None:
 
 async def run_serve(options: DemoOptions, console: Console) -> None:
     """The same stack, up until SIGINT or SIGTERM."""
-    trace = Path(str(resources.files("antiphon.traces") / "data" / "demo.jsonl"))
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with running_stack(options, console) as (stack, model):
-        await _start_gateway(stack, trace, options, console)
+        await _start_gateway(stack, BUNDLED_TRACE, options, console)
         body = json.dumps(
             {"model": model.name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}
         )

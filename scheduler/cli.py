@@ -56,8 +56,8 @@ def serve(
     state_dir: Annotated[Path | None, typer.Option(help="For the embedded Valkey and the fleet key.")] = None,
     fleet: Annotated[str | None, typer.Option(help="Name of the fleet in the ledger.")] = None,
     model: Annotated[Path | None, typer.Option(help="Directory with tokenizer and chat template.")] = None,
-    slo_ttft_s: Annotated[float | None, typer.Option("--slo-ttft-s")] = None,
-    slo_itl_s: Annotated[float | None, typer.Option("--slo-itl-s")] = None,
+    slo_ttft_s: Annotated[float | None, typer.Option("--slo-ttft")] = None,
+    slo_itl_s: Annotated[float | None, typer.Option("--slo-itl")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Run the gateway and scheduler."""
@@ -215,12 +215,12 @@ def replay(
     concurrency: Annotated[int | None, typer.Option(help="Most live sessions.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Only the first so many sessions.")] = None,
     divide: Annotated[int, typer.Option(help="Divide all lengths by this.")] = 1,
-    max_gap_s: Annotated[float, typer.Option("--max-gap-s", help="Cap of the recorded gaps.")] = 60.0,
+    max_gap_s: Annotated[float, typer.Option("--max-gap", help="Cap of the recorded gaps.")] = 60.0,
     window_tokens: Annotated[int | None, typer.Option(help="Default: what the gateway says.")] = None,
     seed: int = 0,
-    slo_ttft_s: Annotated[float | None, typer.Option("--slo-ttft-s")] = None,
-    slo_itl_s: Annotated[float | None, typer.Option("--slo-itl-s")] = None,
-    timeout_s: Annotated[float, typer.Option("--timeout-s", help="For one try of a round.")] = 120.0,
+    slo_ttft_s: Annotated[float | None, typer.Option("--slo-ttft")] = None,
+    slo_itl_s: Annotated[float | None, typer.Option("--slo-itl")] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="For one try of a round.")] = 120.0,
     retries: int = 1,
     skip_bad: Annotated[bool, typer.Option(help="Leave out lines that cannot be read.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
@@ -370,6 +370,10 @@ def _text(path: Path | None) -> str | None:
 def _complain(message: str) -> int:
     typer.echo(f"antiphon: {message}", err=True)
     return 2
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ class Runtime:
             cache_salt=request.cache_salt,
         )
         relayed = finished = False
-        async with aclosing(engine.generate(call, deadline_s=self._config.event_deadline_s)) as chunks:  # type: ignore[type-var]
+        async with aclosing(engine.generate(call, deadline_s=self._config.event_deadline_s)) as chunks:
             async for chunk in chunks:
                 live.output_ids.extend(chunk.token_ids)
                 if not relayed:

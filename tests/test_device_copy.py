@@ -1,6 +1,6 @@
 """Copies between device pages and store slots: one contract for the CPU's copier and the GPU's.
 
-Without a GPU the GPU's copier runs on host tensors with `torch.cpu`, whose streams and events do nothing: that
+Without a GPU its copier runs on host tensors with `torch.cpu`, whose streams and events do nothing: that
 covers its slicing, chunks and order. On a GPU the same contract runs with real streams and pinned memory.
 """
 

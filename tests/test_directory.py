@@ -106,12 +106,24 @@ def test_failures_leave_the_connection_usable() -> None:
         client.close()
 
 
-def test_a_wrong_key_is_denied_by_either_side() -> None:
-    """Who does not know the key gets no hello, and a server that does not know it is not believed."""
+def test_a_client_without_the_key_gets_no_hello() -> None:
+    """The server itself refuses a wrong MAC or a short nonce, and sends nothing about the engine."""
+    nonce = bytes(wire.NONCE_BYTES)
     with serving() as server:
+        for auth in (wire.Auth("me", nonce, bytes(32)), wire.Auth("me", b"", bytes(32))):
+            with socket.create_connection(split_address(server.address)) as sock:
+                deadline = time.monotonic() + 5.0
+                read_frame(sock, deadline)
+                write_frame(sock, auth, deadline)
+                failure = read_frame(sock, deadline)
+                assert isinstance(failure, wire.Failure) and failure.code == "denied"
         wrong = DirectoryClient(server.address, b"another key 0123456789", "me")
         refused("denied", lambda: wrong.connect(5.0))
         assert wrong.hello is None
+
+
+def test_a_server_without_the_key_is_not_believed() -> None:
+    """A hello counts only after the server's own proof of the key."""
 
     def impostor(listener: socket.socket) -> None:
         sock, _ = listener.accept()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -28,12 +29,17 @@ def test_abort_ends_the_stream_and_frees_the_engine(engine_pair: Pair, path: str
     """An aborted answer ends as a failure at once, and its pages are free again."""
     request = make_request(make_prompt(f"abort {path}", 200), 4000, path=path)
 
+    def shown(decode: HttpEngine) -> Callable[[], Awaitable[bool]]:
+        async def probe() -> bool:
+            load = await decode.load(deadline_s=DEADLINE_S)
+            return load.running_requests == 1 and load.used_tokens >= 200
+
+        return probe
+
     async def scenario(prefill: HttpEngine, decode: HttpEngine) -> None:
         async with contextlib.aclosing(decode.generate(request, deadline_s=DEADLINE_S)) as stream:
             await anext(stream)
-            load = await decode.load(deadline_s=DEADLINE_S)
-            assert load.running_requests == 1
-            assert load.used_tokens >= 200
+            await until(shown(decode))  # a snapshot of some steps ago
             await decode.abort(request.rid, deadline_s=DEADLINE_S)
             with pytest.raises(EngineError) as caught:
                 async for _ in stream:

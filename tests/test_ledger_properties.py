@@ -40,8 +40,6 @@ class Running:
 
     replica: str
     claimed: Claimed
-    recorded: bool | None = None
-    """What the ledger answered to its completion; None = not sent yet."""
 
 
 class Leases(RuleBasedStateMachine):
@@ -62,7 +60,8 @@ class Leases(RuleBasedStateMachine):
         self.fences: list[int] = []
         self.recorded = self.fenced = 0
         self.number = 0
-        self.all: list[Running] = []
+        self.done: dict[str, int] = {}
+        """Round -> fence of the completion that was recorded."""
 
     async def _connect(self) -> None:
         self.ledger = Ledger(self.url, fleet=secrets.token_hex(6), deadline_s=10.0)
@@ -103,7 +102,7 @@ class Leases(RuleBasedStateMachine):
     def claim_again(self, old: Running, replica: str) -> object:
         """The same question gets the same answer; another replica gets a round only from a dead one."""
         current = self.holders.get(old.claimed.session_id)
-        if current is not old or old.recorded is not None:
+        if current is not old or old.claimed.round_id in self.done:
             return multiple()
         if replica == old.replica:
             again = self.runner.run(claim(self.ledger, replica, old.claimed.round_id, old.claimed.session_id))
@@ -122,7 +121,6 @@ class Leases(RuleBasedStateMachine):
         return self._hold(Running(replica, taken))
 
     def _hold(self, running: Running) -> Running:
-        self.all.append(running)
         self.holders[running.claimed.session_id] = running
         self.last_fences[running.claimed.session_id] = running.claimed.fence
         return running
@@ -131,20 +129,20 @@ class Leases(RuleBasedStateMachine):
     def complete(self, running: Running) -> None:
         """Recorded unless a newer claim was there; asked again, the same answer and nothing more."""
         claimed = running.claimed
-        expected = running.recorded
-        if expected is None:
-            expected = self.last_fences.get(claimed.session_id, 0) <= claimed.fence
+        round_id, session_id, fence = claimed.round_id, claimed.session_id, claimed.fence
+        if round_id in self.done:
+            expected = self.done[round_id] == fence
+        else:
+            expected = self.last_fences.get(session_id, 0) <= fence
             self.recorded += expected
-            self.fenced += not expected
-        elif not expected:
-            self.fenced += 1
+        self.fenced += not expected
         assert self.runner.run(complete(self.ledger, running.replica, claimed)) == expected
-        running.recorded = expected
-        if expected:
-            known = self.last_fences.get(claimed.session_id, 0)
-            self.last_fences[claimed.session_id] = max(known, claimed.fence)
-        if expected and self.holders.get(claimed.session_id) is running:
-            del self.holders[claimed.session_id]
+        if not expected:
+            return
+        self.done[round_id] = fence
+        self.last_fences[session_id] = max(self.last_fences.get(session_id, 0), fence)
+        if self.holders.get(session_id) is running:
+            del self.holders[session_id]
 
     @rule(running=consumes(rounds))
     def release(self, running: Running) -> None:
@@ -155,8 +153,7 @@ class Leases(RuleBasedStateMachine):
         assert released == holds
         if holds:
             del self.holders[session_id]
-            if running.recorded is None:
-                self.last_fences[session_id] = self.last_completed(session_id)
+            self.last_fences[session_id] = self.last_completed(session_id)
 
     def last_completed(self, session_id: str) -> int:
         """What remains of a session's fences when its lease is given back."""
@@ -178,8 +175,7 @@ class Leases(RuleBasedStateMachine):
         self.last_fences.clear()
         self.alive.clear()
         self.recorded = self.fenced = 0
-        for running in self.all:
-            running.recorded = None  # that record is gone too
+        self.done.clear()
 
     # ---- always
 

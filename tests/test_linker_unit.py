@@ -51,7 +51,7 @@ def sglang() -> SimpleNamespace:
 class Rig:
     """A linker on a real pool, and the calls that SGLang makes."""
 
-    def __init__(self, sglang: SimpleNamespace, **config: Any) -> None:
+    def __init__(self, sglang: SimpleNamespace, tp_size: int = 1, **config: Any) -> None:
         import torch
 
         self.sglang, self.torch = sglang, torch
@@ -75,7 +75,7 @@ class Rig:
             page_size=PAGE,
         )
         self.linker = sglang.linker.AntiphonLinker(
-            SimpleNamespace(tp_size=1, pp_size=1, dp_size=1),
+            SimpleNamespace(tp_size=tp_size, pp_size=1, dp_size=1),
             self.params,
             components={sglang.ComponentType.FULL},
             extra_config=extra | config,
@@ -175,6 +175,21 @@ def test_load_refuses_a_spoilt_page_and_drops_it(rig: Rig) -> None:
     assert not rig.load("r1", chain, [5, 6])
     assert rig.linker.lookup("r1", rig.transfer(chain)) == [1]
     assert rig.load("r1", chain[:1], [5])
+
+
+def test_with_several_ranks_a_missing_page_fails_the_load(
+    sglang: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang wants one answer to `load` from all ranks: the load is queued, and its failure reported."""
+    monkeypatch.setenv("ANTIPHON_FLEET_KEY", KEY)
+    rig = Rig(sglang, tp_size=2)
+    chain = make_chain("a", 2)
+    assert rig.offload(chain[:1], [2])
+    assert rig.linker.load("r1", rig.transfer(chain, [5, 6]))
+    index = rig.linker.start_layer_wise_loading()
+    assert not rig.linker.finish_layer_wise_loading(index)
+    assert rig.linker.store.counts().pins == 0
+    rig.linker.close()
 
 
 def test_cancel_before_the_start(rig: Rig) -> None:

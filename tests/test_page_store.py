@@ -92,17 +92,20 @@ def test_touch_saves_the_whole_chain() -> None:
     assert store.prefix_pages(old) == 3 and store.prefix_pages(young) == 0
 
 
-def test_a_chain_shortens_from_its_end_though_its_head_is_older() -> None:
+def test_a_head_is_as_young_as_its_tail_was() -> None:
     """A head does not become the next victim when its tail goes: it was used when the tail was."""
-    store = make_store(6)
+    store = make_store(8)
     chain = make_chain("a", 4)
     fill_store(store, chain[:2])
     other = store_chain(store, "b", 2)
     fill_store(store, chain[2:], parent=chain[1])
-    store.touch(other[-1])
-    store.touch(chain[-1])
+    store_chain(store, "c", 2)
+    store.bind((1, 2), other)
     store.allocate(2)
-    assert store.prefix_pages(other) == 0 and store.prefix_pages(chain) == 4
+    store.unbind_all()
+    assert store.prefix_pages(chain) == 2 and store.prefix_pages(other) == 2
+    store.allocate(2)
+    assert store.prefix_pages(chain) == 2 and store.prefix_pages(other) == 0
 
 
 def test_learned_links_join_pieces_of_a_chain() -> None:

@@ -72,7 +72,7 @@ def test_mixed_arms_give_the_checkpoints_tokens(
 
     async def run() -> ReplayResult:
         # a TTFT target about as long as one remote round here, so that the first tier opens and closes
-        async with gateway(sglang_pair, valkey_url, tmp_path, fleet_key, "--slo-ttft-s", "0.4") as url:
+        async with gateway(sglang_pair, valkey_url, tmp_path, fleet_key, "--slo-ttft", "0.4") as url:
             return await replay(
                 ReplayOptions(
                     trace_of(tmp_path / "trace.jsonl", 8, 6),
@@ -100,7 +100,7 @@ def test_real_agent_sessions(
         pytest.skip("no weka trace: set ANTIPHON_TRACES to the folder of the shared traces")
 
     async def run() -> ReplayResult:
-        async with gateway(sglang_pair, valkey_url, tmp_path, fleet_key, "--slo-ttft-s", "0.4") as url:
+        async with gateway(sglang_pair, valkey_url, tmp_path, fleet_key, "--slo-ttft", "0.4") as url:
             return await replay(
                 ReplayOptions(trace, url, concurrency=3, max_sessions=1, divide=16, max_gap_s=0.2),
                 lambda record: None,
@@ -199,7 +199,7 @@ def test_corruption_is_seen_and_a_killed_engine_loses_no_round(
                     EngineSpec("d0", "decode", ports[1], options),
                 ],
             )
-            url = await stack.start_gateway("--slo-ttft-s", "30", port=ports[2], engines=2)
+            url = await stack.start_gateway("--slo-ttft", "30", port=ports[2], engines=2)
             corrupted.extend(await _corrupted_rounds(stack, url, tiny_model_dir))
             done = 0
 

@@ -6,8 +6,11 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from antiphon.engines.directory_client import DirectoryClient, DirectoryError
 from antiphon.engines.page_memory import PageMemory
 from antiphon.engines.rank_service import RankService
 from antiphon.engines.transfer import difference
-from tests.kv_helpers import Peer, assert_holds, prefetch, wait_until
+from tests.kv_helpers import REPOSITORY, Peer, assert_holds, prefetch, wait_until
 from tests.kv_peer import KEY, PAGE_BYTES, fill_store, free_port, make_chain, make_hello
 
 pytestmark = pytest.mark.skipif(
@@ -140,6 +143,20 @@ def test_a_pull_waits_for_an_offload_under_way(
     peer.tell("end-offload")
     peer.tell("put chain 3")
     assert rank.puller.pull(prefetch(peer, make_chain("chain", 3))).pages == 3
+
+
+def test_pulls_of_the_same_pages_share_one_transfer(
+    start_peer: Callable[..., Peer], start_rank: Callable[..., RankService]
+) -> None:
+    """Sessions that begin alike ask for the same pages at once: they move once, and everyone gets them."""
+    peer, rank = start_peer(), start_rank()
+    peer.tell("put chain 60")
+    requests = [prefetch(peer, make_chain("chain", count)) for count in (60, 50, 60, 40)]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        results = list(threads.map(rank.puller.pull, requests))
+    assert [(result.pages, result.reason) for result in results] == [(60, ""), (50, ""), (60, ""), (40, "")]
+    assert rank.puller.totals.pulled_pages == 60
+    assert_holds(rank, make_chain("chain", 60))
 
 
 # ---------------------------------------------------------------- wrong pages
@@ -348,6 +365,20 @@ def test_two_ranks_pull_each_from_its_own(
         assert_holds(rank, chain[: min(result.pages for result in results)])
     crossed = ranks[1].puller.pull(prefetch(peers[0], chain))
     assert crossed.pages == 6 and "rank is 1 here and 0 there" in crossed.reason
+
+
+def test_an_agent_that_cannot_start_says_why() -> None:
+    """A transport without tcp is refused by NIXL with a bare code: our error says what to change."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.kv_peer"],
+        cwd=REPOSITORY,
+        env=os.environ | {"UCX_TLS": "shm"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60.0,
+    )
+    assert process.returncode != 0 and "UCX_TLS='shm' must include tcp" in process.stderr
 
 
 def test_an_idle_service_costs_nothing(start_rank: Callable[..., RankService]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from antiphon.engines import cpu_shims
 from antiphon.engines.tiny_model import write_tiny_model
+from antiphon.eval import verify
 from antiphon.eval.verify import VerifyError, VerifyReport, verify_rounds
 from antiphon.traces.prompts import Vocabulary, prompt_ids
 from antiphon.traces.results import VerifyRecord
@@ -83,12 +84,13 @@ def changed(records: Sequence[VerifyRecord], index: int, **fields: Any) -> Itera
 
 
 def test_greedy_tokens_pass(model_dir: Path, truth: list[VerifyRecord], tmp_path: Path) -> None:
-    """What the checkpoint itself says is right, and every round is reported as it is checked."""
+    """What the checkpoint itself says is right; rounds that extend each other share a forward."""
     seen: list[int] = []
     report = check(model_dir, tmp_path, truth, on_checked=seen.append, tie_tolerance=0.0)
-    assert report == VerifyReport(rounds_checked=8, tokens_checked=46)
+    assert report == VerifyReport(rounds_checked=8, forwards=6, tokens_checked=46)
     assert report.ok
-    assert seen == list(range(1, 9))
+    assert seen == sorted(seen)
+    assert (len(seen), seen[-1]) == (6, 8)
 
 
 def test_one_wrong_token_is_reported(model_dir: Path, truth: list[VerifyRecord], tmp_path: Path) -> None:
@@ -107,6 +109,36 @@ def test_one_wrong_token_is_reported(model_dir: Path, truth: list[VerifyRecord],
     assert (mismatch.said, mismatch.expected) == (said[-1] ^ 1, said[-1])
     assert mismatch.gap >= mismatch.top_gap > 0
     assert "session b, round 2, output token 7" in str(mismatch)
+
+
+def test_a_wrong_token_early_in_a_session_is_reported(
+    model_dir: Path, truth: list[VerifyRecord], tmp_path: Path
+) -> None:
+    """Both faults of a first round whose logged output is not what the next prompt repeats are named."""
+    wrong = [truth[1].output_ids[0] ^ 1, *truth[1].output_ids[1:]]
+    report = check(model_dir, tmp_path, list(changed(truth[:4], 1, output_ids=wrong)))
+    assert (report.mismatches[0].session, report.mismatches[0].round, report.mismatches[0].position) == (
+        "b",
+        1,
+        0,
+    )
+    assert report.mismatched_rounds == 1
+    assert report.broken_prompts == ["session b, round 2: does not begin with the 165 tokens that it keeps"]
+
+
+def test_forwards_are_bounded(
+    model_dir: Path, truth: list[VerifyRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for few positions a chain takes more forwards and finds the same."""
+    whole = check(model_dir, tmp_path, [*truth[:3], msgspec.structs.replace(truth[3], output_ids=[40] * 8)])
+    monkeypatch.setattr(verify, "MAX_POSITIONS", 1)
+    pieces = check(model_dir, tmp_path, [*truth[:3], msgspec.structs.replace(truth[3], output_ids=[40] * 8)])
+    assert (whole.forwards, pieces.forwards) == (2, 4)
+    assert (whole.rounds_checked, whole.mismatched_tokens) == (
+        pieces.rounds_checked,
+        pieces.mismatched_tokens,
+    )
+    assert whole.mismatched_tokens >= 7
 
 
 def test_wrong_history_is_reported(model_dir: Path, truth: list[VerifyRecord], tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ local now_text = string.format('%.0f', now_ms)
 local epoch = redis.call('HGET', KEYS[1], 'epoch') or ''
 
 local done = redis.call('HGET', KEYS[2], 'done')
-if done then return {done == fence and 1 or 0, epoch} end
+if done == fence then return {1, epoch} end
 
 local session = redis.call('HMGET', KEYS[3], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until',
     'last_fence', 'rounds')
 local ours = session[1] == round_id and session[2] == replica
 local newer = math.max(tonumber(session[3]) or 0, tonumber(session[5]) or 0)
 local claimed = fence ~= '0'
-if claimed and newer > tonumber(fence) then
+if done or claimed and newer > tonumber(fence) then
     redis.call('HINCRBY', KEYS[6], 'fenced', 1)
     return {0, epoch}
 end
