@@ -155,6 +155,7 @@ class AsyncDirectoryClient:
         self._key = key
         self._peer = peer
         self._idle: list[_Connection] = []
+        self._max_connections = max_connections
         self._slots = asyncio.Semaphore(max_connections)
         self._closed = False
 
@@ -218,8 +219,8 @@ class AsyncDirectoryClient:
         return connection
 
     def _put_back(self, connection: _Connection) -> None:
-        if self._closed:
-            connection.close()
+        if self._closed or len(self._idle) >= self._max_connections:
+            connection.close()  # `connect` opens a fresh one each time
         else:
             self._idle.append(connection)
 

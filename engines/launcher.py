@@ -129,7 +129,11 @@ class EngineProcess:
     def _prepare_device(self) -> bool:
         """Whether this engine runs on the CPU; if so, everything that this needs is done."""
         # One computing thread a process unless the user says else: engines and gateway share the cores.
-        defaults = {"TOKENIZERS_PARALLELISM": "false"}
+        defaults = {
+            "TOKENIZERS_PARALLELISM": "false",
+            # /health answers at once instead of generating for a second; /health_generate still does.
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+        }
         os.environ[PARENT_VARIABLE] = str(os.getpid())
         from antiphon.engines import cpu_shims
 
@@ -190,10 +194,18 @@ class EngineProcess:
             if self._stopping:
                 return
             self._registration = Registration(
-                options.ledger, record, fleet=options.fleet, replace=options.replace,
-                on_taken=lambda holder: self.stop(1),
-            )  # fmt: skip
+                options.ledger,
+                record,
+                fleet=options.fleet,
+                replace=options.replace,
+                on_taken=self._stop_replaced,
+            )
             self._registration.start()
+
+    def _stop_replaced(self, holder: str) -> None:
+        """From the registry's own thread, which `stop` waits for: hence one more thread."""
+        log.error("engine id %s went to incarnation %s; stopping", self.options.resolved_id, holder)
+        threading.Thread(target=self.stop, args=(1,), name="antiphon-replaced", daemon=True).start()
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """JSON of our own server; raises OSError."""
@@ -216,7 +228,7 @@ class EngineProcess:
             first, self._stopping = not self._stopping, True
         if not first:
             threading.Event().wait()  # whoever came first ends us
-        if self._registration is not None and threading.current_thread() is not self._registration._thread:
+        if self._registration is not None:
             self._registration.close()
         end_children()
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -140,7 +140,14 @@ class Books:
 
     def hold_claimed(self, round: Round, claimed: Claimed) -> None:
         """Take over what the ledger knows; holdings of an old incarnation are void."""
-        self.residency.merge(round.arrived.hashes, round.arrived.page_size_tokens, claimed.holdings)
+        hashes, size = round.arrived.hashes, round.arrived.page_size_tokens
+        self.residency.merge(hashes, size, claimed.holdings)
+        if claimed.tip is not None:
+            # The end of a round that another replica served lies between our checkpoints.
+            page_hash, holding = claimed.tip
+            pages = holding.tokens // size
+            if 0 < pages <= len(hashes) and hashes[pages - 1] == page_hash:
+                self.residency.merge(hashes, size, [holding])
 
     def new_holdings(self, round: Round, finished: RoundFinished) -> tuple[tuple[bytes, int, str, str], ...]:
         """What the ledger learns: the home holds prompt and output, a remote prefill engine the prompt."""

@@ -268,6 +268,8 @@ def doctor(
     else:
         for check in checks:
             typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
+            if check.fix:
+                typer.echo(f"     -> {check.fix}")
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 

@@ -215,8 +215,8 @@ class Discovery:
             else:
                 await self._pause(watch, self._times.probe_s)
             try:
-                if failures and watch.record.kv_addresses:
-                    # It may have been restarted meanwhile: only a hello tells.
+                if watch.record.kv_addresses and (failures or not watch.record.incarnation):
+                    # It may have been restarted meanwhile: where no record says so, only a hello tells.
                     await watch.engine.connect(self._times.connect_deadline_s)
                     hello, up = watch.engine.hello, watch.up
                     if hello is not None and up is not None and hello.incarnation != up.incarnation:

@@ -109,7 +109,7 @@ class Ledger:
         try:
             answer = await c.script("claim", keys, arguments)
         except (LedgerUnavailable, asyncio.CancelledError):
-            self._unsettled[replica, round_id] = time.monotonic()
+            pass
             raise
         self._unsettled.pop((replica, round_id), None)
         self._see_epoch(answer[1])
@@ -148,6 +148,7 @@ class Ledger:
             c.tag, escaped(replica), receipt.round_id, fence, session_id, tenant, receipt.home or "",
             receipt.outcome.value, _milliseconds(ttl_s), receipt.prompt_tokens, receipt.completion_tokens,
             receipt.cached_tokens, msgspec.json.encode(receipt), RECEIPTS_KEPT, _milliseconds(ROUND_MEMORY_S),
+            _tip(receipt.home, holdings),
         ]  # fmt: skip
         for _, tokens, engine_id, incarnation in fresh:
             arguments += (engine_id, f"{incarnation}|{tokens}")
@@ -251,7 +252,7 @@ def thin(candidates: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
 
 
 def _claimed(round_id: str, answer: Sequence[Any]) -> Claimed:
-    fence, _, session_id, parent_id, rounds, home, holdings, totals = answer
+    fence, _, session_id, parent_id, rounds, home, holdings, totals, tip = answer
     return Claimed(
         round_id=round_id,
         fence=int(fence),
@@ -261,7 +262,24 @@ def _claimed(round_id: str, answer: Sequence[Any]) -> Claimed:
         home=home or None,
         holdings=tuple(_holding(*pair) for pair in zip(holdings[::2], holdings[1::2], strict=True)),
         others=_summed(totals),
+        tip=_read_tip(tip),
     )
+
+
+def _tip(home: str | None, holdings: Sequence[tuple[bytes, int, str, str]]) -> str:
+    """Where the round ended, of what its home holds; "" if it holds nothing."""
+    ends = [(tokens, page_hash, inc) for page_hash, tokens, engine_id, inc in holdings if engine_id == home]
+    if not ends:
+        return ""
+    tokens, page_hash, incarnation = max(ends)
+    return f"{page_hash.hex()}|{tokens}|{incarnation}|{home}"
+
+
+def _read_tip(text: str) -> tuple[bytes, Holding] | None:
+    if not text:
+        return None
+    page_hash, tokens, incarnation, engine_id = text.split("|", 3)
+    return bytes.fromhex(page_hash), Holding(engine_id, incarnation, int(tokens))
 
 
 def _holding(engine_id: str, value: str) -> Holding:

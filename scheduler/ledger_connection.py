@@ -56,8 +56,10 @@ class LedgerConnection:
             timeout=deadline_s,
             protocol=2,
             decode_responses=True,
-            socket_timeout=deadline_s,
-            socket_connect_timeout=deadline_s,
+            # No socket timeouts: `call` has a deadline, and redis-py's go through asyncio.wait_for, which
+            # before Python 3.12 swallows a cancellation that comes together with the answer.
+            socket_timeout=None,
+            socket_connect_timeout=None,
             # One retry: a server that was restarted leaves dead connections in the pool. Scripts bear it.
             retry=Retry(NoBackoff(), 1),
         )

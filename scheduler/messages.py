@@ -76,6 +76,8 @@ class Claimed:
     holdings: tuple[Holding, ...] = ()
     others: Mapping[str, Totals] = field(default_factory=lambda: MappingProxyType({}))
     """Engine id -> the other replicas' reservations there, summed."""
+    tip: tuple[bytes, Holding] | None = None
+    """Where the session's last round ended: the hash of its last whole page, and who holds it up to there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from antiphon.engines import wire
 from antiphon.engines.directory_client import AsyncDirectoryClient
 from antiphon.engines.page_hash import page_hashes
 from antiphon.eval.demo import DemoError, free_ports, judge
-from antiphon.eval.stack import EngineSpec, Stack
+from antiphon.eval.stack import EngineSpec, Stack, fetch_json
 from antiphon.eval.verify import verify_rounds
 from antiphon.traces.replay import ReplayOptions, replay
 from antiphon.traces.results import ReplayResult, RoundRecord, VerifyRecord
@@ -29,7 +30,7 @@ WEKA = Path(os.environ.get("ANTIPHON_TRACES") or Path(__file__).parents[1] / "..
 
 @asynccontextmanager
 async def gateway(
-    pair: SglangPair, valkey_url: str, directory: Path, fleet_key: bytes, *arguments: str
+    pair: SglangPair, valkey_url: str, directory: Path, model: Path, *arguments: str
 ) -> AsyncIterator[str]:
     """`antiphon serve` over the shared engines, in a fleet of its own; its URL."""
     lines = []
@@ -39,11 +40,13 @@ async def gateway(
             f'[[engines]]\nengine_id = "{record.engine_id}"\nurl = "{record.url}"\n'
             f'pool = "{record.pool}"\nkv_addresses = [{addresses}]\n'
         )
-    config = directory / "antiphon.toml"
+    config = directory / f"antiphon-{len(arguments)}.toml"
     config.write_text("\n".join(lines))
     async with Stack(directory, valkey_url, fleet=directory.name.replace("_", "-")) as stack:
         (port,) = free_ports(1)
-        yield await stack.start_gateway("--config", str(config), *arguments, port=port, engines=2)
+        yield await stack.start_gateway(
+            "--config", str(config), "--model", str(model), *arguments, port=port, engines=2
+        )
 
 
 def trace_of(path: Path, sessions: int, rounds: int, first: int = 300, more: int = 90, out: int = 20) -> Path:
@@ -65,34 +68,64 @@ async def post(url: str, body: dict[str, Any], **headers: str) -> tuple[int, dic
         return answer.status, await answer.json()
 
 
+ROUND_BODY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+async def _round(
+    url: str, model: str, session: str, prompt: list[int], out: int, **more: Any
+) -> tuple[list[int], str]:
+    """One completion round of a session: (output ids, arm)."""
+    body = ROUND_BODY | more | {"model": model, "prompt": prompt, "max_tokens": out, "session_id": session}
+    status, answer = await post(f"{url}/v1/completions", body)
+    assert status == 200, answer
+    return answer["choices"][0]["token_ids"], answer["session"]["arm"]
+
+
 def test_mixed_arms_give_the_checkpoints_tokens(
-    sglang_pair: SglangPair, valkey_url: str, fleet_key: bytes, tiny_model_dir: Path, tmp_path: Path
+    sglang_pair: SglangPair, valkey_url: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """8 sessions of 6 rounds through gateway and scheduler, mixed arms: every token is the argmax."""
+    """8 sessions of 6 rounds take turns between two replicas, one local, one remote: every token is right."""
+    records: list[VerifyRecord] = []
 
-    async def run() -> ReplayResult:
-        # a TTFT target about as long as one remote round here, so that the first tier opens and closes
-        async with gateway(sglang_pair, valkey_url, tmp_path, fleet_key, "--slo-ttft", "0.4") as url:
-            return await replay(
-                ReplayOptions(
-                    trace_of(tmp_path / "trace.jsonl", 8, 6),
-                    url,
-                    concurrency=8,
-                    verify_log=tmp_path / "log.jsonl",
-                ),
-                lambda record: None,
-            )
+    async def session(urls: list[str], n: int) -> None:
+        prompt, kept = [(n * 37 + i * 11) % 400 + 40 for i in range(280 + 16 * n)], 0
+        for turn in range(6):
+            salt = {"cache_salt": f"tenant-{n}"} if n % 2 else {}
+            url = urls[(turn + n) % 2]
+            output, arm = await _round(url, tiny_model_dir.name, f"mixed-{n}", prompt, 20, **salt)
+            records.append(VerifyRecord(f"mixed-{n}", turn + 1, kept, prompt, output, arm))
+            kept = len(prompt) + len(output)
+            prompt = [*prompt, *output, *[(turn * 53 + n * 7 + i) % 400 + 40 for i in range(90)]]
 
-    result = asyncio.run(run())
-    assert result.rounds_completed == result.rounds_total == 48
-    assert result.arms.get("local") and result.arms.get("remote_pull"), result.arms
-    assert result.bytes_decode_to_prefill > 0 and result.bytes_prefill_to_decode > 0
-    report = verify_rounds(tiny_model_dir, tmp_path / "log.jsonl")
+    async def run() -> list[dict[str, Any]]:
+        both = [("--policy", "local"), ("--policy", "ampd", "--slo-ttft", "100")]
+        async with AsyncExitStack() as stack:
+            # pools do not count for `local`: the decode engine is the home that `ampd` settled
+            urls = [
+                await stack.enter_async_context(
+                    gateway(sglang_pair, valkey_url, tmp_path, tiny_model_dir, *arguments)
+                )
+                for arguments in both
+            ]
+            async with asyncio.TaskGroup() as tasks:
+                for n in range(8):
+                    tasks.create_task(session(urls, n))
+            return [r for url in urls for r in (await fetch_json(f"{url}/v1/receipts"))[1]["data"]]
+
+    receipts = asyncio.run(run())
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+    arms = Counter(receipt["arm"] for receipt in receipts)
+    print(f"arms {dict(arms)}")
+    assert len(receipts) == 48 and arms["local"] >= 16 and arms["remote_pull"] >= 8, arms
+    assert sum(receipt["bytes_decode_to_prefill"] for receipt in receipts) > 0
+    assert sum(receipt["bytes_prefill_to_decode"] for receipt in receipts) > 0
+    report = verify_rounds(tiny_model_dir, log)
     assert report.rounds_checked == 48 and report.ok, report.mismatches
 
 
 def test_real_agent_sessions(
-    sglang_pair: SglangPair, valkey_url: str, fleet_key: bytes, tmp_path: Path
+    sglang_pair: SglangPair, valkey_url: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """Claude Code sessions, lengths divided by 16, through the live stack: every round is completed."""
     trace = WEKA / "rounds.jsonl.gz"
@@ -100,7 +133,7 @@ def test_real_agent_sessions(
         pytest.skip("no weka trace: set ANTIPHON_TRACES to the folder of the shared traces")
 
     async def run() -> ReplayResult:
-        async with gateway(sglang_pair, valkey_url, tmp_path, fleet_key, "--slo-ttft", "0.4") as url:
+        async with gateway(sglang_pair, valkey_url, tmp_path, tiny_model_dir, "--slo-ttft", "0.4") as url:
             return await replay(
                 ReplayOptions(trace, url, concurrency=3, max_sessions=1, divide=16, max_gap_s=0.2),
                 lambda record: None,
@@ -111,12 +144,12 @@ def test_real_agent_sessions(
 
 
 def test_chat_over_http(
-    sglang_pair: SglangPair, valkey_url: str, fleet_key: bytes, tiny_model_dir: Path, tmp_path: Path
+    sglang_pair: SglangPair, valkey_url: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """Chat completions, streamed and not, give the same answer; headers and usage tell of the round."""
 
     async def run() -> None:
-        async with gateway(sglang_pair, valkey_url, tmp_path, fleet_key) as url:
+        async with gateway(sglang_pair, valkey_url, tmp_path, tiny_model_dir) as url:
             body = {
                 "model": tiny_model_dir.name,
                 "messages": [{"role": "user", "content": "hello there, what is this?" * 8}],
@@ -151,15 +184,6 @@ def test_chat_over_http(
 
 
 # ---- with engines of its own, since they are harmed
-
-ROUND_BODY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-
-
-async def _round(url: str, model: str, session: str, prompt: list[int], out: int) -> tuple[list[int], str]:
-    body = ROUND_BODY | {"model": model, "prompt": prompt, "max_tokens": out, "session_id": session}
-    status, answer = await post(f"{url}/v1/completions", body)
-    assert status == 200, answer
-    return answer["choices"][0]["token_ids"], answer["session"]["arm"]
 
 
 async def _corrupted_rounds(stack: Stack, url: str, model: Path) -> list[VerifyRecord]:

@@ -3,7 +3,8 @@
 -- KEYS  1 fence, 2 replicas, 3 session index, 4 round, 5 session, 6.. residency, longest prefix first
 -- ARGV  1 key prefix of the fleet, 2 replica, 3 round id, 4 session id, 5 tenant, 6 session TTL ms, 7 lease ms,
 --       8 head of a fork's id, 9 head of a fork's key, 10 epoch for an empty ledger, 11 TTFT SLO, 12 ITL SLO
--- Answers {fence, epoch, session id, parent id, rounds so far, home, {engine, value, ...}, {totals, ...}}.
+-- Answers {fence, epoch, session id, parent id, rounds so far, home, {engine, value, ...}, {totals, ...}, tip}:
+-- the tip is where the session's last round ended and who holds it, "hash|tokens|incarnation|engine" or ''.
 --
 -- A lease is three fields of the session record. It holds while `lease_until` lies ahead and its replica's
 -- heartbeat key lives; our own leases need no heartbeat: we are alive.
@@ -47,7 +48,7 @@ if lease[1] == round_id and lease[2] == replica then
 else
     fence = next_fence()
     if holds(lease) then
-        local parent, home = session_id, redis.call('HGET', key, 'home')
+        local parent, of_parent = session_id, redis.call('HMGET', key, 'home', 'tip')
         local suffix = string.format('~%x', fence)
         while redis.call('EXISTS', ARGV[9] .. suffix) == 1 do
             fence = next_fence()
@@ -55,7 +56,8 @@ else
         end
         key, session_id = ARGV[9] .. suffix, ARGV[8] .. suffix
         redis.call('HSET', key, 'parent_id', parent)
-        if home then redis.call('HSET', key, 'home', home) end
+        if of_parent[1] then redis.call('HSET', key, 'home', of_parent[1]) end
+        if of_parent[2] then redis.call('HSET', key, 'tip', of_parent[2]) end
     end
 end
 
@@ -92,6 +94,6 @@ for _, other in ipairs(redis.call('SMEMBERS', KEYS[2])) do
     end
 end
 
-local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home')
+local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home', 'tip')
 return {fence_text, redis.call('HGET', KEYS[1], 'epoch'), session_id, record[1] or '', record[2] or '0',
-    record[3] or '', holdings, totals}
+    record[3] or '', holdings, totals, record[4] or ''}

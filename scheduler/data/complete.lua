@@ -3,7 +3,7 @@
 -- KEYS  1 fence, 2 round, 3 session, 4 session index, 5 receipts, 6 counters, 7.. residency
 -- ARGV  1 key prefix, 2 replica, 3 round id, 4 fence ('0': the round was never claimed), 5 session id, 6 tenant,
 --       7 home or '', 8 outcome, 9 session TTL ms, 10 prompt, 11 completion, 12 cached tokens, 13 receipt JSON,
---       14 receipts kept, 15 ms to remember the round, 16.. engine and value for each residency key
+--       14 receipts kept, 15 ms to remember the round, 16 tip or '', 17.. engine and value for each residency key
 -- Answers {1 recorded | 0 fenced off, epoch}.
 local prefix, replica, round_id, fence = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local ttl_ms, outcome = tonumber(ARGV[9]), ARGV[8]
@@ -41,6 +41,7 @@ if claimed or not other_runs then
         if claimed then redis.call('HSET', KEYS[3], 'last_fence', fence) end
         if outcome == 'completed' then
             redis.call('HSET', KEYS[3], 'home', ARGV[7], 'context_tokens', ARGV[10] + ARGV[11])
+            if ARGV[16] ~= '' then redis.call('HSET', KEYS[3], 'tip', ARGV[16]) end
             redis.call('HINCRBY', KEYS[3], 'prompt_tokens', ARGV[10])
             redis.call('HINCRBY', KEYS[3], 'completion_tokens', ARGV[11])
             redis.call('HINCRBY', KEYS[3], 'cached_tokens', ARGV[12])
@@ -56,7 +57,7 @@ redis.call('PEXPIRE', KEYS[2], ARGV[15])
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[14], '*', 'session_id', ARGV[5], 'tenant', ARGV[6], 'receipt', ARGV[13])
 redis.call('HINCRBY', KEYS[6], outcome, 1)
 for i = 7, #KEYS do
-    local at = 16 + 2 * (i - 7)
+    local at = 17 + 2 * (i - 7)
     redis.call('HSET', KEYS[i], ARGV[at], ARGV[at + 1])
     redis.call('PEXPIRE', KEYS[i], ttl_ms)
 end
