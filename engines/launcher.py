@@ -62,6 +62,22 @@ def check(options: EngineOptions) -> dict[str, Any]:
     return config
 
 
+def prebuild_page_hash() -> None:
+    """Compile SGLang's page-hash extension now, once per machine (about 13 s): else its first prompt would.
+
+    Raises `LaunchError` where it cannot be built. On a CPU `cpu_shims` puts a twin in its place.
+    """
+    from sglang.srt.mem_cache.cpp_utils import native_hash
+
+    try:
+        native_hash._load_native_hash_module()
+    except RuntimeError as error:
+        raise LaunchError(
+            f"SGLang's page hash cannot be compiled ({error.__cause__ or error}): "
+            "install g++, ninja and the OpenSSL headers (Debian: g++ ninja-build libssl-dev)"
+        ) from error
+
+
 def _check_fleet_key(options: EngineOptions) -> None:
     from antiphon.engines.handshake import load_fleet_key
 
@@ -152,6 +168,8 @@ class EngineProcess:
             import torch
 
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        elif self.options.linker:
+            prebuild_page_hash()
         return on_cpu
 
     def _announce(self) -> None:

@@ -20,8 +20,6 @@ from enum import Enum
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 64 * 1024 * 1024
@@ -263,6 +261,8 @@ class NixlAgent:
 
     def _post(self, read: _Read) -> None:
         """Make the handle of the next batch; on failure the read is finished, and nothing was posted."""
+        import numpy as np  # NIXL needs it, a light install does not have it
+
         try:
             if not read.batches:
                 read.finish(ReadEnd.DONE)

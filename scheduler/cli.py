@@ -126,7 +126,8 @@ def engine(
         "replace": replace,
     }
     if simulated:
-        _run_simulated(common, profile, script, context.args)
+        names = {"model_id": model.name, "model_path": str(model.resolve())} if model else {}
+        _run_simulated({**common, **names}, profile, script, context.args)
     elif model is None:
         raise UserError("--model DIR is needed (`antiphon tiny-model DIR` makes a small one), or --simulated")
     else:

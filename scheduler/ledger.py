@@ -109,7 +109,7 @@ class Ledger:
         try:
             answer = await c.script("claim", keys, arguments)
         except (LedgerUnavailable, asyncio.CancelledError):
-            pass
+            self._unsettled[replica, round_id] = time.monotonic()
             raise
         self._unsettled.pop((replica, round_id), None)
         self._see_epoch(answer[1])

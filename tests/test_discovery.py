@@ -18,6 +18,7 @@ import pytest
 
 from antiphon.engines.base import EngineRecord
 from antiphon.engines.http import HttpEngine
+from antiphon.engines.registry import record_key
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
 from antiphon.scheduler.discovery import Discovery, DiscoveryTimes
 from antiphon.scheduler.ledger import Ledger
@@ -357,6 +358,48 @@ def test_an_outage_of_the_ledger_takes_no_engine_down(tmp_path: Path) -> None:
 
     with EmbeddedValkey.start(tmp_path) as server:
         run(scenario(server))
+
+
+def test_a_ledger_that_hangs_takes_no_engine_down(tmp_path: Path) -> None:
+    """No answer says nothing of the engines, however long it lasts."""
+
+    async def scenario(server: EmbeddedValkey) -> None:
+        hasty = replace(TIMES, missing_grace_s=0.0)
+        async with (
+            ledger_at(server.url, deadline_s=0.1) as ledger,
+            watching(ledger, times=hasty) as watcher,
+            simulated(in_fleet(server.url, ledger.connection.fleet, "d0")),
+        ):
+            await watcher.until_kinds("EngineUp d0")
+            os.kill(server.pointer.pid, signal.SIGSTOP)
+            try:
+                probed = len(watcher.loads)
+                await watcher.until(lambda: len(watcher.loads) > probed + 8)
+                assert watcher.kinds() == ["EngineUp d0"]
+            finally:
+                os.kill(server.pointer.pid, signal.SIGCONT)
+
+    with EmbeddedValkey.start(tmp_path) as server:
+        run(scenario(server))
+
+
+def test_a_record_that_is_gone_makes_the_engine_suspect(valkey_url: str) -> None:
+    """When a record disappears the engine is probed at once: a dead one is down without any grace."""
+
+    async def scenario() -> None:
+        slow = replace(TIMES, probe_s=60.0, missing_grace_s=60.0)
+        async with (
+            ledger_at(valkey_url) as ledger,
+            watching(ledger, times=slow) as watcher,
+            process(valkey_url, ledger.connection.fleet, "d0") as child,
+        ):
+            await watcher.until_kinds("EngineUp d0")
+            child.kill()
+            await child.wait()
+            await ledger.connection.command("DEL", record_key(ledger.connection.fleet, "d0"))
+            await watcher.until_kinds("EngineUp d0", "EngineDown d0")
+
+    run(scenario())
 
 
 def test_without_a_ledger_the_configured_engines_are_there(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from antiphon.engines.launch_options import (
     read_model_config,
     sglang_arguments,
 )
-from antiphon.engines.launcher import check
+from antiphon.engines.launcher import check, prebuild_page_hash
 from tests.engine_processes import EngineProcess, alive, descendants, free_port, registered, wait_for
 
 
@@ -229,3 +229,16 @@ def test_registers_when_it_serves_and_leaves_on_sigterm(
         assert not any(alive(pid) for pid in pids) and "short-lived" not in registered(valkey_url)
     finally:
         engine.stop()
+
+
+def test_the_page_hash_is_compiled_before_the_first_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU machine: built at start, or a clear word on what to install; never in the first request."""
+    pytest.importorskip("sglang")
+    from sglang.srt.mem_cache.cpp_utils import native_hash
+
+    def broken() -> None:
+        raise RuntimeError("Failed to load HiCache native hash extension") from OSError("no g++")
+
+    monkeypatch.setattr(native_hash, "_load_native_hash_module", broken)
+    with pytest.raises(LaunchError, match=r"no g\+\+.*install g\+\+, ninja"):
+        prebuild_page_hash()

@@ -234,8 +234,11 @@ def test_a_released_claim_leaves_nothing(valkey_url: str) -> None:
             assert await ledger.release("A", "r1")
             assert not await ledger.release("A", "r1")
             assert await ledger.sessions() == ((), None)
-            await complete(ledger, "A", await claim(ledger, "A", "r2"))
+            ended = await claim(ledger, "A", "r2")
+            await complete(ledger, "A", ended)
             assert not await ledger.release("A", "r2")
+            assert await complete(ledger, "A", ended)  # still known as recorded
+            assert await ledger.counters() == {"completed": 1}
             await claim(ledger, "A", "r3")
             assert await ledger.release("A", "r3")
             ((session,), _) = await ledger.sessions()

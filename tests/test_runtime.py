@@ -31,7 +31,8 @@ def test_a_session_of_rounds_moves_its_kv_both_ways(valkey_url: str) -> None:
         async with cluster(valkey_url, "ampd") as c, cluster(valkey_url, "local", engines="d0") as plain:
             prompt = list(range(100, 400))
             for number in (1, 2, 3):
-                handle, output = await c.run("s", prompt, 24)  # more than a page, so that there is one to pull
+                # more than a page of output, so that the home has one to be pulled
+                handle, output = await c.run("s", prompt, 24)
                 _, expected = await plain.run("s", prompt, 24)
                 assert output == expected and len(output) == 24
                 receipt = handle.receipt

@@ -66,6 +66,7 @@ def end(process: subprocess.Popen[str], how: int = signal.SIGKILL) -> None:
 
 def test_it_is_private_durable_and_never_evicts(tmp_path: Path) -> None:
     """Only its user can reach it; it keeps an append-only file and refuses writes rather than forget."""
+    (tmp_path / "state").mkdir(mode=0o755)
     with EmbeddedValkey.start(tmp_path / "state") as server, client(server) as connection:
         assert server.owned
         assert server.tcp_url is None
@@ -142,6 +143,12 @@ def test_stale_files_of_a_dead_server_are_no_obstacle(tmp_path: Path) -> None:
         assert server.owned
         assert server.pointer.pid != pid
         assert connection.get("key") == "value"
+
+
+def test_a_signal_to_our_terminal_does_not_reach_it(tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole process group: the server is in one of its own, and ends after us."""
+    with EmbeddedValkey.start(tmp_path) as server:
+        assert os.getpgid(server.pointer.pid) != os.getpgid(0)
 
 
 def test_an_ordinary_exit_ends_the_server_without_stop(tmp_path: Path) -> None:
