@@ -210,17 +210,20 @@ def check_port_free(host: str, port: int, name: str) -> None:
         ) from error
 
 
+PORT_RANGE = (16384, 32768 - 64)
+
+
 def find_free_ports(host: str, count: int) -> int:
     """First of `count` neighbouring free ports."""
     for _ in range(50):
-        with socket.create_server((host, 0)) as probe:
-            first = probe.getsockname()[1]
+        # Below the range from which outgoing connections get theirs: minutes may pass before it is bound.
+        first = random.randrange(*PORT_RANGE)
         try:
             for port in range(first, first + count):
                 check_port_free(host, port, "port")
         except (LaunchError, OverflowError):
             continue
-        return int(first)
+        return first
     raise LaunchError(f"found no {count} neighbouring free ports on {host}: give --kv-port")
 
 

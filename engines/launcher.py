@@ -290,10 +290,14 @@ def prepare_child() -> None:
 def die_with_parent() -> None:
     """Have the kernel kill us when our parent dies. SGLang asks for it too, but only after its imports."""
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    launcher = int(os.environ[PARENT_VARIABLE])
     try:
-        os.kill(int(os.environ[PARENT_VARIABLE]), 0)
-    except ProcessLookupError:
-        os._exit(1)  # the launcher died before we asked
+        # A killed launcher that nobody has reaped yet still has its pid: its state tells.
+        dead = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        dead = True
+    if dead:
+        os._exit(1)  # it died before we asked
 
 
 if __name__ == "__mp_main__":

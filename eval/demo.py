@@ -16,7 +16,6 @@ import asyncio
 import json
 import shutil
 import signal
-import socket
 import sys
 import time
 import uuid
@@ -31,6 +30,7 @@ import msgspec
 from rich.console import Console
 
 from antiphon.engines.http import HttpEngine
+from antiphon.engines.launch_options import find_free_ports
 from antiphon.engines.tiny_model import write_tiny_model
 from antiphon.eval.stack import EngineSpec, Stack, StackError, fetch_json
 from antiphon.eval.verify import VerifyReport, verify_rounds
@@ -271,12 +271,9 @@ async def run_serve(options: DemoOptions, console: Console) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now; all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Neighbouring ports of 127.0.0.1 that nobody listens on now."""
+    first = find_free_ports("127.0.0.1", count)
+    return list(range(first, first + count))
 
 
 def main(arguments: list[str] | None = None) -> int:

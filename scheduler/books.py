@@ -154,8 +154,9 @@ class Books:
         assert round.placement is not None
         size = round.arrived.page_size_tokens
         chains = {round.placement.home: finished.hashes}
-        if is_remote(round.placement.arm):
-            chains[round.placement.prefill_engine] = round.arrived.hashes
+        prefill_engine, prompt = round.placement.prefill_engine, round.arrived.hashes
+        if is_remote(round.placement.arm) and self.held(round).get(prefill_engine, 0) >= len(prompt) * size:
+            chains[prefill_engine] = prompt  # not if it was replaced since: what it held went with it
         return tuple(
             (page_hash, tokens, engine_id, self.fleet.books[engine_id].up.incarnation)
             for engine_id, hashes in chains.items()

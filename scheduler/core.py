@@ -10,10 +10,11 @@ import hashlib
 import heapq
 from dataclasses import dataclass, replace
 
-from antiphon.policies.base import Arm, Ordering, Policy, Reject
+from antiphon.policies.base import Arm, Ordering, Placement, Policy, Reject
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.books import Books, session_key
 from antiphon.scheduler.checks import check_scheduler
+from antiphon.scheduler.choices import choose_first, choose_placement
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
@@ -184,7 +185,12 @@ class Scheduler:
         assert round.placement is not None
         engine_id, pages = round.placement.prefill_engine, len(round.arrived.hashes)
         round.prefilled_s = now - round.entered_s
-        round.prefill_cached_tokens = event.cached_tokens
+        known = (
+            round.prefill_cached_tokens
+        )  # of an earlier try: what that one computed was for this round too
+        round.prefill_cached_tokens = (
+            event.cached_tokens if known is None else min(known, event.cached_tokens)
+        )
         self.books.prefill_over(round, engine_id)
         self.books.hold(round, engine_id, pages)
         if pages:
@@ -202,13 +208,13 @@ class Scheduler:
         books[placement.home].decode[round.round_id].running = True
         self.books.touch(placement.home)
         if placement.prefill_engine in books:
-            books[placement.prefill_engine].ttft.add(now, now - round.arrived_s)
+            books[placement.prefill_engine].ttft.add(now, now - round.tried_s)
             self.books.touch(placement.prefill_engine)
 
     def _on_finished(self, round: Round, event: RoundFinished, now: float) -> None:
         assert round.placement is not None and round.first_token_s is not None
         home = self.books.fleet.books[round.placement.home]
-        if event.completion_tokens > 1:
+        if event.completion_tokens > 1 and not event.reader_lagged:
             home.itl.add(now, (now - round.first_token_s) / (event.completion_tokens - 1))
         tokens = round.arrived.prompt_tokens + event.completion_tokens
         self.books.settle(round, round.placement.home, tokens, now)
@@ -236,6 +242,8 @@ class Scheduler:
                 self._abort(round)
                 limit_s = self.config.first_token_deadline_s
                 message = f"no token within {limit_s:g} s (the round was {round.phase.value})"
+                if round.placement is not None:
+                    self._give_up_try(round, round.engine_id or round.placement.prefill_engine, message)
                 self._refuse(round, "upstream_failed", message, now)
 
     # ---------------------------------------------------------------- engines
@@ -273,15 +281,15 @@ class Scheduler:
 
     def _place(self, round: Round, now: float) -> None:
         """Decide, reserve, and start or queue."""
-        cluster = self.books.cluster(now)
-        answer = self.policy.place(self.books.view(round, now), cluster)
+        answer = self._choose(round, now)
         if isinstance(answer, Reject) and round.excluded:
             round.excluded = frozenset()  # better the same engine again than no answer
-            answer = self.policy.place(self.books.view(round, now), cluster)
+            answer = self._choose(round, now)
         if isinstance(answer, Reject):
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
             return
         round.placement = answer
+        round.tried_s = now if round.tries else round.arrived_s
         round.tries.append(Try(answer))
         round.history_tokens = self.books.held(round).get(answer.home, 0)
         self.books.reserve(round, answer, now)
@@ -292,6 +300,13 @@ class Scheduler:
             round.dispatched_s = now
             self._generate(round, now)
 
+    def _choose(self, round: Round, now: float) -> Placement | Reject:
+        view, cluster = self.books.view(round, now), self.books.cluster(now)
+        answer, wrong = choose_placement(self.policy, view, cluster)
+        if wrong:
+            round.notes.append(wrong)
+        return answer
+
     def _dispatch(self, engine_id: str, now: float) -> None:
         """Start waiting rounds while the prefill engine has room, in the ordering's order."""
         book = self.books.fleet.books.get(engine_id)
@@ -299,7 +314,9 @@ class Scheduler:
             first = book.queue[0]
             if len(book.queue) > 1:
                 waiting = [self.books.view(self.rounds[round_id], now) for round_id in book.queue]
-                first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
+                first, wrong = choose_first(self.ordering, waiting, self.books.cluster(now))
+                if wrong:
+                    self.rounds[first].notes.append(wrong)
             book.queue.remove(first)
             book.in_flight.add(first)
             self._start_prefill(self.rounds[first], now)
@@ -349,7 +366,8 @@ class Scheduler:
         self.books.release(round)
         round.placement = None
         round.rid = ""
-        round.prefill_cached_tokens = None
+        round.pull_s = round.prefilled_s = round.push_s = 0.0
+        round.pulled_tokens = 0
 
     def _try_again(self, round: Round, now: float) -> None:
         if len(round.tries) < self.config.max_tries:

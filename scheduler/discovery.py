@@ -126,10 +126,9 @@ class Discovery:
             elif watch.missing_since is None:
                 watch.missing_since = now
                 watch.wake.set()
-            if watch.missing_since is not None and (
-                watch.up is None or now - watch.missing_since >= self._times.missing_grace_s
-            ):
-                await self._drop(watch, "its record is gone")
+            if record is None and watch.missing_since is not None:
+                if watch.up is None or now - watch.missing_since >= self._times.missing_grace_s:
+                    await self._drop(watch, "its record is gone")
         for engine_id, record in records.items():
             if engine_id not in self._watches:
                 watch = _Watch(record, self._make_engine(record))

@@ -171,9 +171,14 @@ class Ledger:
 
         Written only where a heartbeat keeps it alive; else the next heartbeat brings it.
         """
-        encoded = self._totals[replica] = msgspec.json.encode(totals)
+        encoded = self.keep_totals(replica, totals)
         _, key = self.connection.replica_keys(replica)
         await self.connection.command("SET", key, encoded, "XX", "KEEPTTL")
+
+    def keep_totals(self, replica: str, totals: Mapping[str, Totals]) -> bytes:
+        """Have the next heartbeat write these; returns them encoded."""
+        encoded = self._totals[replica] = msgspec.json.encode(totals)
+        return encoded
 
     async def heartbeat(self, replica: str, ttl_s: float) -> None:
         """The replica, its leases and its totals live for `ttl_s` more. Raises `LedgerUnavailable`.

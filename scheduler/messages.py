@@ -120,6 +120,8 @@ class RoundFinished:
     completion_tokens: int
     cached_tokens: int
     hashes: tuple[bytes, ...]
+    reader_lagged: bool = False
+    """The client's reading held the stream back: the time that it took says nothing of the engine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
+from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, RoundTaken
 from antiphon.scheduler.messages import Claim, Claimed, ClaimLost, Complete, Reserved, Totals
 from antiphon.scheduler.rounds import RoundRequest
 
@@ -43,7 +43,7 @@ class Recorder:
                 slo_ttft_s=request.slo_ttft_s,
                 slo_itl_s=request.slo_itl_s,
             )
-        except LedgerUnavailable as error:
+        except (LedgerUnavailable, RoundTaken) as error:
             return ClaimLost(request.round_id, str(error))
 
     async def record(self, request: RoundRequest, command: Complete, fence: int) -> None:
@@ -86,6 +86,7 @@ class Recorder:
                 sent = dict(self._totals)
                 await self._ledger.publish_totals(self._replica, sent)
         except LedgerUnavailable as error:
+            self._ledger.keep_totals(self._replica, self._totals)  # the next heartbeat brings the newest
             log.debug("reservations are not published: %s", error)
         finally:
             self._publishing = False

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from antiphon.engines.base import Chunk
+from antiphon.engines.base import Chunk, EngineError
+from antiphon.engines.page_hash import namespace_seed, page_hashes
 from antiphon.scheduler.messages import Receipt
 
 STREAM_BUFFER_CHUNKS = 256
@@ -70,6 +71,8 @@ class RoundHandle:
         self.arm = ""
         self.receipt: Receipt | None = None
         """Set before the chunk with usage is relayed."""
+        self.lagged = False
+        """The reader has held the stream back."""
         self._on_gone = on_gone
         self._started = asyncio.Event()
         self._error: Exception | None = None
@@ -120,6 +123,7 @@ class RoundHandle:
     async def push(self, chunk: Chunk) -> None:
         """Add a chunk; waits while the reader lags by STREAM_BUFFER_CHUNKS."""
         while len(self._chunks) >= STREAM_BUFFER_CHUNKS and not self._ended:
+            self.lagged = True
             self._changed.clear()
             await self._changed.wait()
         self._chunks.append(chunk)
@@ -127,11 +131,45 @@ class RoundHandle:
         self._changed.set()
 
     def finish(self, error: Exception | None = None) -> None:
-        """No more chunks; `error` is raised to the reader after those already there."""
-        self._error = error
+        """No more chunks; `error` is raised to the reader after those already there. The first call counts."""
+        if not self._ended:
+            self._error = error
         self._ended = True
         self._started.set()
         self._changed.set()
+
+
+@dataclass(slots=True)
+class LiveRound:
+    """A round in flight, on the driver's side."""
+
+    request: RoundRequest
+    handle: RoundHandle
+    hashes: tuple[bytes, ...]
+    page_tokens: int
+    fence: int = 0
+    claimed: bool = False
+    call: asyncio.Task[None] | None = None
+    output_ids: list[int] = field(default_factory=list)
+    error: EngineError | None = None
+    """The last call's failure: an engine's own 4xx goes to the client."""
+
+    def cut_off(self, why: str) -> None:
+        """End the client's stream without the core: nobody will answer any more."""
+        streaming = bool(self.handle.arm)
+        self.handle.finish(RoundBroke(why) if streaming else RoundRefused("no_engine_available", why, 1.0))
+
+    def hashes_with_output(self) -> tuple[bytes, ...]:
+        """Pages with KV at the home after the round: the last token that was sampled has none."""
+        whole = len(self.hashes) * self.page_tokens
+        rest = [*self.request.input_ids[whole:], *self.output_ids[:-1]]
+        prior = self.hashes[-1] if self.hashes else seed_of(self.request)
+        return self.hashes + page_hashes(rest, self.page_tokens, prior)
+
+
+def seed_of(request: RoundRequest) -> bytes:
+    """The digest before the first page of the request's chain."""
+    return namespace_seed(request.extra_key, request.cache_salt)
 
 
 class RoundRunner(Protocol):

@@ -10,17 +10,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from functools import partial
 
 from antiphon.engines.base import Engine, EngineError, FailureKind, GenerateRequest
-from antiphon.engines.page_hash import namespace_seed, page_hashes
+from antiphon.engines.page_hash import page_hashes
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
     Claim,
     Claimed,
+    ClaimLost,
     ClientGone,
     Command,
     Complete,
@@ -41,7 +43,7 @@ from antiphon.scheduler.messages import (
     Tick,
 )
 from antiphon.scheduler.recorder import Recorder
-from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRefused, RoundRequest
+from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRefused, RoundRequest, seed_of
 
 log = logging.getLogger(__name__)
 
@@ -60,34 +62,11 @@ class RuntimeConfig:
     touch_deadline_s: float = 1.0
     prefetch_grace_s: float = 1.0
     """On top of the core's deadline for a transfer: the way there and back."""
+    record_grace_s: float = 2.0
+    """At a shutdown, for the completions of rounds that have ended to reach the ledger."""
 
 
-@dataclass(slots=True)
-class _Live:
-    """A round in flight, on the driver's side."""
-
-    request: RoundRequest
-    handle: RoundHandle
-    hashes: tuple[bytes, ...]
-    page_tokens: int
-    fence: int = 0
-    claimed: bool = False
-    call: asyncio.Task[None] | None = None
-    output_ids: list[int] = field(default_factory=list)
-    error: EngineError | None = None
-    """The last call's failure: an engine's own 4xx goes to the client."""
-
-    def cut_off(self, why: str) -> None:
-        """End the client's stream without the core: nobody will answer any more."""
-        streaming = bool(self.handle.arm)
-        self.handle.finish(RoundBroke(why) if streaming else RoundRefused("no_engine_available", why, 1.0))
-
-    def hashes_with_output(self) -> tuple[bytes, ...]:
-        """Pages with KV at the home after the round: the last token that was sampled has none."""
-        whole = len(self.hashes) * self.page_tokens
-        rest = [*self.request.input_ids[whole:], *self.output_ids[:-1]]
-        prior = self.hashes[-1] if self.hashes else _seed(self.request)
-        return self.hashes + page_hashes(rest, self.page_tokens, prior)
+Call = Callable[[], Coroutine[None, None, Event | None]]
 
 
 class Runtime:
@@ -112,8 +91,9 @@ class Runtime:
         self._on_receipt = on_receipt
         self._on_unreachable = on_unreachable
         self._clock = clock
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRound] = {}
         self._tasks: asyncio.TaskGroup | None = None
+        self._recording: set[asyncio.Task[None]] = set()
         self._deadline_changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -144,13 +124,16 @@ class Runtime:
                     live.cut_off("the gateway is shutting down")
 
     async def drain(self, deadline_s: float) -> bool:
-        """Wait until no round is in flight; False when some still are after `deadline_s`."""
-        try:
+        """Wait until no round is in flight and the ended ones are recorded.
+
+        False when some are in flight after `deadline_s`.
+        """
+        with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        if self._recording:
+            await asyncio.wait(self._recording, timeout=self._config.record_grace_s)
+        return not self._live
 
     def submit(self, request: RoundRequest) -> RoundHandle:
         """Accept a round. Raises RuntimeError when the runtime does not run."""
@@ -159,8 +142,8 @@ class Runtime:
         handle = RoundHandle(request, lambda: self._client_gone(request.round_id))
         hashes: tuple[bytes, ...] = ()
         if self._hashing:
-            hashes = page_hashes(request.input_ids, self._page_tokens, _seed(request))
-        self._live[request.round_id] = _Live(request, handle, hashes, self._page_tokens)
+            hashes = page_hashes(request.input_ids, self._page_tokens, seed_of(request))
+        self._live[request.round_id] = LiveRound(request, handle, hashes, self._page_tokens)
         self._idle.clear()
         self.post(
             RoundArrived(
@@ -195,18 +178,18 @@ class Runtime:
         log.debug("command", extra={"command": command})
         if isinstance(command, Reserved):
             if self._recorder.note(command):
-                self._spawn(self._recorder.publish())
+                self._background(self._recorder.publish)
             return
         live = self._live[command.round_id]
         match command:
             case Claim():
-                self._call(live, "", self._claim(live, command))
+                self._call(live, "", partial(self._claim, live, command))
             case Prefetch():
-                self._call(live, command.engine_id, self._prefetch(live, command))
+                self._call(live, command.engine_id, partial(self._prefetch, live, command))
             case Prefill():
-                self._call(live, command.engine_id, self._prefill(live, command))
+                self._call(live, command.engine_id, partial(self._prefill, live, command))
             case Generate():
-                self._call(live, command.engine_id, self._generate(live, command))
+                self._call(live, command.engine_id, partial(self._generate, live, command))
             case Abort():
                 self._abort(live, command)
             case Refuse():
@@ -220,15 +203,15 @@ class Runtime:
             case Complete():
                 self._complete(live, command)
 
-    def _call(self, live: _Live, engine_id: str, work: Coroutine[None, None, Event | None]) -> None:
+    def _call(self, live: LiveRound, engine_id: str, work: Call) -> None:
         live.call = self._spawn(self._guard(live, engine_id, work))
 
-    async def _guard(self, live: _Live, engine_id: str, work: Coroutine[None, None, Event | None]) -> None:
-        """Run one call and post how it ended; whatever it raises becomes an event."""
+    async def _guard(self, live: LiveRound, engine_id: str, work: Call) -> None:
+        """Run one call and post how it ended; whatever it raises becomes an event. No engine: a claim."""
         round_id = live.request.round_id
         event: Event | None
         try:
-            event = await work
+            event = await work()
         except EngineError as error:
             live.error = error
             event = EngineFailed(round_id, engine_id, error.kind.value, str(error))
@@ -236,20 +219,35 @@ class Runtime:
                 self._on_unreachable(engine_id)
         except Exception as error:
             log.exception("a call of round %s failed by a bug", round_id)
-            event = EngineFailed(round_id, engine_id, "bug", repr(error))
+            lost = ClaimLost(round_id, repr(error))
+            event = EngineFailed(round_id, engine_id, "bug", repr(error)) if engine_id else lost
+        finally:
+            if round_id not in self._live:  # it ended well before its stream did: nothing is owed any more
+                live.handle.finish()
+        if live.call is not asyncio.current_task():
+            return  # it was aborted, and what it awaited swallowed that
         live.call = None
-        if round_id not in self._live:  # it ended well before its stream did: nothing is owed any more
-            live.handle.finish()
-        elif event is not None:
-            self.post(event)
+        if event is not None and round_id in self._live:
+            self._post_or_cut_off(live, event)
 
-    def _abort(self, live: _Live, command: Abort) -> None:
+    def _post_or_cut_off(self, live: LiveRound, event: Event) -> None:
+        """A bug that one round's event uncovers ends that round and no other."""
+        round_id = live.request.round_id
+        try:
+            self.post(event)
+        except Exception:
+            log.exception("round %s is cut off by a bug", round_id)
+            live.cut_off("the gateway failed; its log has the round id")
+            if round_id in self._core.rounds:
+                self.post(ClientGone(round_id))
+
+    def _abort(self, live: LiveRound, command: Abort) -> None:
         if live.call is not None:
             live.call.cancel()
             live.call = None
         engine = self._engines.get(command.engine_id)
         if engine is not None and command.rid:
-            self._spawn(self._abort_on(engine, command.rid))
+            self._background(partial(self._abort_on, engine, command.rid))
 
     async def _abort_on(self, engine: Engine, rid: str) -> None:
         try:
@@ -257,7 +255,7 @@ class Runtime:
         except EngineError as error:
             log.warning("could not abort %s on %s: %s", rid, engine.record.engine_id, error)
 
-    def _complete(self, live: _Live, command: Complete) -> None:
+    def _complete(self, live: LiveRound, command: Complete) -> None:
         live.handle.receipt = command.receipt
         live.handle.session_id = command.receipt.session_id
         if not live.handle.ended and live.call is None:
@@ -267,22 +265,25 @@ class Runtime:
             self._idle.set()
         self._on_receipt(command.receipt)
         if live.claimed or command.receipt.degraded:
-            self._spawn(self._recorder.record(live.request, command, live.fence))
+            task = self._background(partial(self._recorder.record, live.request, command, live.fence))
+            if task is not None:
+                self._recording.add(task)
+                task.add_done_callback(self._recording.discard)
 
     # ---------------------------------------------------------------- calls; each returns its event
 
-    async def _claim(self, live: _Live, command: Claim) -> Event:
+    async def _claim(self, live: LiveRound, command: Claim) -> Event:
         answer = await self._recorder.claim(live.request, command)
         if isinstance(answer, Claimed):
             live.fence, live.claimed = answer.fence, True
             live.handle.session_id, live.handle.parent_id = answer.session_id, answer.parent_id
         return answer
 
-    async def _prefetch(self, live: _Live, command: Prefetch) -> Event:
+    async def _prefetch(self, live: LiveRound, command: Prefetch) -> Event:
         """Pages that do not come are only recomputed, so a failure here is an answer of 0 pages."""
         started = self._clock()
         wanted = live.hashes[command.first_page : command.first_page + command.pages]
-        parent = live.hashes[command.first_page - 1] if command.first_page else _seed(live.request)
+        parent = live.hashes[command.first_page - 1] if command.first_page else seed_of(live.request)
         try:
             puller, source = self._engine(command.engine_id), self._engine(command.source_id)
             async with asyncio.timeout(command.deadline_s + self._config.prefetch_grace_s):
@@ -307,7 +308,7 @@ class Runtime:
             result.reason,
         )
 
-    async def _prefill(self, live: _Live, command: Prefill) -> Event:
+    async def _prefill(self, live: LiveRound, command: Prefill) -> Event:
         result = await self._engine(command.engine_id).prefill(
             live.request.input_ids,
             command.rid,
@@ -317,7 +318,7 @@ class Runtime:
         )
         return PrefillDone(command.round_id, result.cached_tokens)
 
-    async def _generate(self, live: _Live, command: Generate) -> Event | None:
+    async def _generate(self, live: LiveRound, command: Generate) -> Event | None:
         """Relay the answer. The round is finished when its usage is known, before that is relayed."""
         engine, request = self._engine(command.engine_id), live.request
         self._touch(engine, live)
@@ -346,15 +347,17 @@ class Runtime:
         live.handle.finish()
         return None
 
-    def _begin_stream(self, live: _Live) -> None:
+    def _begin_stream(self, live: LiveRound) -> None:
         round = self._core.rounds[live.request.round_id]
         live.handle.arm = round.arm.value if round.arm else ""
         live.handle.round_number = round.round_number
         self.post(FirstToken(live.request.round_id))
 
-    def _finish(self, live: _Live, completion_tokens: int, cached_tokens: int) -> None:
+    def _finish(self, live: LiveRound, completion_tokens: int, cached_tokens: int) -> None:
         hashes = live.hashes_with_output() if self._hashing else ()
-        self.post(RoundFinished(live.request.round_id, completion_tokens, cached_tokens, hashes))
+        self.post(
+            RoundFinished(live.request.round_id, completion_tokens, cached_tokens, hashes, live.handle.lagged)
+        )
 
     # ---------------------------------------------------------------- small things
 
@@ -364,12 +367,12 @@ class Runtime:
             raise EngineError(FailureKind.UNREACHABLE, f"engine {engine_id} is not connected any more")
         return engine
 
-    def _touch(self, engine: Engine, live: _Live) -> None:
+    def _touch(self, engine: Engine, live: LiveRound) -> None:
         """A full hit on the device never reaches the linker: tell its store that the chain is in use."""
         round = self._core.rounds[live.request.round_id]
         pages = min(round.history_tokens // live.page_tokens, len(live.hashes))
         if pages > 0 and engine.hello is not None:
-            self._spawn(self._touch_on(engine, live.hashes[pages - 1]))
+            self._background(partial(self._touch_on, engine, live.hashes[pages - 1]))
 
     async def _touch_on(self, engine: Engine, tip: bytes) -> None:
         try:
@@ -388,12 +391,19 @@ class Runtime:
             except TimeoutError:
                 self.post(Tick())
 
+    def _background(self, work: Callable[[], Coroutine[None, None, None]]) -> asyncio.Task[None] | None:
+        """What no round waits for: its failure is logged, and ends nothing else."""
+
+        async def logged() -> None:
+            try:
+                await work()
+            except Exception:
+                log.exception("a task in the background failed by a bug")
+
+        return self._spawn(logged())
+
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None] | None:
         if self._tasks is None:  # shutting down: nothing new is begun
             work.close()
             return None
         return self._tasks.create_task(work)
-
-
-def _seed(request: RoundRequest) -> bytes:
-    return namespace_seed(request.extra_key, request.cache_salt)

@@ -97,6 +97,8 @@ class Round:
     """H(home) as believed at the decision."""
     rid: str = ""
     """Of the engine call under way; "" between calls."""
+    tried_s: float = 0.0
+    """When the present try began: the first one with the round's arrival."""
     dispatched_s: float | None = None
     entered_s: float = 0.0
     """When the present phase began."""
@@ -104,7 +106,7 @@ class Round:
     pull_s: float = 0.0
     push_s: float = 0.0
     prefill_cached_tokens: int | None = None
-    """What the prefill engine did not compute; None when no other engine computed anything."""
+    """What the prefill engine did not compute, the least of all tries; None when no other engine computed."""
     pulled_tokens: int = 0
     bytes_decode_to_prefill: int = 0
     bytes_prefill_to_decode: int = 0

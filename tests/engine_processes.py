@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import TypeVar
 import redis.asyncio
 
 from antiphon.engines.base import EngineRecord
+from antiphon.engines.launch_options import find_free_ports
 from antiphon.engines.registry import list_engines
 
 START_DEADLINE_S = 300.0
@@ -38,8 +38,7 @@ def wait_for(what: str, probe: Callable[[], ValueT | None], deadline_s: float = 
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    return find_free_ports("127.0.0.1", 1)
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from antiphon.engines import cpu_shims
 from antiphon.engines.handshake import FLEET_KEY_ENV
 from antiphon.engines.launch_options import (
     EngineOptions,
@@ -233,7 +234,8 @@ def test_registers_when_it_serves_and_leaves_on_sigterm(
 
 def test_the_page_hash_is_compiled_before_the_first_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU machine: built at start, or a clear word on what to install; never in the first request."""
-    pytest.importorskip("sglang")
+    cpu_shims.define_torchvision_operators()
+    cpu_shims.provide_sgl_kernel()
     from sglang.srt.mem_cache.cpp_utils import native_hash
 
     def broken() -> None:

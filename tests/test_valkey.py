@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,18 @@ server = EmbeddedValkey.start(sys.argv[1])
 print(server.pointer.pid, flush=True)
 sys.stdin.read()
 """
+
+
+_started: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def no_orphans() -> Iterator[None]:
+    """A test that fails leaves no server of another process behind."""
+    yield
+    while _started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(_started.pop(), signal.SIGKILL)
 
 
 def client(server: EmbeddedValkey) -> redis.Redis:
@@ -56,7 +69,8 @@ def start_elsewhere(directory: Path) -> tuple[subprocess.Popen[str], int]:
         text=True,
     )
     assert process.stdout is not None
-    return process, int(process.stdout.readline())
+    _started.append(int(process.stdout.readline()))
+    return process, _started[-1]
 
 
 def end(process: subprocess.Popen[str], how: int = signal.SIGKILL) -> None:
