@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import random
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
