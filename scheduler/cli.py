@@ -257,13 +257,16 @@ def replay(
 def doctor(
     config: ConfigFile = None,
     ledger: Annotated[str | None, typer.Option(help="Redis URL; default: as `antiphon serve`.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Of the embedded Valkey and the fleet key.")] = None,
+    fleet: Annotated[str | None, typer.Option(help="Name of the fleet in the ledger.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what is missing, and prove each signal live. Exit status 1 if a check failed."""
     from antiphon.scheduler.config import load_config
     from antiphon.scheduler.doctor import run_doctor
 
-    checks = run_doctor(load_config(config, {"ledger.url": ledger}))
+    given = {"ledger.url": ledger, "ledger.state_dir": _text(state_dir), "ledger.fleet": fleet}
+    checks = run_doctor(load_config(config, given))
     if as_json:
         _print_json(checks)
     else:
