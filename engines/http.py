@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
@@ -68,9 +68,9 @@ class HttpEngine:
     async def connect(self, deadline_s: float) -> None:
         """Health over HTTP and the hello of every rank, which must tell one story; raises `EngineError`."""
         async with asyncio.TaskGroup() as group:
-            health = group.create_task(self._settled(self._call("GET", "/health", None, deadline_s)))
+            health = group.create_task(self._settled(self._call, "GET", "/health", None, deadline_s))
             hellos = [
-                group.create_task(self._settled(self._greet(directory, deadline_s)))
+                group.create_task(self._settled(self._greet, directory, deadline_s))
                 for directory in self._directories
             ]
         for task in (health, *hellos):
@@ -147,7 +147,7 @@ class HttpEngine:
         ]
         outcomes = await asyncio.gather(
             *(
-                self._settled(self._ask(directory, request, wire.Prefetched, deadline_s + REPLY_MARGIN_S))
+                self._settled(self._ask, directory, request, wire.Prefetched, deadline_s + REPLY_MARGIN_S)
                 for directory, request in zip(self._directories, requests, strict=True)
             )
         )
@@ -272,7 +272,7 @@ class HttpEngine:
         """One answer per rank; raises the first rank's `EngineError` after all have answered."""
         outcomes = await asyncio.gather(
             *(
-                self._settled(self._ask(directory, request, reply, deadline_s))
+                self._settled(self._ask, directory, request, reply, deadline_s)
                 for directory in self._directories
             )
         )
@@ -288,10 +288,10 @@ class HttpEngine:
         return EngineError(kind, f"{self._name}: {error} ({error.code})")
 
     @staticmethod
-    async def _settled(call: Any) -> Any:
+    async def _settled(call: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         """Result or `EngineError` as a value, so that one rank's failure does not cancel the others."""
         try:
-            return await call
+            return await call(*arguments)
         except EngineError as error:
             return error
 

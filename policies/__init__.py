@@ -7,6 +7,7 @@ arms.py      what each arm costs a round on given engines
 local.py     every round is prefilled on its home
 remote.py    every round is prefilled in the prefill pool, which recomputes what it lacks
 ampd.py      AMPD's Algorithm 1: three tiers over `local` and `remote_pull`
+checked.py   what stands in when a policy or an ordering fails
 fcfs.py      the default ordering of a prefill queue
 registry.py  name -> policy; the only list
 """

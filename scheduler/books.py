@@ -107,7 +107,8 @@ class Books:
         changed = []
         for engine_id in sorted(self.dirty):
             book = self.fleet.books.get(engine_id)
-            if book is not None and self._published.get(engine_id) != (totals := book.totals()):
+            totals = book.totals() if book is not None else Totals()
+            if self._published.get(engine_id, Totals()) != totals:
                 self._published[engine_id] = totals
                 changed.append(Reserved(engine_id, totals))
         self.dirty.clear()
@@ -121,7 +122,7 @@ class Books:
     def engine_gone(self, engine_id: str, incarnation: str) -> None:
         self.fleet.remove(engine_id)
         self.residency.void(engine_id, incarnation)
-        self._published.pop(engine_id, None)
+        self.dirty.add(engine_id)  # others must not go on counting what we had reserved there
 
     # ---- residency
 

@@ -10,11 +10,10 @@ import hashlib
 import heapq
 from dataclasses import dataclass, replace
 
-from antiphon.policies.base import Arm, Ordering, Placement, Policy, Reject
+from antiphon.policies.base import Arm, Ordering, Policy, Reject
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.books import Books, session_key
 from antiphon.scheduler.checks import check_scheduler
-from antiphon.scheduler.choices import choose_first, choose_placement
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
@@ -185,12 +184,9 @@ class Scheduler:
         assert round.placement is not None
         engine_id, pages = round.placement.prefill_engine, len(round.arrived.hashes)
         round.prefilled_s = now - round.entered_s
-        known = (
-            round.prefill_cached_tokens
-        )  # of an earlier try: what that one computed was for this round too
-        round.prefill_cached_tokens = (
-            event.cached_tokens if known is None else min(known, event.cached_tokens)
-        )
+        earlier = round.prefill_cached_tokens  # what a failed try computed was computed for this round too
+        least = event.cached_tokens if earlier is None else min(earlier, event.cached_tokens)
+        round.prefill_cached_tokens = least
         self.books.prefill_over(round, engine_id)
         self.books.hold(round, engine_id, pages)
         if pages:
@@ -205,7 +201,6 @@ class Scheduler:
         round.first_token_s = now
         placement, books = round.placement, self.books.fleet.books
         books[placement.home].prefill_s.pop(round.round_id, None)
-        books[placement.home].decode[round.round_id].running = True
         self.books.touch(placement.home)
         if placement.prefill_engine in books:
             books[placement.prefill_engine].ttft.add(now, now - round.tried_s)
@@ -223,11 +218,12 @@ class Scheduler:
         self._end(round, Outcome.COMPLETED, now, event)
 
     def _on_failed(self, round: Round, event: EngineFailed, now: float) -> None:
+        if event.kind == "deadline":
+            self._abort(round)
         if round.phase is Phase.DECODING:
             self._break(round, event.message, now)
             return
-        if event.kind == "deadline":
-            self._abort(round)
+        round.all_unreachable = round.all_unreachable and event.kind == "unreachable"
         self._give_up_try(round, event.engine_id, f"{event.kind}: {event.message}")
         if event.kind == "bad_request":
             self._refuse(round, "bad_upstream_request", event.message, now)
@@ -281,10 +277,11 @@ class Scheduler:
 
     def _place(self, round: Round, now: float) -> None:
         """Decide, reserve, and start or queue."""
-        answer = self._choose(round, now)
+        cluster = self.books.cluster(now)
+        answer = self.policy.place(self.books.view(round, now), cluster)
         if isinstance(answer, Reject) and round.excluded:
             round.excluded = frozenset()  # better the same engine again than no answer
-            answer = self._choose(round, now)
+            answer = self.policy.place(self.books.view(round, now), cluster)
         if isinstance(answer, Reject):
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
             return
@@ -300,13 +297,6 @@ class Scheduler:
             round.dispatched_s = now
             self._generate(round, now)
 
-    def _choose(self, round: Round, now: float) -> Placement | Reject:
-        view, cluster = self.books.view(round, now), self.books.cluster(now)
-        answer, wrong = choose_placement(self.policy, view, cluster)
-        if wrong:
-            round.notes.append(wrong)
-        return answer
-
     def _dispatch(self, engine_id: str, now: float) -> None:
         """Start waiting rounds while the prefill engine has room, in the ordering's order."""
         book = self.books.fleet.books.get(engine_id)
@@ -314,9 +304,7 @@ class Scheduler:
             first = book.queue[0]
             if len(book.queue) > 1:
                 waiting = [self.books.view(self.rounds[round_id], now) for round_id in book.queue]
-                first, wrong = choose_first(self.ordering, waiting, self.books.cluster(now))
-                if wrong:
-                    self.rounds[first].notes.append(wrong)
+                first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
             book.queue.remove(first)
             book.in_flight.add(first)
             self._start_prefill(self.rounds[first], now)
@@ -374,7 +362,8 @@ class Scheduler:
             self._place(round, now)
             return
         failures = "; ".join(t.failure for t in round.tries)
-        self._refuse(round, "upstream_failed", f"{len(round.tries)} tries failed: {failures}", now)
+        code = "no_engine_available" if round.all_unreachable else "upstream_failed"
+        self._refuse(round, code, f"{len(round.tries)} tries failed: {failures}", now)
 
     def _refuse(
         self, round: Round, code: str, message: str, now: float, retry_after_s: float | None = None

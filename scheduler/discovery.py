@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 
 from antiphon.engines.base import Engine, EngineError, EngineRecord, FailureKind, LoadReport
 from antiphon.engines.wire import Hello
+from antiphon.policies.base import Pool
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
 from antiphon.scheduler.messages import EngineDown, EngineUp
 
 log = logging.getLogger(__name__)
 
 CLOSE_DEADLINE_S = 2.0
+POOLS = tuple(pool.value for pool in Pool)
 MUST_AGREE = (
     "model_id", "model_revision", "dtype", "layout", "page_size_tokens", "page_bytes", "world_size",
     "transport",
@@ -121,14 +123,15 @@ class Discovery:
             record = records.get(watch.record.engine_id)
             if record == watch.record:
                 watch.missing_since = None
-            elif record is not None:
+                continue
+            if record is not None:
                 await self._drop(watch, f"replaced by incarnation {record.incarnation or 'unknown'}")
-            elif watch.missing_since is None:
+                continue
+            if watch.missing_since is None:
                 watch.missing_since = now
                 watch.wake.set()
-            if record is None and watch.missing_since is not None:
-                if watch.up is None or now - watch.missing_since >= self._times.missing_grace_s:
-                    await self._drop(watch, "its record is gone")
+            if watch.up is None or now - watch.missing_since >= self._times.missing_grace_s:
+                await self._drop(watch, "its record is gone")
         for engine_id, record in records.items():
             if engine_id not in self._watches:
                 watch = _Watch(record, self._make_engine(record))
@@ -147,9 +150,15 @@ class Discovery:
     async def _watch(self, watch: _Watch) -> None:
         try:
             while True:
-                await self._greet(watch)
-                reason = await self._probe_until_down(watch)
-                self._set_down(watch, reason)
+                try:
+                    await self._greet(watch)
+                    reason = await self._probe_until_down(watch)
+                except Exception as error:  # one engine's nonsense must not end the watch over all others
+                    self._complain(watch, f"cannot be watched: {error!r}")
+                    self._set_down(watch, repr(error))
+                    await asyncio.sleep(self._times.max_retry_s)
+                else:
+                    self._set_down(watch, reason)
         finally:
             try:
                 async with asyncio.timeout(CLOSE_DEADLINE_S):
@@ -177,6 +186,8 @@ class Discovery:
     async def _facts(self, watch: _Watch) -> EngineUp:
         """From the hello; an engine without a linker is asked for its pool only. Raises `EngineError`."""
         record, hello = watch.record, watch.engine.hello
+        if record.pool not in POOLS:
+            raise EngineError(FailureKind.BROKEN, f"its pool is {record.pool!r}, none of {', '.join(POOLS)}")
         if record.kv_addresses and hello is None:
             raise EngineError(FailureKind.BROKEN, f"engine {record.engine_id}: no hello from its directory")
         if hello is not None:

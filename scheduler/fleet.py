@@ -48,7 +48,6 @@ class DecodeSlot:
 
     context_tokens: int
     itl_slo_s: float
-    running: bool = False
 
 
 @dataclass(slots=True)

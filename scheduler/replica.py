@@ -11,6 +11,7 @@ from typing import Any
 
 from antiphon.engines.base import Engine, EngineRecord
 from antiphon.engines.http import HttpEngine
+from antiphon.policies.checked import Checked, CheckedOrdering
 from antiphon.policies.latency import load_latency_model
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.config import Config
@@ -41,10 +42,11 @@ class Replica:
         self._metrics = metrics
         self._receipts = ReceiptLog()
         self._heartbeat = Heartbeat(ledger, name)
+        self._drain_s = config.gateway.shutdown_grace_s
         settings = config.scheduler
         self.core = Scheduler(
-            make_policy(settings.policy, config.policy_parameters()),
-            make_ordering(settings.ordering),
+            Checked(make_policy(settings.policy, config.policy_parameters())),
+            CheckedOrdering(make_ordering(settings.ordering)),
             load_latency_model(settings.profile),
             CoreConfig(
                 max_tries=settings.max_tries,
@@ -83,10 +85,14 @@ class Replica:
             try:
                 yield
             finally:
-                if not await self.runtime.drain(self._config.gateway.shutdown_grace_s):
+                if not await self.runtime.drain(self._drain_s):
                     log.warning("%d rounds are cut off by the shutdown", self.runtime.rounds_in_flight)
                 for part in parts:
                     part.cancel()
+
+    def hurry(self) -> None:
+        """Give rounds in flight no grace on the way out."""
+        self._drain_s = 0.0
 
     # ---- what the gateway needs
 

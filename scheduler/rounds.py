@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 
 from antiphon.engines.base import Chunk, EngineError
 from antiphon.engines.page_hash import namespace_seed, page_hashes
-from antiphon.scheduler.messages import Receipt
+from antiphon.scheduler.messages import Receipt, Refuse
 
 STREAM_BUFFER_CHUNKS = 256
 """A reader that lags further behind holds back the engine's stream, not our memory."""
@@ -131,7 +131,7 @@ class RoundHandle:
         self._changed.set()
 
     def finish(self, error: Exception | None = None) -> None:
-        """No more chunks; `error` is raised to the reader after those already there. The first call counts."""
+        """No more chunks; `error` is raised to the reader after those there. The first call counts."""
         if not self._ended:
             self._error = error
         self._ended = True
@@ -153,6 +153,11 @@ class LiveRound:
     output_ids: list[int] = field(default_factory=list)
     error: EngineError | None = None
     """The last call's failure: an engine's own 4xx goes to the client."""
+
+    def refuse(self, command: Refuse) -> None:
+        """Answer with an error; the engine's own, if the last call ended in one."""
+        status, body = (self.error.status, self.error.body) if self.error else (0, b"")
+        self.handle.finish(RoundRefused(command.code, command.message, command.retry_after_s, status, body))
 
     def cut_off(self, why: str) -> None:
         """End the client's stream without the core: nobody will answer any more."""

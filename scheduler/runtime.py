@@ -43,7 +43,7 @@ from antiphon.scheduler.messages import (
     Tick,
 )
 from antiphon.scheduler.recorder import Recorder
-from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRefused, RoundRequest, seed_of
+from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRequest, seed_of
 
 log = logging.getLogger(__name__)
 
@@ -193,11 +193,7 @@ class Runtime:
             case Abort():
                 self._abort(live, command)
             case Refuse():
-                error = live.error
-                status, body = (error.status, error.body) if error else (0, b"")
-                live.handle.finish(
-                    RoundRefused(command.code, command.message, command.retry_after_s, status, body)
-                )
+                live.refuse(command)
             case Broke():
                 live.handle.finish(RoundBroke(command.message))
             case Complete():
@@ -240,6 +236,7 @@ class Runtime:
             live.cut_off("the gateway failed; its log has the round id")
             if round_id in self._core.rounds:
                 self.post(ClientGone(round_id))
+            self._forget(round_id)
 
     def _abort(self, live: LiveRound, command: Abort) -> None:
         if live.call is not None:
@@ -247,28 +244,25 @@ class Runtime:
             live.call = None
         engine = self._engines.get(command.engine_id)
         if engine is not None and command.rid:
-            self._background(partial(self._abort_on, engine, command.rid))
-
-    async def _abort_on(self, engine: Engine, rid: str) -> None:
-        try:
-            await engine.abort(rid, deadline_s=self._config.abort_deadline_s)
-        except EngineError as error:
-            log.warning("could not abort %s on %s: %s", rid, engine.record.engine_id, error)
+            self._background(partial(engine.abort, command.rid, deadline_s=self._config.abort_deadline_s))
 
     def _complete(self, live: LiveRound, command: Complete) -> None:
         live.handle.receipt = command.receipt
         live.handle.session_id = command.receipt.session_id
         if not live.handle.ended and live.call is None:
             live.handle.finish()
-        del self._live[command.round_id]
-        if not self._live:
-            self._idle.set()
+        self._forget(command.round_id)
         self._on_receipt(command.receipt)
         if live.claimed or command.receipt.degraded:
             task = self._background(partial(self._recorder.record, live.request, command, live.fence))
             if task is not None:
                 self._recording.add(task)
                 task.add_done_callback(self._recording.discard)
+
+    def _forget(self, round_id: str) -> None:
+        self._live.pop(round_id, None)
+        if not self._live:
+            self._idle.set()
 
     # ---------------------------------------------------------------- calls; each returns its event
 
@@ -372,13 +366,8 @@ class Runtime:
         round = self._core.rounds[live.request.round_id]
         pages = min(round.history_tokens // live.page_tokens, len(live.hashes))
         if pages > 0 and engine.hello is not None:
-            self._background(partial(self._touch_on, engine, live.hashes[pages - 1]))
-
-    async def _touch_on(self, engine: Engine, tip: bytes) -> None:
-        try:
-            await engine.touch(tip, deadline_s=self._config.touch_deadline_s)
-        except EngineError as error:
-            log.debug("touch on %s failed: %s", engine.record.engine_id, error)
+            tip = live.hashes[pages - 1]
+            self._background(partial(engine.touch, tip, deadline_s=self._config.touch_deadline_s))
 
     async def _tick(self) -> None:
         while True:
@@ -397,6 +386,8 @@ class Runtime:
         async def logged() -> None:
             try:
                 await work()
+            except EngineError as error:
+                log.info("%s", error)
             except Exception:
                 log.exception("a task in the background failed by a bug")
 

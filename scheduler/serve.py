@@ -58,7 +58,8 @@ def run_server(config: Config) -> int:
 
 async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: socket.socket) -> None:
     metrics = Metrics()
-    ledger = Ledger(ledger_url, fleet=config.ledger.fleet)
+    lease_ttl_s = max(900.0, 2 * config.scheduler.request_deadline_s)  # longer than any round
+    ledger = Ledger(ledger_url, fleet=config.ledger.fleet, lease_ttl_s=lease_ttl_s)
     try:
         replica = Replica(config, ledger, fleet_key, uuid.uuid4().hex, metrics)
     except ValueError as error:
@@ -83,6 +84,8 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         async with replica.running():
             log.info("serving", extra={"url": f"http://{host}:{port}", "ledger": masked(ledger_url)})
             await server.serve(sockets=[listener])
+            if server.force_exit:
+                replica.hurry()
     finally:
         await ledger.close()
 

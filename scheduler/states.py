@@ -92,6 +92,8 @@ class Round:
     degraded: bool = False
     tries: list[Try] = field(default_factory=list)
     excluded: frozenset[str] = frozenset()
+    all_unreachable: bool = True
+    """No try reached an engine so far."""
     placement: Placement | None = None
     history_tokens: int = 0
     """H(home) as believed at the decision."""

@@ -29,6 +29,7 @@ from antiphon.scheduler.messages import (
     Reserved,
     RoundFinished,
     Tick,
+    Totals,
 )
 from antiphon.scheduler.states import ACCEPTS, SUCCESSORS, IllegalEvent, Phase
 from tests.core_helpers import Chosen, arrived, claimed, engine_up, scheduler
@@ -271,3 +272,102 @@ def test_the_tables_are_whole() -> None:
     """Every phase is in both tables, every phase but the last can be left by a client that goes."""
     assert set(SUCCESSORS) == set(ACCEPTS) == set(Phase)
     assert all(ClientGone in ACCEPTS[p] and Phase.ENDED in SUCCESSORS[p] for p in list(Phase)[:-1])
+
+
+def test_a_failed_try_is_not_charged_to_the_engine_that_answered() -> None:
+    """The windowed TTFT counts from the try's own beginning; the receipt's from the round's arrival."""
+    bench = Bench()
+    bench.place("r1", RECOMPUTE)
+    bench.now += 60.0
+    bench.policy.next.append(LOCAL)
+    bench.send(EngineFailed("r1", "p0", "unreachable", "gone"))
+    bench.send(FirstToken("r1"))
+    (done,) = bench.send(RoundFinished("r1", 2, 0, ()))
+    assert isinstance(done, Complete) and done.receipt.ttft_s is not None and done.receipt.ttft_s > 60
+    books = bench.core.books.fleet.books
+    assert books["d0"].ttft.mean() == pytest.approx(0.1) and not books["p0"].ttft.samples
+
+
+def test_what_a_failed_try_computed_is_not_cached() -> None:
+    """p0 computed the prompt for this round; that the next try finds it at the home does not make it free."""
+    bench = Bench()
+    bench.place("r1", RECOMPUTE, tokens=100)
+    bench.send(PrefillDone("r1", 16))
+    bench.send(PrefetchDone("r1", "d0", 6, 6, 6 * 32768, 0.01))
+    bench.policy.next.append(LOCAL)
+    bench.send(EngineFailed("r1", "d0", "refused", "full"))
+    bench.send(FirstToken("r1"))
+    (done,) = bench.send(RoundFinished("r1", 2, 96, ()))
+    assert isinstance(done, Complete) and done.receipt.cached_tokens == 16
+    assert done.receipt.bytes_prefill_to_decode == 6 * 32768, "what was moved, was moved"
+    assert (done.receipt.prefill_s, done.receipt.push_s) == (0.0, 0.0), "times are the last try's"
+
+
+def test_a_replaced_prefill_engine_holds_nothing() -> None:
+    """p0 restarts while the home decodes: its new incarnation is not recorded as a holder of the prompt."""
+    bench = Bench()
+    bench.place("r1", RECOMPUTE)
+    bench.send(PrefillDone("r1", 0))
+    bench.send(PrefetchDone("r1", "d0", 6, 6, 6 * 32768, 0.01))
+    bench.send(FirstToken("r1"))
+    bench.send(engine_up("p0", "prefill", "two"))
+    (done,) = bench.send(RoundFinished("r1", 12, 0, arrived("r1", tokens=112).hashes))
+    assert isinstance(done, Complete) and {engine for _, _, engine, _ in done.holdings} == {"d0"}
+
+
+def test_a_round_out_of_time_has_no_try_that_answered() -> None:
+    """After the deadline the last try is a failed one, in the receipt too."""
+    bench = Bench(first_token_deadline_s=5.0)
+    bench.place("r1", LOCAL)
+    bench.now += 5.0
+    abort, refuse, done = bench.send(Tick())
+    assert isinstance(abort, Abort) and isinstance(refuse, Refuse) and isinstance(done, Complete)
+    assert done.receipt.outcome is Outcome.FAILED and "no token within 5 s" in done.receipt.tries[0].failure
+
+
+def test_a_reader_that_lags_gives_no_sample() -> None:
+    """The ITL that a slow client saw says nothing of the engine."""
+    bench = Bench()
+    for n, lagged in enumerate((True, False)):
+        bench.place(f"r{n}", LOCAL)
+        bench.send(FirstToken(f"r{n}"))
+        bench.send(RoundFinished(f"r{n}", 12, 0, (), lagged))
+        assert len(bench.core.books.fleet.books["d0"].itl.samples) == n
+
+
+@pytest.mark.parametrize(
+    ("kinds", "code"),
+    [
+        (("unreachable", "unreachable", "unreachable"), "no_engine_available"),
+        (("unreachable", "refused", "unreachable"), "upstream_failed"),
+    ],
+)
+def test_engines_that_are_all_dead_are_no_engine(kinds: tuple[str, ...], code: str) -> None:
+    """They die before anybody has noticed: the client is told to come again, not that its round failed."""
+    bench = Bench()
+    bench.place("r1", LOCAL)
+    for kind, engine in zip(kinds, ("d0", "p0", "d0"), strict=True):
+        bench.policy.next.append((Arm.LOCAL, engine, engine))
+        round = bench.core.rounds["r1"]
+        assert round.placement is not None
+        refuse, *_ = bench.send(EngineFailed("r1", round.placement.home, kind, "x"))
+    assert isinstance(refuse, Refuse) and refuse.code == code and refuse.retry_after_s > 0
+
+
+def test_a_stream_that_stalls_is_aborted() -> None:
+    """No token for too long after the first one: the client gets an error, and the engine is told to stop."""
+    bench = Bench()
+    bench.place("r1", LOCAL)
+    bench.send(FirstToken("r1"))
+    commands = bench.send(EngineFailed("r1", "d0", "deadline", "nothing came"))
+    assert [type(command) for command in commands] == [Abort, Broke, Complete]
+
+
+def test_reservations_on_a_dead_engine_are_taken_back() -> None:
+    """What we published there would else burden the engine that comes back by the same name."""
+    bench = Bench()
+    bench.place("r1", RECOMPUTE)
+    commands = bench.core.receive(EngineDown("p0", "one", "killed"), bench.now)
+    assert Reserved("p0", Totals()) in commands
+    commands = bench.core.receive(engine_up("p0", "prefill", "two"), bench.now)
+    assert not commands
