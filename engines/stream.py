@@ -17,8 +17,8 @@ _IDS_FLAG = {CHAT_PATH: "return_output_ids_in_sglext", COMPLETIONS_PATH: "return
 _PLACEHOLDER = [{"role": "user", "content": ""}]
 """SGLang insists on messages although `input_ids` is the prompt."""
 
-_RETRY_STATUS = (408, 425, 429)
-"""4xx that blame the moment, not the request."""
+_CALLERS_FAULT = (400, 413, 422)
+"""Other 4xx blame the moment (429) or the engine's set-up (401, 404): another engine may do better."""
 
 
 class AnswerReader:
@@ -120,7 +120,7 @@ class AnswerReader:
 
 def kind_of_status(status: int) -> FailureKind:
     """Whom an HTTP status blames."""
-    if 400 <= status < 500 and status not in _RETRY_STATUS:
+    if status in _CALLERS_FAULT:
         return FailureKind.BAD_REQUEST
     return FailureKind.REFUSED
 

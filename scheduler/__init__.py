@@ -12,6 +12,7 @@ Core (no clock, no I/O)
     checks.py      check_invariants(): do the books contradict each other
 Driver and state
     runtime.py     asyncio driver: commands -> engine and ledger calls, results -> events
+    engine_calls.py  the calls on engines that answer once
     rounds.py      a round as the gateway sees it: its request, its stream to the client
     recorder.py    the driver's calls to the ledger: claim, record, publish reservations
     discovery.py   engine registry and configuration -> EngineUp / EngineDown

@@ -11,7 +11,7 @@ from __future__ import annotations
 from antiphon.policies.base import ClusterView, Placement, RoundView
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.fleet import DecodeSlot, Fleet
-from antiphon.scheduler.messages import Claimed, EngineUp, Reserved, RoundFinished, Totals
+from antiphon.scheduler.messages import Claimed, EngineUp, LoadReported, Reserved, RoundFinished, Totals
 from antiphon.scheduler.receipts import is_remote
 from antiphon.scheduler.residency import ResidencyIndex
 from antiphon.scheduler.sessions import SessionKey, SessionTable
@@ -96,6 +96,13 @@ class Books:
             if others != book.others:
                 book.others = others
                 book.touch()
+
+    def load_reported(self, report: LoadReported) -> None:
+        """Others may use the engine too: its own figure counts where it is above ours."""
+        book = self.fleet.books.get(report.engine_id)
+        if book is not None and book.reported_tokens != report.used_tokens:
+            book.reported_tokens = report.used_tokens
+            book.touch()
 
     def touch(self, engine_id: str) -> None:
         """This engine's view must be rebuilt and its totals published."""

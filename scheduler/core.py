@@ -90,7 +90,7 @@ class Scheduler:
             case EngineDown():
                 self._on_engine_down(event, now)
             case LoadReported():
-                pass  # our own books are exact; two replicas see each other through the ledger
+                self.books.load_reported(event)
             case Tick():
                 self._on_tick(now)
             case _:
@@ -370,7 +370,8 @@ class Scheduler:
     ) -> None:
         retry_s = self.config.retry_after_s if retry_after_s is None else retry_after_s
         self._commands.append(Refuse(round.round_id, code, message, retry_s))
-        self._end(round, Outcome.FAILED if round.tries else Outcome.REFUSED, now)
+        ours = round.tries and code != "bad_upstream_request"  # the caller's fault leaves no trace
+        self._end(round, Outcome.FAILED if ours else Outcome.REFUSED, now)
 
     def _break(self, round: Round, message: str, now: float) -> None:
         self._commands.append(Broke(round.round_id, message))

@@ -70,6 +70,8 @@ class EngineBook:
     itl: Window = field(default_factory=Window)
     idle_tokens: int = 0
     """Sum of `session_tokens`, kept as it changes."""
+    reported_tokens: int = 0
+    """Device KV in use by the engine's own last word."""
     _view: EngineView | None = None
     _view_expires_s: float = 0.0
 
@@ -114,7 +116,7 @@ class EngineBook:
             queue_s=own.prefill_s + others.prefill_s,
             queued_rounds=own.prefill_rounds + others.prefill_rounds,
             pool_tokens=self.up.pool_tokens,
-            used_tokens=self.idle_tokens + others.context_tokens,
+            used_tokens=max(self.idle_tokens + others.context_tokens, self.reported_tokens),
             sessions=len(self.session_tokens),
             window_ttft_s=self.ttft.mean(),
             window_itl_s=self.itl.mean(),

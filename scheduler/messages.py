@@ -159,8 +159,11 @@ class EngineDown:
 
 @dataclass(frozen=True, slots=True)
 class LoadReported:
+    """What an engine itself says: corrects drift of the books, never added to them."""
+
     engine_id: str
     used_tokens: int
+    """Device KV that its running requests hold."""
 
 
 @dataclass(frozen=True, slots=True)

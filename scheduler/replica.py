@@ -17,10 +17,11 @@ from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.core import CoreConfig, Scheduler
 from antiphon.scheduler.discovery import Discovery
+from antiphon.scheduler.engine_calls import CallDeadlines
 from antiphon.scheduler.gateway import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
-from antiphon.scheduler.messages import Receipt
+from antiphon.scheduler.messages import LoadReported, Receipt
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.receipt_log import ReceiptLog
 from antiphon.scheduler.recorder import Recorder, RecorderConfig
@@ -62,11 +63,15 @@ class Replica:
             ),
             make_engine=lambda record: HttpEngine(record, fleet_key),
             on_event=lambda event: self.runtime.post(event),
+            on_load=lambda engine_id, load: self.runtime.post(LoadReported(engine_id, load.used_tokens)),
         )
+        # A try that hangs must leave time for another.
+        try_s = settings.first_token_deadline_s / settings.max_tries
         self.runtime = Runtime(
             self.core,
             Recorder(ledger, name, RecorderConfig(session_ttl_s=config.ledger.session_ttl_s)),
             self._discovery.engines,
+            deadlines=CallDeadlines(prefill_s=try_s, event_s=try_s),
             on_receipt=self._on_receipt,
             on_unreachable=self._discovery.report_failure,
         )

@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from functools import partial
 
 from antiphon.engines.base import Engine, EngineError, FailureKind, GenerateRequest
 from antiphon.engines.page_hash import page_hashes
 from antiphon.scheduler.core import Scheduler
+from antiphon.scheduler.engine_calls import CallDeadlines, EngineCalls
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
@@ -32,9 +32,7 @@ from antiphon.scheduler.messages import (
     FirstToken,
     Generate,
     Prefetch,
-    PrefetchDone,
     Prefill,
-    PrefillDone,
     Receipt,
     Refuse,
     Reserved,
@@ -43,7 +41,7 @@ from antiphon.scheduler.messages import (
     Tick,
 )
 from antiphon.scheduler.recorder import Recorder
-from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRequest, seed_of
+from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRefused, RoundRequest, seed_of
 
 log = logging.getLogger(__name__)
 
@@ -51,20 +49,8 @@ DEFAULT_PAGE_TOKENS = 16
 """Until an engine with our linker has told its own; without one, nothing is hashed at all."""
 
 
-@dataclass(frozen=True, slots=True)
-class RuntimeConfig:
-    """Deadlines of single calls, in seconds; what bounds a whole round is the core's."""
-
-    prefill_deadline_s: float = 120.0
-    event_deadline_s: float = 120.0
-    """For the first and for each next event of an answer."""
-    abort_deadline_s: float = 5.0
-    touch_deadline_s: float = 1.0
-    prefetch_grace_s: float = 1.0
-    """On top of the core's deadline for a transfer: the way there and back."""
-    record_grace_s: float = 2.0
-    """At a shutdown, for the completions of rounds that have ended to reach the ledger."""
-
+RECORD_GRACE_S = 2.0
+"""At a shutdown, for the completions of rounds that have ended to reach the ledger."""
 
 Call = Callable[[], Coroutine[None, None, Event | None]]
 
@@ -78,7 +64,7 @@ class Runtime:
         recorder: Recorder,
         engines: Mapping[str, Engine],
         *,
-        config: RuntimeConfig | None = None,
+        deadlines: CallDeadlines | None = None,
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
         on_unreachable: Callable[[str], None] = lambda engine_id: None,
         clock: Callable[[], float] = time.monotonic,
@@ -86,8 +72,7 @@ class Runtime:
         """`engines` is read at each call, so discovery may change it. `on_unreachable` gets engine ids."""
         self._core = core
         self._recorder = recorder
-        self._engines = engines
-        self._config = config or RuntimeConfig()
+        self._calls = EngineCalls(engines, deadlines or CallDeadlines())
         self._on_receipt = on_receipt
         self._on_unreachable = on_unreachable
         self._clock = clock
@@ -132,14 +117,15 @@ class Runtime:
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
         if self._recording:
-            await asyncio.wait(self._recording, timeout=self._config.record_grace_s)
+            await asyncio.wait(self._recording, timeout=RECORD_GRACE_S)
         return not self._live
 
     def submit(self, request: RoundRequest) -> RoundHandle:
-        """Accept a round. Raises RuntimeError when the runtime does not run."""
-        if self._tasks is None:
-            raise RuntimeError("the runtime does not run")
+        """Accept a round; one that comes after the end is refused."""
         handle = RoundHandle(request, lambda: self._client_gone(request.round_id))
+        if self._tasks is None:
+            handle.finish(RoundRefused("no_engine_available", "the gateway is shutting down", 1.0))
+            return handle
         hashes: tuple[bytes, ...] = ()
         if self._hashing:
             hashes = page_hashes(request.input_ids, self._page_tokens, seed_of(request))
@@ -185,9 +171,9 @@ class Runtime:
             case Claim():
                 self._call(live, "", partial(self._claim, live, command))
             case Prefetch():
-                self._call(live, command.engine_id, partial(self._prefetch, live, command))
+                self._call(live, command.engine_id, partial(self._calls.prefetch, live, command))
             case Prefill():
-                self._call(live, command.engine_id, partial(self._prefill, live, command))
+                self._call(live, command.engine_id, partial(self._calls.prefill, live, command))
             case Generate():
                 self._call(live, command.engine_id, partial(self._generate, live, command))
             case Abort():
@@ -242,9 +228,7 @@ class Runtime:
         if live.call is not None:
             live.call.cancel()
             live.call = None
-        engine = self._engines.get(command.engine_id)
-        if engine is not None and command.rid:
-            self._background(partial(engine.abort, command.rid, deadline_s=self._config.abort_deadline_s))
+        self._background(partial(self._calls.abort, command.engine_id, command.rid))
 
     def _complete(self, live: LiveRound, command: Complete) -> None:
         live.handle.receipt = command.receipt
@@ -273,49 +257,11 @@ class Runtime:
             live.handle.session_id, live.handle.parent_id = answer.session_id, answer.parent_id
         return answer
 
-    async def _prefetch(self, live: LiveRound, command: Prefetch) -> Event:
-        """Pages that do not come are only recomputed, so a failure here is an answer of 0 pages."""
-        started = self._clock()
-        wanted = live.hashes[command.first_page : command.first_page + command.pages]
-        parent = live.hashes[command.first_page - 1] if command.first_page else seed_of(live.request)
-        try:
-            puller, source = self._engine(command.engine_id), self._engine(command.source_id)
-            async with asyncio.timeout(command.deadline_s + self._config.prefetch_grace_s):
-                result = await puller.prefetch(
-                    source.record.kv_addresses,
-                    command.source_incarnation,
-                    parent,
-                    wanted,
-                    deadline_s=command.deadline_s,
-                )
-        except (EngineError, TimeoutError) as error:
-            reason = str(error) or f"no answer within {command.deadline_s:g} s"
-            elapsed_s = self._clock() - started
-            return PrefetchDone(command.round_id, command.engine_id, 0, 0, 0, elapsed_s, reason)
-        return PrefetchDone(
-            command.round_id,
-            command.engine_id,
-            command.first_page + result.pages,
-            result.pulled_pages,
-            result.pulled_bytes,
-            result.elapsed_s,
-            result.reason,
-        )
-
-    async def _prefill(self, live: LiveRound, command: Prefill) -> Event:
-        result = await self._engine(command.engine_id).prefill(
-            live.request.input_ids,
-            command.rid,
-            session_id=live.handle.session_id,
-            cache_salt=live.request.cache_salt,
-            deadline_s=self._config.prefill_deadline_s,
-        )
-        return PrefillDone(command.round_id, result.cached_tokens)
-
     async def _generate(self, live: LiveRound, command: Generate) -> Event | None:
         """Relay the answer. The round is finished when its usage is known, before that is relayed."""
-        engine, request = self._engine(command.engine_id), live.request
-        self._touch(engine, live)
+        engine, request = self._calls.engine(command.engine_id), live.request
+        history_tokens = self._core.rounds[command.round_id].history_tokens
+        self._background(partial(self._calls.touch, command.engine_id, live, history_tokens))
         call = GenerateRequest(
             path=request.path,
             input_ids=request.input_ids,
@@ -325,7 +271,7 @@ class Runtime:
             cache_salt=request.cache_salt,
         )
         relayed = finished = False
-        async with aclosing(engine.generate(call, deadline_s=self._config.event_deadline_s)) as chunks:
+        async with aclosing(engine.generate(call, deadline_s=self._calls.deadlines.event_s)) as chunks:
             async for chunk in chunks:
                 live.output_ids.extend(chunk.token_ids)
                 if not relayed:
@@ -354,20 +300,6 @@ class Runtime:
         )
 
     # ---------------------------------------------------------------- small things
-
-    def _engine(self, engine_id: str) -> Engine:
-        engine = self._engines.get(engine_id)
-        if engine is None:
-            raise EngineError(FailureKind.UNREACHABLE, f"engine {engine_id} is not connected any more")
-        return engine
-
-    def _touch(self, engine: Engine, live: LiveRound) -> None:
-        """A full hit on the device never reaches the linker: tell its store that the chain is in use."""
-        round = self._core.rounds[live.request.round_id]
-        pages = min(round.history_tokens // live.page_tokens, len(live.hashes))
-        if pages > 0 and engine.hello is not None:
-            tip = live.hashes[pages - 1]
-            self._background(partial(engine.touch, tip, deadline_s=self._config.touch_deadline_s))
 
     async def _tick(self) -> None:
         while True:

@@ -20,6 +20,7 @@ from antiphon.scheduler.messages import (
     Event,
     FirstToken,
     Generate,
+    LoadReported,
     Outcome,
     Prefetch,
     PrefetchDone,
@@ -141,8 +142,9 @@ def test_a_bad_request_is_not_tried_again() -> None:
     """What one engine calls a bad request, no other will like better."""
     bench = Bench()
     bench.place("r1", LOCAL)
-    refuse, _ = bench.send(EngineFailed("r1", "d0", "bad_request", "grammar"))
+    refuse, complete = bench.send(EngineFailed("r1", "d0", "bad_request", "grammar"))
     assert isinstance(refuse, Refuse) and refuse.code == "bad_upstream_request"
+    assert isinstance(complete, Complete) and complete.outcome is Outcome.REFUSED, "it leaves no trace"
 
 
 def test_a_failure_after_the_first_token_ends_the_stream() -> None:
@@ -231,6 +233,16 @@ def test_the_deadline_refuses_a_round_without_a_token() -> None:
     bench.place("r2", LOCAL)
     bench.send(FirstToken("r2"))
     assert bench.core.next_deadline() is None
+
+
+def test_an_engines_own_load_counts_where_it_is_above_ours() -> None:
+    """LoadReported corrects drift: it is never added to the books, and an unknown engine is ignored."""
+    bench = Bench()
+    bench.place("r1", LOCAL)
+    for reported, seen in ((40, 100), (5000, 5000), (0, 100)):
+        assert bench.send(LoadReported("d0", reported)) == []
+        assert bench.core.books.fleet.views(bench.now)["d0"].used_tokens == seen
+    assert bench.send(LoadReported("nobody", 1)) == []
 
 
 def test_without_the_ledger_rounds_go_on() -> None:

@@ -227,8 +227,8 @@ def test_engine_without_linker() -> None:
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(status, FailureKind.BAD_REQUEST) for status in (400, 404, 422)]
-    + [(status, FailureKind.REFUSED) for status in (408, 429, 500, 503)],
+    [(status, FailureKind.BAD_REQUEST) for status in (400, 413, 422)]
+    + [(status, FailureKind.REFUSED) for status in (401, 404, 408, 429, 500, 503)],
 )
 def test_status_says_whose_fault_it_is(status: int, kind: FailureKind) -> None:
     """A 4xx blames the request, unless it blames the moment; a 5xx the engine. Status and body are kept."""
