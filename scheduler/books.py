@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from antiphon.policies.base import ClusterView, Placement, RoundView
 from antiphon.policies.latency import LatencyModel
-from antiphon.scheduler.fleet import DecodeSlot, Fleet
+from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, Fleet
 from antiphon.scheduler.messages import Claimed, EngineUp, LoadReported, Reserved, RoundFinished, Totals
 from antiphon.scheduler.receipts import is_remote
 from antiphon.scheduler.residency import ResidencyIndex
@@ -92,8 +92,8 @@ class Books:
     def count_others(self, claimed: Claimed) -> None:
         """Take over what the other replicas have reserved."""
         for engine_id, book in self.fleet.books.items():
-            others = claimed.others.get(engine_id, Totals())
-            if others != book.others:
+            others = claimed.others.get(engine_id, NO_TOTALS)
+            if others is not book.others and others != book.others:
                 book.others = others
                 book.touch()
 

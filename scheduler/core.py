@@ -278,17 +278,18 @@ class Scheduler:
     def _place(self, round: Round, now: float) -> None:
         """Decide, reserve, and start or queue."""
         cluster = self.books.cluster(now)
-        answer = self.policy.place(self.books.view(round, now), cluster)
+        view = self.books.view(round, now)
+        answer = self.policy.place(view, cluster)
         if isinstance(answer, Reject) and round.excluded:
             round.excluded = frozenset()  # better the same engine again than no answer
-            answer = self.policy.place(self.books.view(round, now), cluster)
+            answer = self.policy.place(replace(view, excluded=round.excluded), cluster)
         if isinstance(answer, Reject):
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
             return
         round.placement = answer
         round.tried_s = now if round.tries else round.arrived_s
         round.tries.append(Try(answer))
-        round.history_tokens = self.books.held(round).get(answer.home, 0)
+        round.history_tokens = view.held(answer.home)
         self.books.reserve(round, answer, now)
         if is_remote(answer.arm):
             round.enter(Phase.QUEUED, now)

@@ -18,6 +18,10 @@ WINDOW_S = 10.0
 """AMPD's window of latency statistics (reference: section 2 of the paper's readings)."""
 
 
+NO_TOTALS = Totals()
+"""One object, so that "nobody else" is told by identity."""
+
+
 @dataclass(slots=True)
 class Window:
     """Mean over the past WINDOW_S seconds."""
@@ -64,7 +68,7 @@ class EngineBook:
     decode: dict[str, DecodeSlot] = field(default_factory=dict)
     session_tokens: dict[str, int] = field(default_factory=dict)
     """Session id -> context of the sessions whose home this is."""
-    others: Totals = field(default_factory=Totals)
+    others: Totals = NO_TOTALS
     """The other replicas' reservations."""
     ttft: Window = field(default_factory=Window)
     itl: Window = field(default_factory=Window)
