@@ -8,6 +8,7 @@ the engine blames the request), after it BROKEN.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from antiphon.engines.base import (
 )
 from antiphon.engines.directory_client import AsyncDirectoryClient, DirectoryError
 from antiphon.engines.sse import SseError, SseEvent, SseParser
+
+log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
 """Per engine: more rounds than that wait here instead of in the engine's queue."""
@@ -361,7 +364,8 @@ def translated(error: Exception, name: str, path: str, deadline_s: float, *, sta
     if isinstance(error, TimeoutError):
         return EngineError(FailureKind.DEADLINE, f"{name}: {path}: nothing came within {deadline_s:.3g} s")
     kind = FailureKind.BROKEN if started else FailureKind.UNREACHABLE
-    return EngineError(kind, f"{name}: {path}: connection failed: {error!r}")
+    log.debug("%s: %s: connection failed: %r", name, path, error)
+    return EngineError(kind, f"{name}: {path}: connection failed ({type(error).__name__})")
 
 
 def _encoded(body: dict[str, Any] | None) -> bytes | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import json
 import shutil
 import signal
@@ -24,13 +25,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 from rich.console import Console
 
 from antiphon.engines.http import HttpEngine
-from antiphon.engines.launch_options import find_free_ports
+from antiphon.engines.launch_options import LaunchError, check_port_free, find_free_ports
+from antiphon.engines.page_hash import namespace_seed, page_hashes
 from antiphon.engines.tiny_model import write_tiny_model
 from antiphon.eval.stack import EngineSpec, Stack, StackError, fetch_json
 from antiphon.eval.verify import VerifyReport, verify_rounds
@@ -50,6 +52,8 @@ closes and opens again only in a run of some length."""
 SLO_FACTOR = 5.0
 """TTFT target = this times one unloaded prefill. A remote round has two requests and a transfer, about two of
 them: slack while few sessions are live, none when they queue."""
+DEMO_PAGE_TOKENS = 16
+"""The launcher's page size on a CPU."""
 RECEIPT_POLL_S = 0.3
 BUNDLED_TRACE = Path(str(resources.files("antiphon.traces") / "data" / "demo.jsonl"))
 
@@ -73,45 +77,72 @@ class DemoOptions:
 @asynccontextmanager
 async def running_stack(options: DemoOptions, console: Console) -> AsyncIterator[tuple[Stack, Path]]:
     """Model, Valkey and both engines; the gateway is the caller's, since it needs the measured target."""
-    shutil.rmtree(options.directory, ignore_errors=True)
-    model = options.directory / "model"
-    console.print(f"model: tiny float32 Llama in {model}")
-    write_tiny_model(model)
-    extra = ("--fault-injection",) if options.fault_injection else ()
-    async with Stack(options.directory) as stack:
-        started = time.monotonic()
-        console.print("starting one prefill and one decode engine (SGLang on this CPU, about a minute) ...")
-        ports = free_ports(2)
-        specs = [
-            EngineSpec("p0", "prefill", ports[0], extra),
-            EngineSpec("d0", "decode", ports[1], extra),
-        ]
-        await stack.start_engines(model, specs)
-        console.print(f"engines up after {time.monotonic() - started:.0f} s: p0 (prefill), d0 (decode)")
-        yield stack, model
+    with lock_directory(options.directory):
+        shutil.rmtree(options.directory, ignore_errors=True)
+        model = options.directory / "model"
+        console.print(f"model: tiny float32 Llama in {model}")
+        write_tiny_model(model)
+        extra = ("--fault-injection",) if options.fault_injection else ()
+        async with Stack(options.directory) as stack:
+            started = time.monotonic()
+            console.print(
+                "starting one prefill and one decode engine (SGLang on this CPU, about a minute) ..."
+            )
+            ports = free_ports(2)
+            specs = [
+                EngineSpec("p0", "prefill", ports[0], extra),
+                EngineSpec("d0", "decode", ports[1], extra),
+            ]
+            await stack.start_engines(model, specs)
+            console.print(f"engines up after {time.monotonic() - started:.0f} s: p0 (prefill), d0 (decode)")
+            yield stack, model
+
+
+def lock_directory(directory: Path) -> IO[bytes]:
+    """Held until it is closed: the directory of a running stack must not be deleted by another run."""
+    path = directory.with_name(f"{directory.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise DemoError(
+            f"{directory} is in use by another `make demo` or `make serve`: stop it, or give --directory"
+        ) from None
+    return lock
 
 
 async def measure_prefill_s(stack: Stack, prompt: list[int]) -> float:
-    """Seconds of one whole prefill without load: the best of three, each under a salt of its own."""
-    engine = HttpEngine(stack.engines["p0"], stack.fleet_key)
+    """Seconds of one whole prefill without load: the best of three, each under a salt of its own.
+
+    Each prompt is then pulled by the other engine, both ways: first connections are slow, and one slow first
+    sample would close AMPD's first tier for 10 s.
+    """
+    pair = [HttpEngine(stack.engines[name], stack.fleet_key) for name in ("p0", "d0")]
     try:
-        await engine.connect(30.0)
+        for engine in pair:
+            await engine.connect(30.0)
         best = float("inf")
-        for _ in range(3):
+        for engine, other in (pair, pair[::-1], pair):
             rid, salt = uuid.uuid4().hex, uuid.uuid4().hex
             began = time.perf_counter()
             await engine.prefill(prompt, rid, session_id="measure", cache_salt=salt, deadline_s=60.0)
             best = min(best, time.perf_counter() - began)
+            seed, source = namespace_seed(cache_salt=salt), engine.record
+            hashes = page_hashes(prompt, DEMO_PAGE_TOKENS, seed)
+            await other.prefetch(source.kv_addresses, source.incarnation, seed, hashes, deadline_s=10.0)
         return best
     finally:
-        await engine.close()
+        for engine in pair:
+            await engine.close()
 
 
 async def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """All five steps; the result as written. Raises `DemoError` or `StackError`."""
     began = time.monotonic()
     async with running_stack(options, console) as (stack, model):
-        trace = _write_trace(options.directory / "trace.jsonl", options.trace or BUNDLED_TRACE)
+        trace = write_trace(options.directory / "trace.jsonl", options.trace or BUNDLED_TRACE)
         prefill_s, slo_s = await _start_gateway(stack, trace, options, console)
         result, log = await _replay_until_both_arms(stack, trace, options, slo_s, console)
         console.print(result_table(result))
@@ -155,7 +186,8 @@ async def _replay_until_both_arms(
     for concurrency in CONCURRENCIES:
         log = options.directory / f"rounds-{concurrency}.jsonl"
         console.print(f"replaying {trace.name}, at most {concurrency} live sessions")
-        watcher = asyncio.create_task(_print_receipts(stack.gateway_url, console))
+        printed: set[str] = set()
+        watcher = asyncio.create_task(_watch_receipts(stack.gateway_url, console, printed))
         try:
             result = await replay(
                 ReplayOptions(
@@ -171,22 +203,27 @@ async def _replay_until_both_arms(
         finally:
             watcher.cancel()
             await asyncio.wait([watcher])
+        await _print_receipts(stack.gateway_url, console, printed)
         if all(result.arms.get(arm) for arm in ARMS_NEEDED):
             return result, log
         seen.append(f"{concurrency} sessions: {result.arms}")
     raise DemoError(f"not every arm of {', '.join(ARMS_NEEDED)} occurred: {'; '.join(seen)}")
 
 
-async def _print_receipts(url: str, console: Console) -> None:
-    """A line per round as its receipt comes."""
-    printed: set[str] = set()
+async def _watch_receipts(url: str, console: Console, printed: set[str]) -> None:
+    """Print receipts as they come, until cancelled."""
     while True:
-        _, listed = await fetch_json(f"{url}/v1/receipts?limit=100")
-        for receipt in reversed(listed.get("data", ())):
-            if receipt["round_id"] not in printed:
-                printed.add(receipt["round_id"])
-                console.print(_receipt_line(receipt), highlight=False, markup=False, soft_wrap=True)
+        await _print_receipts(url, console, printed)
         await asyncio.sleep(RECEIPT_POLL_S)
+
+
+async def _print_receipts(url: str, console: Console, printed: set[str]) -> None:
+    """A line for each of the newest receipts that is not in `printed` yet, oldest first."""
+    _, listed = await fetch_json(f"{url}/v1/receipts?limit=100")
+    for receipt in reversed(listed.get("data", ())):
+        if receipt["round_id"] not in printed:
+            printed.add(receipt["round_id"])
+            console.print(_receipt_line(receipt), highlight=False, markup=False, soft_wrap=True)
 
 
 def _receipt_line(receipt: dict[str, Any]) -> str:
@@ -199,7 +236,7 @@ def _receipt_line(receipt: dict[str, Any]) -> str:
     )
 
 
-def _write_trace(path: Path, source: Path) -> Path:
+def write_trace(path: Path, source: Path) -> Path:
     """The sessions of `source`, REPEATS times, under new ids."""
     sessions = list(read_trace(source))
     with path.open("wb") as file:
@@ -254,6 +291,7 @@ async def run_serve(options: DemoOptions, console: Console) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    check_port_free("127.0.0.1", options.port, "--port")
     async with running_stack(options, console) as (stack, model):
         await _start_gateway(stack, BUNDLED_TRACE, options, console)
         body = json.dumps(
@@ -266,6 +304,9 @@ async def run_serve(options: DemoOptions, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+        for command in ("status", "receipts"):
+            console.print(f"antiphon {command} --url {stack.gateway_url}", markup=False, highlight=False)
+        console.print(f"antiphon doctor --state-dir {stack.state_dir}", markup=False, highlight=False)
         console.print("Ctrl-C stops everything.")
         await stop.wait()
 
@@ -290,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
             asyncio.run(run_serve(options, console))
         else:
             asyncio.run(run_demo(options, console))
-    except (DemoError, StackError) as error:
+    except (DemoError, StackError, LaunchError) as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

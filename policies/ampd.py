@@ -98,9 +98,10 @@ class Ampd:
         if seen_s >= self.parameters.beta * case.round.slo_itl_s:
             return None
         name = "no ITL in the window, predicted step" if case.home.window_itl_s is None else "windowed ITL"
+        least_s, least = min((ttft_seen(engine), engine.engine_id) for engine in case.engines)
         reason = (
-            f"tier 2: none of {len(case.engines)} prefill engines under {self.parameters.alpha:g} x"
-            f" {case.round.slo_ttft_s:.3f} s; {case.home.engine_id} {name} {seen_s:.4f} s"
+            f"tier 2: no prefill engine under {self.parameters.alpha:g} x {case.round.slo_ttft_s:.3f} s"
+            f" (best: {least} {least_s:.3f} s); {case.home.engine_id} {name} {seen_s:.4f} s"
             f" < {self.parameters.beta:g} x {case.round.slo_itl_s:.4f} s"
         )
         return case.placement(case.local, reason, case.estimates(self.parameters.shortlist))

@@ -84,6 +84,10 @@ def no_engine(message: str, retry_after_s: float = 1.0) -> ApiError:
     return ApiError(503, "no_engine_available", message, kind="overloaded_error", retry_after_s=retry_after_s)
 
 
+def ledger_unavailable(message: str) -> ApiError:
+    return ApiError(503, "ledger_unavailable", message, kind="server_error", retry_after_s=1.0)
+
+
 def deadline_exceeded(deadline_s: float) -> ApiError:
     return ApiError(
         504, "deadline_exceeded", f"The round did not finish within {deadline_s:g} s.", kind="server_error"

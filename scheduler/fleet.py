@@ -111,6 +111,8 @@ class EngineBook:
         self.itl.trim(now)
         self._view_expires_s = min(self.ttft.expires_s, self.itl.expires_s)
         own, others = self.totals(), self.others
+        # What idle homes hold can exceed the device: their oldest KV is in the page store by then.
+        used_tokens = max(self.idle_tokens + others.context_tokens, self.reported_tokens)
         return EngineView(
             engine_id=self.up.engine_id,
             pool=Pool(self.up.pool),
@@ -120,7 +122,7 @@ class EngineBook:
             queue_s=own.prefill_s + others.prefill_s,
             queued_rounds=own.prefill_rounds + others.prefill_rounds,
             pool_tokens=self.up.pool_tokens,
-            used_tokens=max(self.idle_tokens + others.context_tokens, self.reported_tokens),
+            used_tokens=min(used_tokens, self.up.pool_tokens),
             sessions=len(self.session_tokens),
             window_ttft_s=self.ttft.mean(),
             window_itl_s=self.itl.mean(),

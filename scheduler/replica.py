@@ -18,6 +18,7 @@ from antiphon.scheduler.config import Config
 from antiphon.scheduler.core import CoreConfig, Scheduler
 from antiphon.scheduler.discovery import Discovery
 from antiphon.scheduler.engine_calls import CallDeadlines
+from antiphon.scheduler.errors import ledger_unavailable
 from antiphon.scheduler.gateway import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
@@ -142,8 +143,7 @@ class Replica:
         try:
             records, _ = await self._ledger.sessions(limit)
         except LedgerUnavailable as error:
-            log.warning("sessions cannot be listed: %s", error)
-            return []
+            raise ledger_unavailable(f"Sessions cannot be listed: {error}") from error
         return [asdict(record) for record in records]
 
     def _engines(self) -> Sequence[Engine]:

@@ -255,6 +255,12 @@ def _check_common(body: Body) -> None:
         )
     if body.cache_salt == "":
         raise invalid("`cache_salt` must not be empty: leave it out instead.", param="cache_salt")
+    patterns = [body.stop_regex] if isinstance(body.stop_regex, str) else body.stop_regex or []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise invalid(f"`stop_regex` is not a regular expression: {error}", param="stop_regex") from error
 
 
 def _check_messages(messages: list[dict[str, Any]]) -> None:

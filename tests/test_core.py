@@ -239,7 +239,7 @@ def test_an_engines_own_load_counts_where_it_is_above_ours() -> None:
     """LoadReported corrects drift: it is never added to the books, and an unknown engine is ignored."""
     bench = Bench()
     bench.place("r1", LOCAL)
-    for reported, seen in ((40, 100), (5000, 5000), (0, 100)):
+    for reported, seen in ((40, 100), (5000, 5000), (99_999, 32768), (0, 100)):
         assert bench.send(LoadReported("d0", reported)) == []
         assert bench.core.books.fleet.views(bench.now)["d0"].used_tokens == seen
     assert bench.send(LoadReported("nobody", 1)) == []

@@ -55,7 +55,7 @@ def test_ampd_second_tier(home: EngineView, tier: str) -> None:
     assert answer.reason.startswith(tier)
     if tier == "tier 2":
         assert (answer.arm, answer.prefill_engine) == (Arm.LOCAL, "d0")
-        assert "none of 1 prefill engines under 0.8 x 0.500 s" in answer.reason
+        assert "no prefill engine under 0.8 x 0.500 s (best: p0 " in answer.reason
 
 
 @pytest.mark.parametrize(

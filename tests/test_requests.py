@@ -44,6 +44,8 @@ BAD_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"model": 5}, "model"),
     ({"model": None}, "model"),
     ({"max_tokens": 0}, "max_tokens"),
+    ({"stop_regex": "[0"}, "stop_regex"),
+    ({"stop_regex": ["a+", "(("]}, "stop_regex"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),

@@ -7,6 +7,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from antiphon.engines.simulated import SimulatedEngine
 from antiphon.policies.base import Arm, ClusterView, Placement, Reject, RoundView
 from antiphon.policies.checked import Checked, CheckedOrdering
 from antiphon.policies.fcfs import Fcfs
+from antiphon.scheduler.errors import ApiError
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, RoundTaken
 from antiphon.scheduler.messages import Outcome, Reserved, Totals
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.rounds import STREAM_BUFFER_CHUNKS, RoundHandle, RoundRefused, RoundRequest
+from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.core_helpers import Chosen, engine_up, scheduler
 from tests.ledger_helpers import ledger_at
 from tests.replica_helpers import cluster, until
@@ -380,3 +383,21 @@ def test_a_hurried_replica_gives_no_grace(valkey_url: str) -> None:
             await scenario()
 
     asyncio.run(bounded())
+
+
+def test_sessions_are_not_said_to_be_gone_while_the_ledger_is(tmp_path: Path) -> None:
+    """Listing sessions without the ledger is an error, not an empty list."""
+
+    async def scenario() -> None:
+        server = EmbeddedValkey.start(tmp_path)
+        try:
+            async with cluster(server.url, "local", engines="d0") as c:
+                await c.run("s", list(range(100, 200)))
+                await asyncio.to_thread(server.stop)
+                with pytest.raises(ApiError, match="Sessions cannot be listed") as error:
+                    await c.replica.sessions(10)
+                assert error.value.status == 503
+        finally:
+            server.stop()
+
+    asyncio.run(scenario())
