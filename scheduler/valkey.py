@@ -2,8 +2,10 @@
 
 Two locks make it safe without a daemon of our own. `server.lock` is held by the server process itself (it
 inherits the descriptor), so two servers can never write one append-only file, and a stale socket or pointer
-is known to be stale. `users.lock` is held shared by every `EmbeddedValkey`; whoever leaves last, and so gets
-it exclusively, shuts the server down. A user killed with -9 leaves the server to the next one.
+is known to be stale; its owner, who started it, holds the lock too and restarts it when it dies. When owner
+and server are both gone the lock is free, and the first user that finds it so is the new owner.
+`users.lock` is held shared by every `EmbeddedValkey`; whoever leaves last, and so gets it exclusively, shuts
+the server down. A user killed with -9 leaves the server to the others, or to the next one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
@@ -39,6 +42,8 @@ SOCKET_PATH_LIMIT_BYTES = 100
 """A unix socket path must fit sun_path: 108 bytes on Linux, 104 on macOS, with its final zero."""
 POLL_S = 0.02
 RESTART_PAUSE_S = 0.5
+"""Between a server's death and its restart, and between a user's looks at a server that is not its own."""
+RESTART_DEADLINE_S = 20.0
 _OPTIONS = shlex.split(
     "--appendonly yes --appendfsync everysec --maxmemory-policy noeviction --save '' --daemonize no"
     " --bind 127.0.0.1 --protected-mode yes --unixsocketperm 700"
@@ -74,9 +79,10 @@ class EmbeddedValkey:
     state_dir: Path
     pointer: Pointer
     owned: bool
-    """We started the process and restart it when it dies; else it was running already."""
+    """We started the process and restart it when it dies; else we do once its owner is gone too."""
     _users: IO[bytes]
-    _server_lock: IO[bytes] | None = None
+    _server_lock: IO[bytes]
+    """Holds the lock while `owned`; else tries it now and then."""
     _process: subprocess.Popen[bytes] | None = None
     _stopping: threading.Event = field(default_factory=threading.Event)
     _spawning: threading.Lock = field(default_factory=threading.Lock)
@@ -101,26 +107,33 @@ class EmbeddedValkey:
     @classmethod
     def _reuse_or_spawn(cls, directory: Path, users: IO[bytes], port: int, deadline: float) -> EmbeddedValkey:
         server_lock = (directory / "server.lock").open("ab")
-        while not _lock(server_lock, fcntl.LOCK_EX, 0.0):
-            pointer = _read_pointer(directory)
-            if pointer is not None and _answers(pointer):
-                server_lock.close()
-                return cls(directory, pointer, owned=False, _users=users)
-            if time.monotonic() > deadline:
-                server_lock.close()
-                raise ValkeyError(f"a server holds {directory} but does not answer{_log_tail(directory)}")
-            time.sleep(POLL_S)
         try:
-            socket = _socket_path(directory)
-            process = _spawn(directory, socket, port, server_lock, deadline)
+            server = cls._reuse(directory, users, server_lock, deadline)
+            if server is None:
+                socket = _socket_path(directory)
+                process = _spawn(directory, socket, port, server_lock, deadline, threading.Event())
+                pointer = Pointer(str(socket), port, process.pid)
+                server = cls(directory, pointer, True, users, server_lock, process)
         except BaseException:
             server_lock.close()
             raise
-        pointer = Pointer(str(socket), port, process.pid)
-        server = cls(directory, pointer, owned=True, _users=users, _server_lock=server_lock, _process=process)
         threading.Thread(target=server._supervise, name="antiphon-valkey", daemon=True).start()
         atexit.register(server.stop)
         return server
+
+    @classmethod
+    def _reuse(
+        cls, directory: Path, users: IO[bytes], server_lock: IO[bytes], deadline: float
+    ) -> EmbeddedValkey | None:
+        """The running server, or None when there is none and the lock is ours."""
+        while not _lock(server_lock, fcntl.LOCK_EX, 0.0):
+            pointer = _read_pointer(directory)
+            if pointer is not None and _answers(pointer):
+                return cls(directory, pointer, False, users, server_lock)
+            if time.monotonic() > deadline:
+                raise ValkeyError(f"a server holds {directory} but does not answer{_log_tail(directory)}")
+            time.sleep(POLL_S)
+        return None
 
     @property
     def url(self) -> str:
@@ -137,11 +150,11 @@ class EmbeddedValkey:
             return
         self._stopping.set()
         atexit.unregister(self.stop)
+        with self._spawning:  # a restart under way ends first, and none begins after
+            self._server_lock.close()
+        # Only now: whoever is last must find no restart of ours.
         fcntl.flock(self._users, fcntl.LOCK_UN)
         last = _lock(self._users, fcntl.LOCK_EX, 0.0)
-        with self._spawning:  # a restart under way ends first, and none begins after
-            if self._server_lock is not None:
-                self._server_lock.close()
         try:
             if last:
                 self._shut_down(time.monotonic() + deadline_s)
@@ -151,6 +164,7 @@ class EmbeddedValkey:
             self._users.close()
 
     def _shut_down(self, deadline: float) -> None:
+        self.pointer = _read_pointer(self.state_dir) or self.pointer  # another user may have restarted it
         with contextlib.suppress(RedisError, OSError):
             _client(self.pointer).shutdown(nosave=True)
         with (self.state_dir / "server.lock").open("ab") as server_lock:
@@ -167,22 +181,36 @@ class EmbeddedValkey:
 
     def _supervise(self) -> None:
         """Restart the server when it dies under us; the append-only file brings its data back."""
-        while self._process is not None and self._server_lock is not None:
-            code = self._process.wait()
+        while True:
+            if self._process is not None:
+                self._process.wait()
             if self._stopping.wait(RESTART_PAUSE_S):
                 return
             with self._spawning:
-                if not self._stopping.is_set():
-                    self._restart(code)
+                if self._stopping.is_set():
+                    return
+                if self.owned or self._take_over():
+                    self._restart()
 
-    def _restart(self, code: int) -> None:
-        assert self._server_lock is not None
-        log.error("ledger server in %s died (exit %d): restarting it", self.state_dir, code)
+    def _take_over(self) -> bool:
+        """Become the owner of a server that is gone with its owner; the lock lets one user do so."""
+        taken = _lock(self._server_lock, fcntl.LOCK_EX, 0.0)
+        pointer = _read_pointer(self.state_dir)
+        if pointer is not None and pointer != self.pointer and (taken or _answers(pointer)):
+            self.pointer = pointer  # another user restarted it
+        self.owned = taken
+        return taken
+
+    def _restart(self) -> None:
+        code = "with its owner" if self._process is None else f"exit {self._process.returncode}"
+        log.error("ledger server in %s died (%s): restarting it", self.state_dir, code)
         socket, port = Path(self.pointer.socket), self.pointer.port
+        deadline = time.monotonic() + RESTART_DEADLINE_S
         try:
-            process = _spawn(self.state_dir, socket, port, self._server_lock, time.monotonic() + 20.0)
+            process = _spawn(self.state_dir, socket, port, self._server_lock, deadline, self._stopping)
         except (ValkeyError, OSError):
-            log.exception("ledger server in %s does not restart", self.state_dir)
+            if not self._stopping.is_set():
+                log.exception("ledger server in %s does not restart", self.state_dir)
             return
         self._process = process
         self.pointer = Pointer(str(socket), port, process.pid)
@@ -242,14 +270,25 @@ def _lock(file: IO[bytes], kind: int, deadline: float) -> bool:
 
 
 def _socket_path(directory: Path) -> Path:
-    """Beside the data where the path is short enough, else in a fresh private directory."""
+    """Beside the data where the path is short enough, else in a private one: the last, or a fresh one."""
     path = directory / "valkey.sock"
     if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT_BYTES:
         return path
+    last = _read_pointer(directory)
+    if last is not None and _is_private(Path(last.socket).parent) and not _answers(last):
+        return Path(last.socket)  # users of the server that died look there
     for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
         if parent and len(os.fsencode(parent)) <= SOCKET_PATH_LIMIT_BYTES - 40 and os.access(parent, os.W_OK):
             return Path(tempfile.mkdtemp(prefix="antiphon-", dir=parent)) / "valkey.sock"
     raise ValkeyError(f"no directory with a path short enough for the socket of {directory}")
+
+
+def _is_private(directory: Path) -> bool:
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and status.st_mode == stat.S_IFDIR | 0o700
 
 
 def _remove_socket(directory: Path, socket: Path) -> None:
@@ -260,9 +299,14 @@ def _remove_socket(directory: Path, socket: Path) -> None:
 
 
 def _spawn(
-    directory: Path, socket: Path, port: int, server_lock: IO[bytes], deadline: float
+    directory: Path,
+    socket: Path,
+    port: int,
+    server_lock: IO[bytes],
+    deadline: float,
+    stopping: threading.Event,
 ) -> subprocess.Popen[bytes]:
-    """Start a server that holds the lock and wait until it answers; its pointer is written then."""
+    """Start a server that holds the lock; wait until it answers. None is left on failure or `stopping`."""
     socket.unlink(missing_ok=True)
     command = [server_binary(), "--port", str(port), "--unixsocket", str(socket), "--dir", str(directory)]
     with (directory / "valkey.log").open("ab") as output:
@@ -275,16 +319,16 @@ def _spawn(
             pass_fds=(server_lock.fileno(),),
             start_new_session=True,  # a Ctrl-C in our terminal must not end it before us
         )
-    pointer = Pointer(str(socket), port, process.pid)
-    while not _answers(pointer):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            process.wait()
-            raise ValkeyError(f"the ledger server in {directory} does not start{_log_tail(directory)}")
-        time.sleep(POLL_S)
-    temporary = directory / "valkey.json.new"
-    temporary.write_bytes(msgspec.json.encode(pointer))
-    temporary.replace(directory / "valkey.json")
+    try:
+        pointer = Pointer(str(socket), port, process.pid)
+        _write_pointer(directory, pointer)  # at once: if we are killed, others still know whom to end
+        while not _answers(pointer):
+            if process.poll() is not None or time.monotonic() > deadline or stopping.wait(POLL_S):
+                raise ValkeyError(f"the ledger server in {directory} does not start{_log_tail(directory)}")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     return process
 
 
@@ -310,6 +354,12 @@ def _read_pointer(directory: Path) -> Pointer | None:
         return msgspec.json.decode((directory / "valkey.json").read_bytes(), type=Pointer)
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def _write_pointer(directory: Path, pointer: Pointer) -> None:
+    temporary = directory / "valkey.json.new"
+    temporary.write_bytes(msgspec.json.encode(pointer))
+    temporary.replace(directory / "valkey.json")
 
 
 def _log_tail(directory: Path) -> str:

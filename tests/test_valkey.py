@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,10 @@ from tests.engine_processes import free_port
 
 STARTER = """
 import sys
+from antiphon.scheduler import valkey
 from antiphon.scheduler.valkey import EmbeddedValkey
+if len(sys.argv) > 2:
+    valkey.server_binary = lambda: sys.argv[2]
 server = EmbeddedValkey.start(sys.argv[1])
 print(server.pointer.pid, flush=True)
 sys.stdin.read()
@@ -60,10 +64,10 @@ def until(condition: Callable[[], object], deadline_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def start_elsewhere(directory: Path) -> tuple[subprocess.Popen[str], int]:
+def start_elsewhere(directory: Path, *binary: str) -> tuple[subprocess.Popen[str], int]:
     """Another process that uses the directory's server; also the server's pid."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STARTER, str(directory)],
+        [sys.executable, "-c", STARTER, str(directory), *binary],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -76,6 +80,16 @@ def start_elsewhere(directory: Path) -> tuple[subprocess.Popen[str], int]:
 def end(process: subprocess.Popen[str], how: int = signal.SIGKILL) -> None:
     process.send_signal(how)
     process.communicate()
+
+
+def kill_server(server: EmbeddedValkey) -> None:
+    pid = server.pointer.pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pid))
+
+
+def server_starts(directory: Path) -> int:
+    return (directory / "valkey.log").read_text().count("Ready to accept connections")
 
 
 def test_it_is_private_durable_and_never_evicts(tmp_path: Path) -> None:
@@ -182,6 +196,143 @@ def test_a_server_that_dies_is_restarted_with_its_data(tmp_path: Path) -> None:
         os.kill(killed, signal.SIGKILL)
         until(lambda: server.pointer.pid != killed)
         assert connection.get("key") == "value"
+
+
+def test_a_killed_owners_server_is_restarted_by_whoever_reused_it(tmp_path: Path) -> None:
+    """With its starter killed, a server that dies comes back for the survivor: same URL, same data."""
+    process, pid = start_elsewhere(tmp_path)
+    with EmbeddedValkey.start(tmp_path) as survivor, client(survivor) as connection:
+        url = survivor.url
+        connection.set("key", "value")
+        end(process)
+        assert not survivor.owned
+        kill_server(survivor)
+        until(lambda: survivor.pointer.pid != pid)
+        assert survivor.owned
+        assert (survivor.url, connection.get("key")) == (url, "value")
+        second = survivor.pointer.pid
+        kill_server(survivor)  # it is the owner now, and keeps at it
+        until(lambda: survivor.pointer.pid != second)
+        assert connection.get("key") == "value"
+    assert not alive(survivor.pointer.pid)
+    assert server_starts(tmp_path) == 3
+
+
+def test_ownership_passes_on_as_owners_leave(tmp_path: Path) -> None:
+    """However often the owner stops, the next user restarts a dead server; the last one still ends it."""
+    users = [EmbeddedValkey.start(tmp_path) for _ in range(4)]
+    everyone = list(users)  # one that stopped lets go of the server, not only when it is collected
+    pids = {users[0].pointer.pid}
+    while len(users) > 1:
+        next(user for user in users if user.owned).stop()
+        users = [user for user in users if not user._users.closed]
+        kill_server(users[0])
+        for user in users:
+            until(lambda user=user: user.pointer.pid not in pids)  # type: ignore[misc]
+        assert [user.owned for user in users].count(True) == 1
+        pids.add(users[0].pointer.pid)
+    with client(users[0]) as connection:
+        assert connection.ping()
+    users[0].stop()
+    assert not any(map(alive, pids))
+    assert len(everyone) == server_starts(tmp_path)
+    assert not (tmp_path / "valkey.json").exists()
+
+
+def test_many_survivors_restart_one_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Survivors in several processes race for the restart: one tries it, and all find the same server."""
+    attempts, slow = (
+        tmp_path / "attempts",
+        tmp_path / "slow",
+    )  # slower than the pause: all get to look meanwhile
+    pause_s = 2 * valkey.RESTART_PAUSE_S
+    slow.write_text(
+        f'#!/bin/sh\necho $$ >> {attempts}\nsleep {pause_s}\nexec {valkey.server_binary()} "$@"\n'
+    )
+    slow.chmod(0o700)
+    monkeypatch.setattr(valkey, "server_binary", lambda: str(slow))
+    state = tmp_path / "state"
+    process, pid = start_elsewhere(state)
+    others = [start_elsewhere(state, str(slow))[0] for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for other in others:
+            stack.callback(end, other)
+        here = [stack.enter_context(EmbeddedValkey.start(state)) for _ in range(5)]
+        end(process)
+        kill_server(here[0])
+        until(lambda: all(user.pointer.pid != pid for user in here))
+        _started.append(here[0].pointer.pid)
+        assert len({user.pointer for user in here}) == 1
+        assert [user.owned for user in here].count(True) <= 1
+        assert attempts.read_text().split() == [str(here[0].pointer.pid)]
+
+
+def test_a_newcomer_that_restarts_it_keeps_the_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts anew before a survivor does so listens where the survivor's clients look."""
+    monkeypatch.setattr(valkey, "RESTART_PAUSE_S", 60.0)
+    deep = tmp_path / ("deep" * 30)
+    process, _ = start_elsewhere(deep)
+    with EmbeddedValkey.start(deep) as survivor, client(survivor) as connection:
+        connection.set("key", "value")
+        end(process)
+        kill_server(survivor)
+        with EmbeddedValkey.start(deep) as newcomer:
+            assert newcomer.owned
+            assert newcomer.url == survivor.url
+            assert connection.get("key") == "value"
+
+
+def test_stop_ends_the_watch_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user that stops does not wait for the watch's pause, and leaves no thread behind."""
+    monkeypatch.setattr(valkey, "RESTART_PAUSE_S", 60.0)
+    before = set(threading.enumerate())
+    with EmbeddedValkey.start(tmp_path):
+        owners = set(threading.enumerate())
+        user = EmbeddedValkey.start(tmp_path)
+        (watch,) = set(threading.enumerate()) - owners
+        user.stop()
+        until(lambda: not watch.is_alive(), deadline_s=5.0)
+    until(lambda: not set(threading.enumerate()) - before, deadline_s=5.0)
+
+
+def test_stop_cuts_a_restart_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart that does not come up does not hold up whoever stops, and is gone then."""
+    hangs = tmp_path / "hangs"
+    hangs.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 60\n"
+    )
+    hangs.chmod(0o700)
+    process, _ = start_elsewhere(tmp_path / "state")
+    survivor = EmbeddedValkey.start(tmp_path / "state")
+    end(process)
+    monkeypatch.setattr(valkey, "server_binary", lambda: str(hangs))
+    kill_server(survivor)
+    until((tmp_path / "pid").exists)
+    began = time.monotonic()
+    survivor.stop()
+    assert time.monotonic() - began < 5.0
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_start_that_fails_leaves_no_server(tmp_path: Path) -> None:
+    """A server whose pointer cannot be written is ended, not left to hold the directory."""
+    (tmp_path / "valkey.json.new").mkdir()
+    with pytest.raises(OSError, match=r"valkey\.json"):
+        EmbeddedValkey.start(tmp_path)
+    (tmp_path / "valkey.json.new").rmdir()
+    with EmbeddedValkey.start(tmp_path) as server:
+        assert server.owned
+
+
+def test_a_user_that_reused_it_ends_it_on_exit(tmp_path: Path) -> None:
+    """An ordinary exit without stop ends the server too where the process had only reused it."""
+    owner, pid = start_elsewhere(tmp_path)
+    user, _ = start_elsewhere(tmp_path)
+    end(owner)
+    user.communicate("")
+    until(lambda: not alive(pid))
 
 
 def test_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
