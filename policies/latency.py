@@ -1,10 +1,11 @@
-"""Latency formulas, SI units: prefill, decode step, transfer. A leaf used by policies, core and simulation.
+"""Latency formulas, SI units: prefill, decode step, transfer, load. A leaf used by policies, core and simulation.
 
     prefill(N new over P cached) = fixed + N * per_token + N * P * per_token_cached + N^2 * per_token_squared
     decode step(batch B, total context T) = fixed + B * per_request + T * per_context_token
-    transfer(tokens) = fixed + tokens * bytes per token / bandwidth
+    transfer(tokens, queued bytes) = fixed + (queued bytes + tokens * bytes per token) / bandwidth
+    load(tokens, host to device) = fixed + tokens * bytes per token / bandwidth
 
-Coefficients are data files (`data/*.json`) that name their source.
+Coefficients are data files (`data/*.json`) that name their source and how far off they are.
 """
 
 from __future__ import annotations
@@ -34,15 +35,39 @@ class TransferCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes_per_token: int
 
 
-class LatencyModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LoadCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Page store (host memory) to device, one request's pages."""
+
+    fixed_s: float
+    bytes_per_s: float
+
+
+class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a formula is from the points that it was fitted to: shares of the point's value."""
+
+    points: int
+    mean: float
+    p95: float
+    max: float
+
+
+class LatencyModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One model on one kind of machine."""
 
     name: str
     source: str
-    """Where the coefficients come from, and how far off they are."""
+    """Where the coefficients come from, in words."""
     prefill: PrefillCost
     decode: DecodeCost
     transfer: TransferCost
+    load: LoadCost | None = None
+    """None: loading from the page store costs nothing that was measured."""
+    model: str = ""
+    gpu: str = ""
+    gpus: int = 1
+    """GPUs of one engine (tensor parallel)."""
+    prefill_error: FitError | None = None
+    decode_error: FitError | None = None
 
     def prefill_s(self, new_tokens: int, cached_tokens: int) -> float:
         """Seconds to prefill `new_tokens` over `cached_tokens`; 0 for nothing to do."""
@@ -62,12 +87,18 @@ class LatencyModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         c = self.decode
         return c.fixed_s + batch * c.per_request_s + context_tokens * c.per_context_token_s
 
-    def transfer_s(self, tokens: int) -> float:
-        """Seconds to move the KV of `tokens` over an idle link; 0 for nothing to move."""
+    def transfer_s(self, tokens: int, queued_bytes: float = 0.0) -> float:
+        """Seconds to move the KV of `tokens` over a link that owes `queued_bytes` first; 0 for nothing."""
         if tokens <= 0:
             return 0.0
         c = self.transfer
-        return c.fixed_s + tokens * c.kv_bytes_per_token / c.bytes_per_s
+        return c.fixed_s + (queued_bytes + tokens * c.kv_bytes_per_token) / c.bytes_per_s
+
+    def load_s(self, tokens: int) -> float:
+        """Seconds to copy the KV of `tokens` from the page store to the device; 0 for nothing."""
+        if tokens <= 0 or self.load is None:
+            return 0.0
+        return self.load.fixed_s + tokens * self.transfer.kv_bytes_per_token / self.load.bytes_per_s
 
 
 def load_latency_model(name_or_path: str) -> LatencyModel:
