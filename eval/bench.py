@@ -84,10 +84,10 @@ def busy_cluster(count: int, latency: LatencyModel, window_ttft_s: float) -> Clu
         engines[engine_id] = EngineView(
             engine_id, pool, True, batch=number % 9, context_tokens=4000 * (number % 9),
             queue_s=0.1 * (number * 7 % 11), queued_rounds=number % 3, pool_tokens=500_000,
-            used_tokens=1000 * number, sessions=150, window_ttft_s=window_ttft_s, window_itl_s=1.0,
-            chunk_tokens=2048, decode_interval=1,
+            used_tokens=1000 * number, sessions=150, latency=latency, window_ttft_s=window_ttft_s,
+            window_itl_s=1.0, chunk_tokens=2048, decode_interval=1,
         )  # fmt: skip
-    return ClusterView(MappingProxyType(engines), latency)
+    return ClusterView(MappingProxyType(engines))
 
 
 def place_rows(count: int, latency: LatencyModel) -> list[Row]:

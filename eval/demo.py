@@ -41,7 +41,7 @@ from antiphon.traces.plan import ORDINARY_IDS
 from antiphon.traces.prompts import prompt_ids
 from antiphon.traces.readers import read_trace
 from antiphon.traces.replay import ReplayOptions, replay
-from antiphon.traces.results import ReplayResult
+from antiphon.traces.results import RunResult, result_object, write_rounds
 
 ARMS_NEEDED = ("local", "remote_pull")
 CONCURRENCIES = (4, 8, 16)
@@ -180,7 +180,7 @@ async def _start_gateway(
 
 async def _replay_until_both_arms(
     stack: Stack, trace: Path, options: DemoOptions, slo_s: float, console: Console
-) -> tuple[ReplayResult, Path]:
+) -> tuple[RunResult, Path]:
     """Replay at one concurrency after another until both arms occurred; each run has sessions of its own."""
     seen: list[str] = []
     for concurrency in CONCURRENCIES:
@@ -248,9 +248,9 @@ def write_trace(path: Path, source: Path) -> Path:
 
 
 def _write_result(
-    path: Path, result: ReplayResult, report: VerifyReport, prefill_s: float, slo_s: float, began: float
+    path: Path, result: RunResult, report: VerifyReport, prefill_s: float, slo_s: float, began: float
 ) -> dict[str, Any]:
-    written: dict[str, Any] = msgspec.to_builtins(result)
+    written = result_object(result)
     written |= {
         "mismatched_rounds": report.mismatched_rounds,
         "rounds_checked": report.rounds_checked,
@@ -262,10 +262,11 @@ def _write_result(
         "wall_s_total": time.monotonic() - began,
     }
     path.write_text(json.dumps(written, indent=1) + "\n")
+    write_rounds(result.rounds, path.with_suffix(".rounds.jsonl"))
     return written
 
 
-def judge(result: ReplayResult, report: VerifyReport) -> None:
+def judge(result: RunResult, report: VerifyReport) -> None:
     """Raise `DemoError` unless the run showed everything that it must."""
     wrong: list[str] = []
     if result.rounds_completed != result.rounds_total:

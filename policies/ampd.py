@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from antiphon.policies import arms
 from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Placement, Reject, RoundView
 from antiphon.policies.home import choose_home
-from antiphon.policies.latency import LatencyModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +46,12 @@ class _Case:
     """One decision: the round, its home, and the prefill engines that could compute it (at least one)."""
 
     round: RoundView
-    latency: LatencyModel
     home: EngineView
     engines: Sequence[EngineView]
     local: Candidate
 
     def remote(self, engine: EngineView) -> Candidate:
-        return arms.remote_pull(self.round, engine, self.home, self.latency)
+        return arms.remote_pull(self.round, engine, self.home)
 
     def estimates(self, count: int) -> tuple[Candidate, ...]:
         """Local and remote on every shortlisted engine."""
@@ -72,8 +70,8 @@ class Ampd:
         if isinstance(home, Reject):
             return home
         engines = arms.prefill_engines(round, home, cluster)
-        local = arms.local(round, home, cluster.latency)
-        case = _Case(round, cluster.latency, home, engines, local)
+        local = arms.local(round, home)
+        case = _Case(round, home, engines, local)
         if not engines:
             reason = f"no prefill engine is usable for {home.engine_id}: prefilled there"
             return case.placement(local, reason, (local,))
@@ -94,7 +92,7 @@ class Ampd:
         return case.placement(remote, reason, (remote, case.local))
 
     def _second_tier(self, case: _Case) -> Placement | None:
-        seen_s = itl_seen(case.home, case.latency)
+        seen_s = itl_seen(case.home)
         if seen_s >= self.parameters.beta * case.round.slo_itl_s:
             return None
         name = "no ITL in the window, predicted step" if case.home.window_itl_s is None else "windowed ITL"
@@ -122,11 +120,11 @@ def ttft_seen(engine: EngineView) -> float:
     return engine.queue_s if engine.window_ttft_s is None else engine.window_ttft_s
 
 
-def itl_seen(home: EngineView, latency: LatencyModel) -> float:
+def itl_seen(home: EngineView) -> float:
     """What tier 2 compares: the windowed ITL, or the predicted step of the present batch."""
     if home.window_itl_s is not None:
         return home.window_itl_s
-    return latency.decode_step_s(home.batch, home.context_tokens)
+    return home.latency.decode_step_s(home.batch, home.context_tokens)
 
 
 def _preference(candidate: Candidate) -> tuple[float, bool, str]:

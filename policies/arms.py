@@ -10,7 +10,8 @@ An engine always computes at least the prompt's last token. Prefill runs in chun
 of the engine's own batch between two of them (`EngineView.chunk_tokens`, `decode_interval`): those steps are
 part of its prefill time. NOT in any term: the harm that a prefill does to the ITL of the rounds that decode
 on the same engine (AMPD's local prefill "pauses the batch"); policies guard it by their rules, not by this
-estimate. Transfers are priced on an idle link.
+estimate. Transfers are priced on an idle link. Every engine is priced by its own latency model, a transfer by
+the slower of the two engines that it joins.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from operator import attrgetter
 
 from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Pool, RoundView
 from antiphon.policies.home import fits
-from antiphon.policies.latency import LatencyModel
 
 
-def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int, latency: LatencyModel) -> float:
+def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int) -> float:
     """Seconds to prefill the prompt over `cached_tokens`, with the decode steps that come in between."""
+    latency = engine.latency
     new = max(1, prompt_tokens - cached_tokens)
     seconds = latency.prefill_s(new, prompt_tokens - new)
     if engine.batch and engine.chunk_tokens and engine.decode_interval:
@@ -33,38 +34,42 @@ def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int, laten
     return seconds
 
 
-def local(round: RoundView, home: EngineView, latency: LatencyModel) -> Candidate:
-    prefill_s = prefill_on(home, round.prompt_tokens, round.held(home.engine_id), latency)
+def transfer_between(one: EngineView, other: EngineView, tokens: int) -> float:
+    """Seconds to move the KV of `tokens` from one to the other: as slow as the slower of the two."""
+    seconds = one.latency.transfer_s(tokens)
+    return seconds if other.latency is one.latency else max(seconds, other.latency.transfer_s(tokens))
+
+
+def local(round: RoundView, home: EngineView) -> Candidate:
+    prefill_s = prefill_on(home, round.prompt_tokens, round.held(home.engine_id))
     return Candidate(Arm.LOCAL, home.engine_id, home.queue_s, prefill_s, 0.0, 0.0)
 
 
-def remote_recompute(
-    round: RoundView, engine: EngineView, home: EngineView, latency: LatencyModel
-) -> Candidate:
+def remote_recompute(round: RoundView, engine: EngineView, home: EngineView) -> Candidate:
     """`engine` computes what it lacks; `home` fetches what it lacks."""
     return Candidate(
         arm=Arm.REMOTE_RECOMPUTE,
         prefill_engine=engine.engine_id,
         queue_s=engine.queue_s,
-        prefill_s=prefill_on(engine, round.prompt_tokens, round.held(engine.engine_id), latency),
+        prefill_s=prefill_on(engine, round.prompt_tokens, round.held(engine.engine_id)),
         pull_s=0.0,
-        push_s=latency.transfer_s(round.prompt_tokens - round.held(home.engine_id)),
+        push_s=transfer_between(engine, home, round.prompt_tokens - round.held(home.engine_id)),
     )
 
 
-def remote_pull(round: RoundView, engine: EngineView, home: EngineView, latency: LatencyModel) -> Candidate:
+def remote_pull(round: RoundView, engine: EngineView, home: EngineView) -> Candidate:
     """`engine` first fetches what `home` holds beyond it. With nothing to fetch it is `remote_recompute`."""
     history = round.held(home.engine_id)
     pulled = history - round.held(engine.engine_id)
     if pulled <= 0:
-        return remote_recompute(round, engine, home, latency)
+        return remote_recompute(round, engine, home)
     return Candidate(
         arm=Arm.REMOTE_PULL,
         prefill_engine=engine.engine_id,
         queue_s=engine.queue_s,
-        prefill_s=prefill_on(engine, round.prompt_tokens, history, latency),
-        pull_s=latency.transfer_s(pulled),
-        push_s=latency.transfer_s(round.prompt_tokens - history),
+        prefill_s=prefill_on(engine, round.prompt_tokens, history),
+        pull_s=transfer_between(home, engine, pulled),
+        push_s=transfer_between(engine, home, round.prompt_tokens - history),
     )
 
 

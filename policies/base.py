@@ -7,10 +7,11 @@ Both are pure: no clock, no I/O, no state; chance only through `RoundView.seed`;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 from typing import Protocol
+
+from msgspec import Struct
 
 from antiphon.policies.latency import LatencyModel
 
@@ -18,18 +19,21 @@ from antiphon.policies.latency import LatencyModel
 class Arm(Enum):
     """One way to run a round (home d, prefill engine p)."""
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is Python, and slow
+
     LOCAL = "local"
     REMOTE_RECOMPUTE = "remote_recompute"
     REMOTE_PULL = "remote_pull"
 
 
 class Pool(Enum):
+    __hash__ = object.__hash__
+
     PREFILL = "prefill"
     DECODE = "decode"
 
 
-@dataclass(frozen=True, slots=True)
-class RoundView:
+class RoundView(Struct, frozen=True, gc=False):
     """The round to place, as known when it is placed."""
 
     round_id: str
@@ -44,7 +48,7 @@ class RoundView:
     """The engine that decodes this session; None before the first placement, or when that engine is gone."""
     waited_s: float
     """Seconds since the round arrived."""
-    history_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    history_tokens: Mapping[str, int] = MappingProxyType({})
     """H(e): engine id -> tokens of this prompt whose KV it is believed to hold. Absent = 0."""
     excluded: frozenset[str] = frozenset()
     """Engines that failed this round already."""
@@ -53,8 +57,7 @@ class RoundView:
         return self.history_tokens.get(engine_id, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineView:
+class EngineView(Struct, frozen=True, gc=False):
     """Aggregates of one live engine: own reservations plus the other replicas'."""
 
     engine_id: str
@@ -73,6 +76,8 @@ class EngineView:
     """Device KV that rounds in flight and idle homes occupy, as reserved."""
     sessions: int
     """Sessions whose home it is."""
+    latency: LatencyModel
+    """What work costs on this engine: the GPUs of a fleet may differ."""
     window_ttft_s: float | None = None
     """Mean TTFT of rounds prefilled there in the past window (10 s); None = none ended."""
     window_itl_s: float | None = None
@@ -84,19 +89,16 @@ class EngineView:
     """--prefill-decode-interval (K): decode steps between two chunks; 0 = prefill first."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterView:
+class ClusterView(Struct, frozen=True, gc=False):
     """Everything else a policy may look at. `engines` is ordered by engine id."""
 
     engines: Mapping[str, EngineView]
-    latency: LatencyModel
 
     def pool(self, pool: Pool, excluded: frozenset[str] = frozenset()) -> tuple[EngineView, ...]:
         return tuple(e for e in self.engines.values() if e.pool is pool and e.engine_id not in excluded)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True, gc=False):
     """One arm that was considered, with its predictions in seconds. `ttft_s` is their sum."""
 
     arm: Arm
@@ -113,8 +115,7 @@ class Candidate:
         return self.queue_s + self.prefill_s + self.pull_s + self.push_s
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(Struct, frozen=True, gc=False):
     """A decision. For `local`, `prefill_engine` is the home."""
 
     arm: Arm
@@ -126,8 +127,7 @@ class Placement:
     considered: tuple[Candidate, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(Struct, frozen=True, gc=False):
     """No engine can take the round now."""
 
     reason: str

@@ -7,7 +7,9 @@ the fallback chooses: `local` for a placement, first come first served for a que
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from antiphon.policies.base import Arm, ClusterView, Ordering, Placement, Policy, Reject, RoundView
 from antiphon.policies.fcfs import Fcfs

@@ -1,7 +1,9 @@
-"""Latency formulas, SI units: prefill, decode step, transfer, load. A leaf used by policies, core and simulation.
+"""Latency formulas, SI units: prefill, decode step, transfer, load. A leaf for policies, core, simulation.
 
     prefill(N new over P cached) = fixed + N * per_token + N * P * per_token_cached + N^2 * per_token_squared
+                                   + P * cached_token + P^2 * cached_squared
     decode step(batch B, total context T) = fixed + B * per_request + T * per_context_token
+                                            + experts * (1 - expert_missed^B)
     transfer(tokens, queued bytes) = fixed + (queued bytes + tokens * bytes per token) / bandwidth
     load(tokens, host to device) = fixed + tokens * bytes per token / bandwidth
 
@@ -12,21 +14,40 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
-class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     fixed_s: float
     per_token_s: float
     per_token_cached_s: float = 0.0
     per_token_squared_s: float = 0.0
+    cached_token_s: float = 0.0
+    """Per cached token, however few are new: reading its KV."""
+    cached_squared_s: float = 0.0
+    """Per cached token squared: attention kernels that go over the cached ones again (SGLang's on a CPU)."""
 
 
-class DecodeCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DecodeCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     fixed_s: float
     per_request_s: float = 0.0
     per_context_token_s: float = 0.0
+    experts_s: float = 0.0
+    """Reading all experts of a mixture; a batch reads those that any of its tokens uses. Dense: 0."""
+    expert_missed: Share = 0.0
+    """Share of the experts that one token leaves out."""
+
+    def batch_s(self, batch: int) -> float:
+        """What a step of `batch` requests costs before any context is read."""
+        seconds = self.fixed_s + batch * self.per_request_s
+        if self.experts_s:
+            seconds += self.experts_s * (1.0 - self.expert_missed**batch)
+        return seconds
 
 
 class TransferCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,14 +99,14 @@ class LatencyModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
             c.fixed_s
             + new_tokens * (c.per_token_s + cached_tokens * c.per_token_cached_s)
             + new_tokens * new_tokens * c.per_token_squared_s
+            + cached_tokens * (c.cached_token_s + cached_tokens * c.cached_squared_s)
         )
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         """Seconds of one decode step of `batch` requests with `context_tokens` in all; 0 for no batch."""
         if batch <= 0:
             return 0.0
-        c = self.decode
-        return c.fixed_s + batch * c.per_request_s + context_tokens * c.per_context_token_s
+        return self.decode.batch_s(batch) + context_tokens * self.decode.per_context_token_s
 
     def transfer_s(self, tokens: int, queued_bytes: float = 0.0) -> float:
         """Seconds to move the KV of `tokens` over a link that owes `queued_bytes` first; 0 for nothing."""

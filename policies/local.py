@@ -26,7 +26,7 @@ class Local:
         home = kept or least_used(e for e in cluster.engines.values() if can_be_home(e, round))
         if home is None:
             return no_home(round, cluster)
-        candidate = arms.local(round, home, cluster.latency)
+        candidate = arms.local(round, home)
         reason = f"local: {home.engine_id} is the session's home"
         if kept is None:
             share = home.used_tokens / max(1, home.pool_tokens)

@@ -33,11 +33,11 @@ class Remote:
             return home
         engines = arms.prefill_engines(round, home, cluster)
         if not engines:
-            candidate = arms.local(round, home, cluster.latency)
+            candidate = arms.local(round, home)
             reason = f"no prefill engine is usable for {home.engine_id}: prefilled there"
             return Placement(Arm.LOCAL, home.engine_id, home.engine_id, reason, candidate, (candidate,))
         considered = tuple(
-            arms.remote_recompute(round, engine, home, cluster.latency)
+            arms.remote_recompute(round, engine, home)
             for engine in arms.shortlist(round, engines, self.parameters.shortlist)
         )
         best = min(considered, key=_ttft)

@@ -35,5 +35,6 @@ Doors
     fleet_key.py   the key that scheduler and engines prove to each other
     metrics.py, logs.py, errors.py
     cli.py         the `antiphon` command; doctor.py proves an installation
+    cli_trace.py   `antiphon trace`: info, convert, generate
     sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

@@ -8,10 +8,20 @@ Reservations of a round (made in the step that decides, given back by `release`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from antiphon.policies.base import ClusterView, Placement, RoundView
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, Fleet
-from antiphon.scheduler.messages import Claimed, EngineUp, LoadReported, Reserved, RoundFinished, Totals
+from antiphon.scheduler.messages import (
+    Claimed,
+    EngineUp,
+    HeldChain,
+    LoadReported,
+    Reserved,
+    RoundFinished,
+    Totals,
+)
 from antiphon.scheduler.receipts import is_remote
 from antiphon.scheduler.residency import ResidencyIndex
 from antiphon.scheduler.sessions import SessionKey, SessionTable
@@ -22,20 +32,26 @@ class Books:
     """Fleet, sessions and residency as one place to look at and to write."""
 
     def __init__(self, latency: LatencyModel, session_ttl_s: float, max_sessions: int) -> None:
-        self.latency = latency
-        self.fleet = Fleet()
+        self.fleet = Fleet(latency)
+        self._cluster = ClusterView(self.fleet.views(0.0))
         self.residency = ResidencyIndex()
         self.sessions = SessionTable(self.fleet, session_ttl_s, max_sessions)
         self.dirty: set[str] = set()
-        """Engines whose reservations changed since `publish`."""
+        """Engines whose reservations the present event changed; the core clears it."""
         self._published: dict[str, Totals] = {}
+        self._with_others = False
+        """Other replicas had reserved something, as last told."""
 
     # ---- views
 
     def cluster(self, now: float) -> ClusterView:
-        return ClusterView(self.fleet.views(now), self.latency)
+        engines = self.fleet.views(now)
+        if engines is not self._cluster.engines:
+            self._cluster = ClusterView(engines)
+        return self._cluster
 
-    def view(self, round: Round, now: float) -> RoundView:
+    def view(self, round: Round, now: float, history: Mapping[str, int] | None = None) -> RoundView:
+        """`history`: H(e) as known from before; None = look it up now."""
         arrived = round.arrived
         return RoundView(
             round_id=arrived.round_id,
@@ -47,7 +63,7 @@ class Books:
             slo_itl_s=arrived.slo_itl_s,
             home=self.sessions.live_home(session_key(round)),
             waited_s=now - round.arrived_s,
-            history_tokens=self.held(round),
+            history_tokens=self.held(round) if history is None else history,
             excluded=round.excluded,
         )
 
@@ -57,9 +73,9 @@ class Books:
         """Book the round's work on its engines and settle the session at its home."""
         arrived = round.arrived
         slot = DecodeSlot(arrived.prompt_tokens + arrived.max_output_tokens, arrived.slo_itl_s)
-        self.fleet.books[placement.home].decode[arrived.round_id] = slot
+        self.fleet.books[placement.home].add_decode(arrived.round_id, slot)
         work_s = placement.predicted.prefill_s + placement.predicted.pull_s
-        self.fleet.books[placement.prefill_engine].prefill_s[arrived.round_id] = work_s
+        self.fleet.books[placement.prefill_engine].add_prefill(arrived.round_id, work_s)
         self.settle(round, placement.home, arrived.prompt_tokens, now)
         self.touch(placement.home)
         self.touch(placement.prefill_engine)
@@ -68,7 +84,7 @@ class Books:
         """The prefill engine has done its part."""
         book = self.fleet.books[engine_id]
         book.in_flight.discard(round.round_id)
-        book.prefill_s.pop(round.round_id, None)
+        book.drop_prefill(round.round_id)
         self.touch(engine_id)
 
     def release(self, round: Round) -> None:
@@ -79,8 +95,8 @@ class Books:
             book = self.fleet.books.get(engine_id)
             if book is None:
                 continue
-            book.decode.pop(round.round_id, None)
-            book.prefill_s.pop(round.round_id, None)
+            book.drop_decode(round.round_id)
+            book.drop_prefill(round.round_id)
             book.in_flight.discard(round.round_id)
             if round.round_id in book.queue:
                 book.queue.remove(round.round_id)
@@ -91,6 +107,9 @@ class Books:
 
     def count_others(self, claimed: Claimed) -> None:
         """Take over what the other replicas have reserved."""
+        if not claimed.others and not self._with_others:
+            return
+        self._with_others = bool(claimed.others)
         for engine_id, book in self.fleet.books.items():
             others = claimed.others.get(engine_id, NO_TOTALS)
             if others is not book.others and others != book.others:
@@ -104,13 +123,18 @@ class Books:
             book.reported_tokens = report.used_tokens
             book.touch()
 
+    def transfer_s(self, engine_ids: tuple[str, str], tokens: int) -> float:
+        """Seconds to move the KV of `tokens` between two engines; those that are gone do not count."""
+        books = [self.fleet.books[engine_id] for engine_id in engine_ids if engine_id in self.fleet.books]
+        return max((book.latency.transfer_s(tokens) for book in books), default=0.0)
+
     def touch(self, engine_id: str) -> None:
         """This engine's view must be rebuilt and its totals published."""
         self.fleet.books[engine_id].touch()
         self.dirty.add(engine_id)
 
     def publish(self) -> list[Reserved]:
-        """Our reservations that changed since the last call, by engine id."""
+        """Our reservations on engines in `dirty` that changed since the last call, by engine id."""
         changed = []
         for engine_id in sorted(self.dirty):
             book = self.fleet.books.get(engine_id)
@@ -118,7 +142,6 @@ class Books:
             if self._published.get(engine_id, Totals()) != totals:
                 self._published[engine_id] = totals
                 changed.append(Reserved(engine_id, totals))
-        self.dirty.clear()
         return changed
 
     def engine_up(self, up: EngineUp) -> None:
@@ -137,13 +160,17 @@ class Books:
         """H(e) for every engine that holds some of the round's prompt."""
         return self.residency.held(round.arrived.hashes, round.arrived.page_size_tokens)
 
+    def held_by(self, round: Round, engine_id: str) -> int:
+        """H(e) for one engine."""
+        return self.residency.held_by(engine_id, round.arrived.hashes, round.arrived.page_size_tokens)
+
     def hold(self, round: Round, engine_id: str, pages: int) -> None:
         """Believe that a live engine holds the first `pages` pages of the round's prompt."""
         book = self.fleet.books.get(engine_id)
         if book is not None and pages > 0:
             arrived = round.arrived
             self.residency.record(
-                engine_id, book.up.incarnation, arrived.hashes[:pages], arrived.page_size_tokens
+                engine_id, book.up.incarnation, arrived.hashes, arrived.page_size_tokens, pages
             )
 
     def hold_claimed(self, round: Round, claimed: Claimed) -> None:
@@ -157,19 +184,19 @@ class Books:
             if 0 < pages <= len(hashes) and hashes[pages - 1] == page_hash:
                 self.residency.merge(hashes, size, [holding])
 
-    def new_holdings(self, round: Round, finished: RoundFinished) -> tuple[tuple[bytes, int, str, str], ...]:
+    def new_holdings(self, round: Round, finished: RoundFinished) -> tuple[HeldChain, ...]:
         """What the ledger learns: the home holds prompt and output, a remote prefill engine the prompt."""
         assert round.placement is not None
-        size = round.arrived.page_size_tokens
         chains = {round.placement.home: finished.hashes}
         prefill_engine, prompt = round.placement.prefill_engine, round.arrived.hashes
-        if is_remote(round.placement.arm) and self.held(round).get(prefill_engine, 0) >= len(prompt) * size:
+        size = round.arrived.page_size_tokens
+        held = self.residency.held_by
+        if is_remote(round.placement.arm) and held(prefill_engine, prompt, size) >= len(prompt) * size:
             chains[prefill_engine] = prompt  # not if it was replaced since: what it held went with it
         return tuple(
-            (page_hash, tokens, engine_id, self.fleet.books[engine_id].up.incarnation)
+            HeldChain(engine_id, self.fleet.books[engine_id].up.incarnation, hashes)
             for engine_id, hashes in chains.items()
             if engine_id in self.fleet.books
-            for tokens, page_hash in self.residency.checkpoints(hashes, size)
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from antiphon.scheduler.fleet import EngineBook
 from antiphon.scheduler.receipts import is_remote
 from antiphon.scheduler.states import PREFILL_PHASES, PREFILL_RESERVED, Phase, Round
 
@@ -24,7 +27,18 @@ def check_scheduler(core: Scheduler) -> None:
         limit = core.config.prefill_in_flight
         assert len(book.in_flight) <= limit, f"{engine_id}: {len(book.in_flight)} in flight, limit {limit}"
         assert not book.queue or len(book.in_flight) == limit, f"{engine_id}: its queue starves"
+        _check_sums(engine_id, book)
         assert book.idle_tokens == sum(book.session_tokens.values()), f"{engine_id}: session tokens differ"
+
+
+def _check_sums(engine_id: str, book: EngineBook) -> None:
+    """What is kept as it changes is what adding up says."""
+    prefill_s = math.fsum(book.prefill_s.values())
+    assert math.isclose(book.prefill_sum_s, prefill_s, abs_tol=1e-9), f"{engine_id}: prefill seconds differ"
+    assert book.prefill_s or book.prefill_sum_s == 0.0, f"{engine_id}: an empty sum is not 0"
+    slots = book.decode.values()
+    assert book.context_tokens == sum(slot.context_tokens for slot in slots), f"{engine_id}: context differs"
+    assert book.itl_slos == Counter(slot.itl_slo_s for slot in slots), f"{engine_id}: ITL targets differ"
 
 
 def _check_round(core: Scheduler, round: Round) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from antiphon.scheduler.cli_trace import app as trace_app
 from antiphon.scheduler.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(trace_app)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -58,6 +61,9 @@ def serve(
     model: Annotated[Path | None, typer.Option(help="Directory with tokenizer and chat template.")] = None,
     slo_ttft_s: Annotated[float | None, typer.Option("--slo-ttft")] = None,
     slo_itl_s: Annotated[float | None, typer.Option("--slo-itl")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Write every round there, without its content, and its receipt.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Run the gateway and scheduler."""
@@ -75,6 +81,7 @@ def serve(
         "ledger.state_dir": _text(state_dir),
         "ledger.fleet": fleet,
         "model.path": _text(model),
+        "record.directory": _text(record),
     }
     resolved = load_config(config, overrides)
     _check_policy(resolved)

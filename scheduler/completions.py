@@ -170,6 +170,7 @@ class CompletionRoute:
             slo_ttft_s=targets.ttft_s,
             slo_itl_s=targets.itl_s,
             cache_salt=body.cache_salt,
+            tool=requests.tool_answered(body),
         )
         stream = bool(body.stream)
         asked_usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -99,6 +99,17 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordConfig:
+    directory: str = ""
+    """Where every round is written down, without its content; empty = nowhere."""
+    session_ids: str = "hashed"
+    """hashed (with the folder's own salt) or plain."""
+
+    def __post_init__(self) -> None:
+        _one_of(self, "session_ids", ("hashed", "plain"))
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """An engine that we did not start (or that is not in the ledger's registry)."""
 
@@ -121,6 +132,7 @@ class Config:
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
     engines: tuple[EngineConfig, ...] = ()
     policy: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     """[policy.<name>]: parameters of each policy, checked by the policy itself."""

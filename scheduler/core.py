@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from msgspec.structs import replace
 
 from antiphon.policies.base import Arm, Ordering, Policy, Reject
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.books import Books, session_key
 from antiphon.scheduler.checks import check_scheduler
+from antiphon.scheduler.core_config import CoreConfig
+from antiphon.scheduler.fleet import EngineBook
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
@@ -45,22 +50,6 @@ from antiphon.scheduler.receipts import is_remote, make_receipt
 from antiphon.scheduler.states import IllegalEvent, Phase, Round
 
 
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """The core's own knobs; seconds and counts."""
-
-    max_tries: int = 3
-    prefill_in_flight: int = 2
-    """Rounds that pull or prefill on one engine at once, per replica."""
-    first_token_deadline_s: float = 120.0
-    """A round without a token by then is refused."""
-    transfer_floor_s: float = 0.5
-    """Every transfer may take this long; a predicted longer one takes four times its prediction."""
-    retry_after_s: float = 1.0
-    session_ttl_s: float = 3600.0
-    max_sessions: int = 100_000
-
-
 class Scheduler:
     """One replica's mind. Not thread-safe: one driver calls it."""
 
@@ -82,22 +71,20 @@ class Scheduler:
     def receive(self, event: Event, now: float) -> list[Command]:
         """Take one event and return what to do, in order. An illegal event raises and changes nothing."""
         self._commands = []
-        match event:
-            case RoundArrived():
-                self._on_arrived(event, now)
-            case EngineUp():
-                self._on_engine_up(event, now)
-            case EngineDown():
-                self._on_engine_down(event, now)
-            case LoadReported():
-                self.books.load_reported(event)
-            case Tick():
-                self._on_tick(now)
-            case _:
-                self._on_round_event(event, now)
-        for engine_id in sorted(self.books.dirty):
-            self._dispatch(engine_id, now)
-        self._commands.extend(self.books.publish())
+        on_fleet = self._fleet_events.get(type(event))
+        if on_fleet is not None:
+            on_fleet(self, event, now)
+        else:
+            self._on_round_event(event, now)
+        dirty = self.books.dirty
+        if dirty:
+            books = self.books.fleet.books
+            for engine_id in sorted(dirty):
+                if engine_id in books and books[engine_id].queue:
+                    self._dispatch(books[engine_id], now)
+            if self.config.publish:
+                self._commands.extend(self.books.publish())
+            dirty.clear()
         return self._commands
 
     def next_deadline(self) -> float | None:
@@ -105,6 +92,13 @@ class Scheduler:
         while self._deadlines and self._has_token(self._deadlines[0][1]):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
+
+    def checkpoints(self, hashes: Sequence[bytes], page_size_tokens: int) -> list[tuple[int, bytes]]:
+        """(tokens, hash) at which a ledger is told of a chain, or asked about it; longest first.
+
+        Pure. For the driver that has a ledger: it walks the whole chain.
+        """
+        return self.books.residency.checkpoints(hashes, page_size_tokens)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the books contradict each other. Tests call it after every event."""
@@ -121,32 +115,14 @@ class Scheduler:
         self.rounds[event.round_id] = round
         self.accepted += 1
         heapq.heappush(self._deadlines, (deadline_s, event.round_id))
-        candidates = self.books.residency.checkpoints(event.hashes, event.page_size_tokens)
-        self._commands.append(Claim(event.round_id, tuple(candidates)))
+        self._commands.append(Claim(event.round_id))
 
     def _on_round_event(self, event: Event, now: float) -> None:
         round = self.rounds.get(event.round_id)  # type: ignore[union-attr]
         if round is None:
             raise IllegalEvent(f"no such round: {event!r}")
         round.check(event)
-        match event:
-            case Claimed():
-                self._on_claimed(round, event, now)
-            case ClaimLost():
-                self._on_claim_lost(round, event, now)
-            case PrefetchDone():
-                self._on_prefetch_done(round, event, now)
-            case PrefillDone():
-                self._on_prefill_done(round, event, now)
-            case FirstToken():
-                self._on_first_token(round, now)
-            case RoundFinished():
-                self._on_finished(round, event, now)
-            case EngineFailed():
-                self._on_failed(round, event, now)
-            case ClientGone():
-                self._abort(round)
-                self._end(round, Outcome.CANCELLED, now)
+        self._round_events[type(event)](self, round, event, now)
 
     def _on_claimed(self, round: Round, event: Claimed, now: float) -> None:
         round.session_id = event.session_id
@@ -195,12 +171,16 @@ class Scheduler:
         else:
             self._generate(round, now)
 
-    def _on_first_token(self, round: Round, now: float) -> None:
+    def _on_client_gone(self, round: Round, event: ClientGone, now: float) -> None:
+        self._abort(round)
+        self._end(round, Outcome.CANCELLED, now)
+
+    def _on_first_token(self, round: Round, event: FirstToken, now: float) -> None:
         assert round.placement is not None
         round.enter(Phase.DECODING, now)
         round.first_token_s = now
         placement, books = round.placement, self.books.fleet.books
-        books[placement.home].prefill_s.pop(round.round_id, None)
+        books[placement.home].drop_prefill(round.round_id)
         self.books.touch(placement.home)
         if placement.prefill_engine in books:
             books[placement.prefill_engine].ttft.add(now, now - round.tried_s)
@@ -230,7 +210,7 @@ class Scheduler:
         else:
             self._try_again(round, now)
 
-    def _on_tick(self, now: float) -> None:
+    def _on_tick(self, event: Tick, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, round_id = heapq.heappop(self._deadlines)
             if not self._has_token(round_id):
@@ -247,13 +227,16 @@ class Scheduler:
     def _on_engine_up(self, up: EngineUp, now: float) -> None:
         known = self.books.fleet.books.get(up.engine_id)
         if known is not None and known.up.incarnation == up.incarnation:
-            known.up = up
+            known.renew(up)
             self.books.touch(up.engine_id)
             return
         if known is not None:
             reason = "replaced by a new incarnation"
             self._on_engine_down(EngineDown(up.engine_id, known.up.incarnation, reason), now)
         self.books.engine_up(up)
+
+    def _on_load_reported(self, event: LoadReported, now: float) -> None:
+        self.books.load_reported(event)
 
     def _on_engine_down(self, event: EngineDown, now: float) -> None:
         engine_id, reason = event.engine_id, f"engine {event.engine_id} is gone: {event.reason}"
@@ -286,7 +269,7 @@ class Scheduler:
         if isinstance(answer, Reject):
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
             return
-        round.placement = answer
+        round.placement, round.history = answer, view.history_tokens
         round.tried_s = now if round.tries else round.arrived_s
         round.tries.append(Try(answer))
         round.history_tokens = view.held(answer.home)
@@ -298,13 +281,13 @@ class Scheduler:
             round.dispatched_s = now
             self._generate(round, now)
 
-    def _dispatch(self, engine_id: str, now: float) -> None:
+    def _dispatch(self, book: EngineBook, now: float) -> None:
         """Start waiting rounds while the prefill engine has room, in the ordering's order."""
-        book = self.books.fleet.books.get(engine_id)
-        while book and book.queue and len(book.in_flight) < self.config.prefill_in_flight:
+        while book.queue and len(book.in_flight) < self.config.prefill_in_flight:
             first = book.queue[0]
             if len(book.queue) > 1:
-                waiting = [self.books.view(self.rounds[round_id], now) for round_id in book.queue]
+                rounds = map(self.rounds.__getitem__, book.queue)
+                waiting = [self.books.view(round, now, round.history) for round in rounds]
                 first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
             book.queue.remove(first)
             book.in_flight.add(first)
@@ -313,7 +296,7 @@ class Scheduler:
     def _start_prefill(self, round: Round, now: float) -> None:
         assert round.placement is not None
         placement, round.dispatched_s = round.placement, now
-        pages = self.books.held(round).get(placement.home, 0) // round.arrived.page_size_tokens
+        pages = self.books.held_by(round, placement.home) // round.arrived.page_size_tokens
         if placement.arm is Arm.REMOTE_PULL and pages > 0:
             round.enter(Phase.PULLING, now)
             self._prefetch(round, placement.prefill_engine, placement.home, pages)
@@ -325,7 +308,7 @@ class Scheduler:
     def _prefetch(self, round: Round, puller: str, source: str, pages: int) -> None:
         """Fetch from the first page on: the puller skips what its store has, and only prefixes count."""
         tokens = pages * round.arrived.page_size_tokens
-        deadline_s = max(self.config.transfer_floor_s, 4 * self.books.latency.transfer_s(tokens))
+        deadline_s = max(self.config.transfer_floor_s, 4 * self.books.transfer_s((puller, source), tokens))
         book = self.books.fleet.books.get(source)
         incarnation = book.up.incarnation if book else ""
         round.rid = ""
@@ -391,3 +374,21 @@ class Scheduler:
         """The round's deadline has no meaning any more."""
         round = self.rounds.get(round_id)
         return round is None or round.phase is Phase.DECODING
+
+    _fleet_events: ClassVar[dict[type, Callable[[Scheduler, Any, float], None]]] = {
+        RoundArrived: _on_arrived,
+        EngineUp: _on_engine_up,
+        EngineDown: _on_engine_down,
+        LoadReported: _on_load_reported,
+        Tick: _on_tick,
+    }
+    _round_events: ClassVar[dict[type, Callable[[Scheduler, Round, Any, float], None]]] = {
+        Claimed: _on_claimed,
+        ClaimLost: _on_claim_lost,
+        PrefetchDone: _on_prefetch_done,
+        PrefillDone: _on_prefill_done,
+        FirstToken: _on_first_token,
+        RoundFinished: _on_finished,
+        EngineFailed: _on_failed,
+        ClientGone: _on_client_gone,
+    }

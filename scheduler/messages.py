@@ -6,15 +6,19 @@ Times are seconds on the driver's monotonic clock. Page hashes are 32-byte diges
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
+from msgspec import Struct
+
 from antiphon.policies.base import Arm, Placement
+from antiphon.policies.latency import LatencyModel
 
 
 class Outcome(Enum):
     """How an accepted or refused round ended; few values, for metrics."""
+
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is Python, and slow
 
     COMPLETED = "completed"
     REFUSED = "refused"
@@ -24,8 +28,7 @@ class Outcome(Enum):
     """The client went away."""
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(Struct, frozen=True, gc=False):
     """An engine holds the KV of the first `tokens` tokens of a prompt."""
 
     engine_id: str
@@ -33,8 +36,7 @@ class Holding:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(Struct, frozen=True, gc=False):
     """What one replica has reserved on one engine."""
 
     prefill_s: float = 0.0
@@ -46,8 +48,7 @@ class Totals:
 # ---------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class RoundArrived:
+class RoundArrived(Struct, frozen=True, gc=False):
     """A checked request. `hashes` are those of every whole page of the prompt."""
 
     round_id: str
@@ -61,8 +62,7 @@ class RoundArrived:
     slo_itl_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(Struct, frozen=True, gc=False):
     """The ledger gave us the round: what it knows of the session and of the others' load."""
 
     round_id: str
@@ -74,22 +74,20 @@ class Claimed:
     parent_id: str | None = None
     home: str | None = None
     holdings: tuple[Holding, ...] = ()
-    others: Mapping[str, Totals] = field(default_factory=lambda: MappingProxyType({}))
+    others: Mapping[str, Totals] = MappingProxyType({})
     """Engine id -> the other replicas' reservations there, summed."""
     tip: tuple[bytes, Holding] | None = None
     """Where the session's last round ended: the hash of its last whole page, and who holds it up to there."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimLost:
+class ClaimLost(Struct, frozen=True, gc=False):
     """The ledger could not answer: go on with what the core knows (degraded)."""
 
     round_id: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class PrefetchDone:
+class PrefetchDone(Struct, frozen=True, gc=False):
     """The puller has `pages` of what was asked, from the first on; fewer (even 0) only costs recomputing."""
 
     round_id: str
@@ -101,19 +99,16 @@ class PrefetchDone:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillDone:
+class PrefillDone(Struct, frozen=True, gc=False):
     round_id: str
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class FirstToken:
+class FirstToken(Struct, frozen=True, gc=False):
     round_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class RoundFinished:
+class RoundFinished(Struct, frozen=True, gc=False):
     """The stream ended well. `hashes` now cover prompt and output: every whole page with KV at the home."""
 
     round_id: str
@@ -124,8 +119,7 @@ class RoundFinished:
     """The client's reading held the stream back: the time that it took says nothing of the engine."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineFailed:
+class EngineFailed(Struct, frozen=True, gc=False):
     """A call for this round failed on this engine (kind as in `engines.base.FailureKind`)."""
 
     round_id: str
@@ -134,8 +128,7 @@ class EngineFailed:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class EngineUp:
+class EngineUp(Struct, frozen=True, gc=False):
     """An engine said hello. A new incarnation of a known engine voids what was believed of the old one."""
 
     engine_id: str
@@ -147,18 +140,18 @@ class EngineUp:
     kv_bytes_per_token: int = 0
     chunk_tokens: int = 0
     decode_interval: int = 0
+    latency: LatencyModel | None = None
+    """None: the core's default profile."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineDown:
+class EngineDown(Struct, frozen=True, gc=False):
     engine_id: str
     incarnation: str
     """Only this incarnation is down; a newer one is not touched."""
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReported:
+class LoadReported(Struct, frozen=True, gc=False):
     """What an engine itself says: corrects drift of the books, never added to them."""
 
     engine_id: str
@@ -166,13 +159,11 @@ class LoadReported:
     """Device KV that its running requests hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClientGone:
+class ClientGone(Struct, frozen=True, gc=False):
     round_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(Struct, frozen=True, gc=False):
     """`next_deadline()` has come."""
 
 
@@ -185,17 +176,16 @@ Event = (
 # ---------------------------------------------------------------- commands
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Ask the ledger for lease, session record, residency of `candidates` and the others' totals."""
+class Claim(Struct, frozen=True, gc=False):
+    """Ask the ledger for lease, session record, the others' totals, and who holds how much of the prompt.
+
+    At which places of the prompt's chain to ask is told by `Scheduler.checkpoints`, to a driver with a ledger.
+    """
 
     round_id: str
-    candidates: tuple[tuple[int, bytes], ...] = ()
-    """(tokens, hash of the page that ends there), longest first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prefetch:
+class Prefetch(Struct, frozen=True, gc=False):
     """Have `engine_id` pull pages [first_page, first_page + pages) of the round's prompt from `source_id`."""
 
     round_id: str
@@ -208,8 +198,7 @@ class Prefetch:
     """Seconds from now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prefill:
+class Prefill(Struct, frozen=True, gc=False):
     """Compute the prompt on `engine_id`, generate nothing."""
 
     round_id: str
@@ -217,8 +206,7 @@ class Prefill:
     rid: str
 
 
-@dataclass(frozen=True, slots=True)
-class Generate:
+class Generate(Struct, frozen=True, gc=False):
     """Answer the round on `engine_id`, streaming to the client."""
 
     round_id: str
@@ -226,8 +214,7 @@ class Generate:
     rid: str
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(Struct, frozen=True, gc=False):
     """Stop the call under way: cancel it here and abort `rid` on the engine ("" = nothing to abort there)."""
 
     round_id: str
@@ -235,28 +222,33 @@ class Abort:
     rid: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reserved:
+class Reserved(Struct, frozen=True, gc=False):
     """Our reservations on one engine changed: publish without waiting."""
 
     engine_id: str
     totals: Totals
 
 
-@dataclass(frozen=True, slots=True)
-class Complete:
-    """The round is over: record it, free the lease. `new_holdings` pairs hashes with who holds them now."""
+class HeldChain(Struct, frozen=True, gc=False):
+    """An engine holds all pages of a chain. What a ledger keeps of it is told by `Scheduler.checkpoints`."""
+
+    engine_id: str
+    incarnation: str
+    hashes: tuple[bytes, ...]
+
+
+class Complete(Struct, frozen=True, gc=False):
+    """The round is over: record it, free the lease."""
 
     round_id: str
     outcome: Outcome
     receipt: Receipt
     home: str | None
-    holdings: tuple[tuple[bytes, int, str, str], ...] = ()
-    """(page hash, tokens up to its end, engine id, incarnation)."""
+    holdings: tuple[HeldChain, ...] = ()
+    """Who holds what after this round; the home first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(Struct, frozen=True, gc=False):
     """Answer the client with an error; nothing was streamed yet. `Complete` follows."""
 
     round_id: str
@@ -266,8 +258,7 @@ class Refuse:
     retry_after_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Broke:
+class Broke(Struct, frozen=True, gc=False):
     """The stream broke after its first token: end it with a clean error event. `Complete` follows."""
 
     round_id: str
@@ -280,16 +271,14 @@ Command = Claim | Prefetch | Prefill | Generate | Abort | Reserved | Complete | 
 # ---------------------------------------------------------------- receipts
 
 
-@dataclass(frozen=True, slots=True)
-class Try:
+class Try(Struct, frozen=True, gc=False):
     """One attempt at the round and how it ended ("" = it is the one that answered)."""
 
     placement: Placement
     failure: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Struct, frozen=True, gc=False):
     """The record of one decision: what was considered, predicted and measured, and why."""
 
     round_id: str

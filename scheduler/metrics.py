@@ -55,6 +55,7 @@ class Metrics:
         self.transfer_bytes = self._counter("kv_transfer_bytes", "KV moved between pools", "direction")
         self.failed_tries = self._counter("failed_tries", "Tries of rounds that an engine failed", "arm")
         self.degraded = self._counter("degraded_rounds", "Rounds decided without the ledger")
+        self.unrecorded = self._counter("unrecorded_rounds", "Rounds that --record could not write down")
 
     def watch_engines(self, count: Callable[[], int]) -> None:
         """`count` is asked at every scrape for the engines that are alive."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, RoundTaken
-from antiphon.scheduler.messages import Claim, Claimed, ClaimLost, Complete, Reserved, Totals
+from antiphon.scheduler.messages import Claimed, ClaimLost, Receipt, Reserved, Totals
 from antiphon.scheduler.rounds import RoundRequest
 
 log = logging.getLogger(__name__)
@@ -31,14 +32,17 @@ class Recorder:
         self._totals: dict[str, Totals] = {}
         self._publishing = False
 
-    async def claim(self, request: RoundRequest, command: Claim) -> Claimed | ClaimLost:
+    async def claim(
+        self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
+    ) -> Claimed | ClaimLost:
+        """`candidates`: (tokens, hash) of the places in the prompt at which residency is asked for."""
         try:
             return await self._ledger.claim(
                 replica=self._replica,
                 round_id=request.round_id,
                 session_id=request.session_id,
                 tenant=request.tenant,
-                candidates=command.candidates,
+                candidates=candidates,
                 ttl_s=self._config.session_ttl_s,
                 slo_ttft_s=request.slo_ttft_s,
                 slo_itl_s=request.slo_itl_s,
@@ -46,10 +50,17 @@ class Recorder:
         except (LedgerUnavailable, RoundTaken) as error:
             return ClaimLost(request.round_id, str(error))
 
-    async def record(self, request: RoundRequest, command: Complete, fence: int) -> None:
+    async def record(
+        self,
+        request: RoundRequest,
+        receipt: Receipt,
+        holdings: Sequence[tuple[bytes, int, str, str]],
+        fence: int,
+    ) -> None:
         """Offer the completion until it is taken: a lease that stayed would fork the session's next round.
 
-        `fence` is the claim's, 0 for a round that ran degraded.
+        `holdings`: (page hash, tokens up to its end, engine id, incarnation). `fence` is the claim's, 0 for a
+        round that ran degraded.
         """
         for attempt in range(self._config.tries):
             if attempt:
@@ -58,19 +69,19 @@ class Recorder:
                 recorded = await self._ledger.complete(
                     replica=self._replica,
                     fence=fence,
-                    session_id=command.receipt.session_id,
+                    session_id=receipt.session_id,
                     tenant=request.tenant,
-                    receipt=command.receipt,
-                    holdings=command.holdings,
+                    receipt=receipt,
+                    holdings=holdings,
                     ttl_s=self._config.session_ttl_s,
                 )
             except LedgerUnavailable as error:
-                log.warning("round %s is not recorded yet: %s", command.round_id, error)
+                log.warning("round %s is not recorded yet: %s", receipt.round_id, error)
                 continue
             if not recorded:
-                log.warning("round %s was fenced off: a newer claim has its session", command.round_id)
+                log.warning("round %s was fenced off: a newer claim has its session", receipt.round_id)
             return
-        log.error("round %s was never recorded: the ledger stayed away", command.round_id)
+        log.error("round %s was never recorded: the ledger stayed away", receipt.round_id)
 
     def note(self, reserved: Reserved) -> bool:
         """Remember a changed reservation; True if `publish` must be started."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from antiphon.engines.base import Engine, EngineRecord
 from antiphon.engines.http import HttpEngine
@@ -15,18 +19,21 @@ from antiphon.policies.checked import Checked, CheckedOrdering
 from antiphon.policies.latency import load_latency_model
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.config import Config
-from antiphon.scheduler.core import CoreConfig, Scheduler
+from antiphon.scheduler.core import Scheduler
+from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.discovery import Discovery
 from antiphon.scheduler.engine_calls import CallDeadlines
 from antiphon.scheduler.errors import ledger_unavailable
 from antiphon.scheduler.gateway import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
-from antiphon.scheduler.messages import LoadReported, Receipt
+from antiphon.scheduler.messages import EngineDown, EngineUp, Event, LoadReported, Receipt
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.receipt_log import ReceiptLog
+from antiphon.scheduler.recorded_facts import ReplicaFacts
 from antiphon.scheduler.recorder import Recorder, RecorderConfig
-from antiphon.scheduler.rounds import RoundHandle, RoundRequest
+from antiphon.scheduler.round_log import EndedRound, RoundLog
+from antiphon.scheduler.rounds import LiveRound, RoundHandle, RoundRequest
 from antiphon.scheduler.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -38,7 +45,10 @@ class Replica:
     """Everything behind the gateway of one process. `running()` starts and stops it."""
 
     def __init__(self, config: Config, ledger: Ledger, fleet_key: bytes, name: str, metrics: Metrics) -> None:
-        """`name` is this process's incarnation. Raises ValueError for a bad policy or profile."""
+        """`name` is this process's incarnation.
+
+        Raises ValueError for a bad policy or profile, or a folder that nothing can be recorded in.
+        """
         self._config = config
         self._ledger = ledger
         self._metrics = metrics
@@ -46,10 +56,11 @@ class Replica:
         self._heartbeat = Heartbeat(ledger, name)
         self._drain_s = config.gateway.shutdown_grace_s
         settings = config.scheduler
+        latency = load_latency_model(settings.profile)
         self.core = Scheduler(
             Checked(make_policy(settings.policy, config.policy_parameters())),
             CheckedOrdering(make_ordering(settings.ordering)),
-            load_latency_model(settings.profile),
+            latency,
             CoreConfig(
                 max_tries=settings.max_tries,
                 prefill_in_flight=settings.prefill_in_flight,
@@ -63,7 +74,7 @@ class Replica:
                 EngineRecord(e.engine_id, e.url, e.pool, "", e.kv_addresses) for e in config.engines
             ),
             make_engine=lambda record: HttpEngine(record, fleet_key),
-            on_event=lambda event: self.runtime.post(event),
+            on_event=self._on_engine_event,
             on_load=lambda engine_id, load: self.runtime.post(LoadReported(engine_id, load.used_tokens)),
         )
         # A try that hangs must leave time for another.
@@ -74,8 +85,19 @@ class Replica:
             self._discovery.engines,
             deadlines=CallDeadlines(prefill_s=try_s, event_s=try_s),
             on_receipt=self._on_receipt,
+            on_ended=self._on_ended,
             on_unreachable=self._discovery.report_failure,
         )
+        self._facts = ReplicaFacts(
+            replica=name,
+            policy=settings.policy,
+            ordering=settings.ordering,
+            profile=latency,
+            slo_ttft_s=settings.slo_ttft_s,
+            slo_itl_s=settings.slo_itl_s,
+            policy_parameters=dict(config.policy_parameters()),
+        )
+        self._round_log = _round_log(config, name, metrics)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -95,6 +117,8 @@ class Replica:
                     log.warning("%d rounds are cut off by the shutdown", self.runtime.rounds_in_flight)
                 for part in parts:
                     part.cancel()
+                if self._round_log is not None:
+                    await asyncio.to_thread(self._round_log.close)
 
     def hurry(self) -> None:
         """Give rounds in flight no grace on the way out."""
@@ -135,7 +159,7 @@ class Replica:
             item = {"engine_id": record.engine_id, "url": record.url, "incarnation": record.incarnation}
             view = views.get(record.engine_id)
             if view is not None:
-                item |= asdict(view) | {"pool": view.pool.value}
+                item |= structs.asdict(view) | {"pool": view.pool.value, "latency": view.latency.name}
             items.append(item)
         return items
 
@@ -148,6 +172,31 @@ class Replica:
 
     def _engines(self) -> Sequence[Engine]:
         return [engine for _, engine in sorted(self._discovery.engines.items())]
+
+    def _on_engine_event(self, event: Event) -> None:
+        self.runtime.post(event)
+        if self._round_log is not None and isinstance(event, EngineUp | EngineDown):
+            engine = self._discovery.engines.get(event.engine_id)
+            self._facts.note(event, engine.hello if engine is not None else None, time.time())
+            self._round_log.describe(self._facts)
+
+    def _on_ended(self, live: LiveRound, receipt: Receipt) -> None:
+        if self._round_log is None:
+            return
+        ended_s = time.time()
+        self._round_log.add(
+            EndedRound(
+                request=live.request,
+                receipt=receipt,
+                parent_id=live.handle.parent_id,
+                output_ids=live.output_ids,
+                prompt_hashes=live.hashes,
+                final_hashes=live.final_hashes,
+                page_tokens=live.page_tokens,
+                arrived_s=ended_s - (self.runtime.now() - live.submitted_s),
+                ended_s=ended_s,
+            )
+        )
 
     def _on_receipt(self, receipt: Receipt) -> None:
         self._receipts.add(receipt)
@@ -164,3 +213,14 @@ class Replica:
                 "ttft_s": receipt.ttft_s,
             },
         )
+
+
+def _round_log(config: Config, name: str, metrics: Metrics) -> RoundLog | None:
+    if not config.record.directory:
+        return None
+    return RoundLog(
+        Path(config.record.directory).expanduser(),
+        name,
+        plain_ids=config.record.session_ids == "plain",
+        on_lost=metrics.unrecorded.inc,
+    )

@@ -23,6 +23,9 @@ COMPLETION_ROUTE = "/v1/completions"
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` on /v1/completions; on the chat route it is what the window leaves."""
 
+MAX_TOOL_CHARS = 64
+"""Of a tool's name, where one is written down: OpenAI's own limit."""
+
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -180,6 +183,20 @@ def engine_fields(body: Body, max_output_tokens: int) -> dict[str, Any]:
     if "min_tokens" in fields:
         fields["min_tokens"] = min(fields["min_tokens"], max_output_tokens)
     return fields
+
+
+def tool_answered(body: Body) -> str:
+    """Name of the tool whose result the last message brings; "" if it brings none, or does not say."""
+    if not isinstance(body, ChatBody) or body.messages[-1]["role"] not in ("tool", "function"):
+        return ""
+    last = body.messages[-1]
+    names = [last.get("name")] + [
+        call["function"].get("name")
+        for message in body.messages
+        for call in message.get("tool_calls") or ()
+        if call.get("id") is not None and call.get("id") == last.get("tool_call_id")
+    ]
+    return next((name[:MAX_TOOL_CHARS] for name in names if isinstance(name, str)), "")
 
 
 def template_tools(body: ChatBody) -> list[dict[str, Any]] | None:

@@ -1,13 +1,16 @@
-"""Which engine is believed to hold which prefix: checkpoints of page chains, one book per engine.
+"""Which engine is believed to hold which prefix: checkpoints of page chains, one tree per engine.
 
 A chain (page hashes of a prompt) is remembered at checkpoints only: every `CHECKPOINT_TOKENS` tokens (the
-stride) and at its end. An engine is believed to hold the first x tokens of a chain when a checkpoint at x and
-every stride checkpoint before x is recorded for it; so a look-up walks up the strides and stops where nobody
-holds more. A belief may be wrong (engines evict): that costs a recomputation, never a wrong token.
+stride) and at its end. The checkpoint below a checkpoint is the stride before it. An engine that holds a
+checkpoint holds all below it, so that a look-up bisects over the strides. A belief may be wrong (engines
+evict): that costs a recomputation, never a wrong token.
 
-Written only by the core, on one thread. Engines are bits of an integer: a look-up is a walk of `&`.
-Memory: at most `checkpoints_per_engine` per engine, least recently recorded first out. A chain is recorded
-from its end to its root, so that what goes first is always the deepest and the rule above stays true.
+Memory: at most `checkpoints_per_engine` per engine. Only a checkpoint with none above it is ever dropped, the
+least recently recorded first. What it stood on then goes next, so that a chain that nobody uses is dropped from its
+end on; but if it was recorded as an end itself while others stood on it, it counts as recorded now.
+
+Written only by the core, on one thread. Engines are bits of an integer. Costs: recording, what is new;
+a look-up, the logarithm of the length for every length at which beliefs end, and less than a stride of pages.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ def stride_pages(page_size: int) -> int:
     """Pages between two stride checkpoints: CHECKPOINT_TOKENS, rounded down to whole pages, at least one."""
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1 token, got {page_size}")
-    return max(1, CHECKPOINT_TOKENS // page_size)
+    return CHECKPOINT_TOKENS // page_size or 1
 
 
 def chain_checkpoints(hashes: Sequence[bytes], page_size: int) -> list[tuple[int, bytes]]:
@@ -38,11 +41,20 @@ def chain_checkpoints(hashes: Sequence[bytes], page_size: int) -> list[tuple[int
 
 
 @dataclass(slots=True)
-class _Book:
+class _Tree:
+    """What one engine holds. Every checkpoint is either in `leaves` or in `above`."""
+
     incarnation: str
     bit: int
-    entries: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    """Checkpoint hashes, least recently recorded first."""
+    leaves: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    """Checkpoints with none above them, least recently recorded first."""
+    above: dict[bytes, int] = field(default_factory=dict)
+    """Of every other checkpoint: how many stand directly on it; never 0."""
+    renewed: set[bytes] = field(default_factory=set)
+    """Those of `above` that were recorded as the end of a chain while others stood on them."""
+
+    def __len__(self) -> int:
+        return len(self.leaves) + len(self.above)
 
 
 class ResidencyIndex:
@@ -52,137 +64,215 @@ class ResidencyIndex:
         if checkpoints_per_engine < 1:
             raise ValueError(f"checkpoints_per_engine must be at least 1, got {checkpoints_per_engine}")
         self._limit = checkpoints_per_engine
-        self._books: dict[str, _Book] = {}
+        self._trees: dict[str, _Tree] = {}
         self._by_bit: dict[int, str] = {}
         self._all = 0
         """Bits of every admitted engine."""
         self._masks: dict[bytes, int] = {}
         """Checkpoint hash -> bits of the engines that hold it; never 0."""
+        self._below: dict[bytes, bytes | None] = {}
+        """Checkpoint hash -> the checkpoint that it stands on, in whoever's tree; None for a first one."""
 
     def __len__(self) -> int:
         """Checkpoints over all engines."""
-        return sum(len(book.entries) for book in self._books.values())
+        return sum(map(len, self._trees.values()))
 
     # ---- engines
 
     def admit(self, engine_id: str, incarnation: str) -> None:
         """An engine said hello: from now on only this incarnation counts; another one's beliefs are void."""
-        book = self._books.get(engine_id)
-        if book is not None:
-            if book.incarnation == incarnation:
+        tree = self._trees.get(engine_id)
+        if tree is not None:
+            if tree.incarnation == incarnation:
                 return
-            self.void(engine_id, book.incarnation)
+            self.void(engine_id, tree.incarnation)
         bit = 1
         while bit in self._by_bit:
             bit <<= 1
-        self._books[engine_id] = _Book(incarnation, bit)
+        self._trees[engine_id] = _Tree(incarnation, bit)
         self._by_bit[bit] = engine_id
         self._all |= bit
 
     def void(self, engine_id: str, incarnation: str) -> None:
         """This incarnation is gone with all that it held; a newer one is not touched."""
-        book = self._books.get(engine_id)
-        if book is None or book.incarnation != incarnation:
+        tree = self._trees.get(engine_id)
+        if tree is None or tree.incarnation != incarnation:
             return
-        for page_hash in book.entries:
-            self._clear(page_hash, book.bit)
-        del self._books[engine_id]
-        del self._by_bit[book.bit]
-        self._all &= ~book.bit
+        for checkpoints in (tree.leaves, tree.above):
+            for page_hash in checkpoints:
+                self._clear(page_hash, tree.bit)
+        del self._trees[engine_id]
+        del self._by_bit[tree.bit]
+        self._all &= ~tree.bit
 
     # ---- what is believed
 
     def record(
-        self, engine_id: str, incarnation: str, hashes: Sequence[bytes], page_size: int
-    ) -> list[tuple[int, bytes]]:
-        """The engine holds the whole chain. Returns its checkpoints (tokens, hash), longest first.
+        self,
+        engine_id: str,
+        incarnation: str,
+        hashes: Sequence[bytes],
+        page_size: int,
+        pages: int | None = None,
+    ) -> bool:
+        """The engine holds the first `pages` pages of the chain (None: all of them).
 
-        Empty, with nothing recorded, when this incarnation is not the admitted one.
+        False, with nothing recorded, when this incarnation is not the admitted one.
         """
-        book = self._books.get(engine_id)
-        if book is None or book.incarnation != incarnation:
-            return []
-        checkpoints = chain_checkpoints(hashes, page_size)
-        for _, page_hash in checkpoints:
-            book.entries[page_hash] = None
-            book.entries.move_to_end(page_hash)
-            self._masks[page_hash] = self._masks.get(page_hash, 0) | book.bit
-        while len(book.entries) > self._limit:
-            oldest, _ = book.entries.popitem(last=False)
-            self._clear(oldest, book.bit)
-        return checkpoints
+        tree = self._trees.get(engine_id)
+        if tree is None or tree.incarnation != incarnation:
+            return False
+        end = len(hashes) if pages is None or pages > len(hashes) else pages
+        if end <= 0:
+            return True
+        tip, bit, leaves = hashes[end - 1], tree.bit, tree.leaves
+        mask = self._masks.get(tip, 0)
+        if not mask & bit:
+            self._masks[tip] = mask | bit
+            leaves[tip] = None
+            stride = stride_pages(page_size)
+            self._stand(tree, hashes, end, (end - 1) // stride * stride, stride)
+            if len(leaves) + len(tree.above) > self._limit:
+                self._trim(tree)
+        elif tip in leaves:
+            leaves.move_to_end(tip)
+        else:
+            tree.renewed.add(tip)
+        return True
+
+    def _stand(self, tree: _Tree, hashes: Sequence[bytes], at: int, below: int, stride: int) -> None:
+        """The checkpoint at `at` pages is new: have all below it, down to the first one that was held."""
+        masks, bit, above = self._masks, tree.bit, tree.above
+        node = hashes[at - 1]
+        while below:
+            base = hashes[below - 1]
+            self._below[node] = base
+            mask = masks.get(base, 0)
+            if mask & bit:
+                above[base] = above.get(base, 0) + 1
+                tree.leaves.pop(base, None)
+                return
+            masks[base] = mask | bit
+            above[base] = 1
+            node = base
+            below -= stride
+        self._below[node] = None
 
     def merge(self, hashes: Sequence[bytes], page_size: int, holdings: Iterable[Holding]) -> None:
         """What the ledger knows of a prompt: each holding is a prefix of `hashes`."""
         for holding in holdings:
-            prefix = hashes[: holding.tokens // page_size]
-            self.record(holding.engine_id, holding.incarnation, prefix, page_size)
-
-    def correct(self, engine_id: str, hashes: Sequence[bytes], actual_tokens: int, page_size: int) -> None:
-        """The engine turned out to hold exactly the first `actual_tokens` of this chain."""
-        book = self._books.get(engine_id)
-        if book is None:
-            return
-        pages = actual_tokens // page_size
-        for page_hash in hashes[pages:]:
-            if page_hash in book.entries:
-                del book.entries[page_hash]
-                self._clear(page_hash, book.bit)
-        self.record(engine_id, book.incarnation, hashes[:pages], page_size)
+            pages = holding.tokens // page_size
+            self.record(holding.engine_id, holding.incarnation, hashes, page_size, pages)
 
     def held(self, hashes: Sequence[bytes], page_size: int) -> dict[str, int]:
-        """Engine id -> tokens of this chain that it is believed to hold; engines with none are absent.
-
-        Cost: one look-up per stride of what anyone holds, and one per page of each stride in which some
-        engine's belief ends.
-        """
+        """Engine id -> tokens of this chain that it is believed to hold; engines with none are absent."""
         found: dict[str, int] = {}
-        for pages, mask in self._longest(hashes, stride_pages(page_size)):
+        for pages, mask in self._ends(hashes, stride_pages(page_size)):
             while mask:
                 bit = mask & -mask
                 mask ^= bit
                 found[self._by_bit[bit]] = pages * page_size
         return found
 
+    def held_by(self, engine_id: str, hashes: Sequence[bytes], page_size: int) -> int:
+        """Tokens of this chain that one engine is believed to hold."""
+        tree = self._trees.get(engine_id)
+        if tree is None:
+            return 0
+        get, bit, stride = self._masks.get, tree.bit, stride_pages(page_size)
+        low, high = 0, len(hashes) // stride + 1  # it holds `low` strides, and not `high`
+        while high - low > 1:
+            middle = (low + high) // 2
+            if get(hashes[middle * stride - 1], 0) & bit:
+                low = middle
+            else:
+                high = middle
+        base = low * stride
+        for pages in range(min(base + stride - 1, len(hashes)), base, -1):
+            if get(hashes[pages - 1], 0) & bit:
+                return pages * page_size
+        return base * page_size
+
     def checkpoints(self, hashes: Sequence[bytes], page_size: int) -> list[tuple[int, bytes]]:
-        """(tokens, hash) to ask the ledger about, longest first.
+        """(tokens, hash) to tell the ledger of or to ask it about, longest first. Walks the whole chain.
 
         The chain's own checkpoints, and where the beliefs of this index end: the ends of earlier rounds.
         """
         asked = dict(chain_checkpoints(hashes, page_size))
-        for pages, _ in self._longest(hashes, stride_pages(page_size)):
+        for pages, _ in self._ends(hashes, stride_pages(page_size)):
             asked[pages * page_size] = hashes[pages - 1]
         return sorted(asked.items(), reverse=True)
 
-    def _longest(self, hashes: Sequence[bytes], stride: int) -> list[tuple[int, int]]:
-        """(pages, bits of the engines whose longest belief ends there), every engine at most once."""
-        longest: list[tuple[int, int]] = []
-        holding = self._all
-        base = 0
-        while holding:
-            above = base + stride
-            here = holding & self._masks.get(hashes[above - 1], 0) if above <= len(hashes) else 0
-            stopped = holding & ~here
-            if stopped:
-                longest += self._ends(hashes, base, min(above - 1, len(hashes)), stopped)
-            holding, base = here, above
-        return longest
+    def _ends(self, hashes: Sequence[bytes], stride: int) -> list[tuple[int, int]]:
+        """(pages, bits of the engines whose belief ends there), every engine at most once, 0 pages left out.
 
-    def _ends(self, hashes: Sequence[bytes], base: int, last: int, engines: int) -> list[tuple[int, int]]:
-        """Where the beliefs of `engines`, which all hold `base` pages, end: in (base, last], or at base."""
+        Who holds a stride only gets fewer from stride to stride: intervals with equal ends are not looked into.
+        """
+        get = self._masks.get
         ends: list[tuple[int, int]] = []
+        low, holders, high = 0, self._all, len(hashes) // stride
+        left = get(hashes[high * stride - 1], 0) if high else holders
+        if left:
+            self._stopped(hashes, high * stride, len(hashes), left, ends)
+        intervals = [(low, holders, high, left)]
+        while intervals:
+            low, holders, high, left = intervals.pop()
+            while holders != left:
+                if high - low == 1:
+                    self._stopped(hashes, low * stride, high * stride - 1, holders & ~left, ends)
+                    break
+                middle = (low + high) // 2
+                there = get(hashes[middle * stride - 1], 0)
+                if there == left:
+                    high = middle
+                else:
+                    if there != holders:
+                        intervals.append((low, holders, middle, there))
+                    low, holders = middle, there
+        return ends
+
+    def _stopped(
+        self, hashes: Sequence[bytes], base: int, last: int, engines: int, ends: list[tuple[int, int]]
+    ) -> None:
+        """`engines` hold `base` pages and no further stride: where in (base, last] each ends, or at base."""
+        get = self._masks.get
         for pages in range(last, base, -1):
-            here = engines & self._masks.get(hashes[pages - 1], 0)
+            here = engines & get(hashes[pages - 1], 0)
             if here:
                 ends.append((pages, here))
                 engines ^= here
                 if not engines:
-                    return ends
+                    return
         if base:
             ends.append((base, engines))
-        return ends
 
     # ---- bookkeeping
+
+    def _trim(self, tree: _Tree) -> None:
+        """Drop checkpoints from the least recent end on until the limit is kept."""
+        leaves, above, bit = tree.leaves, tree.above, tree.bit
+        masks, below_of = self._masks, self._below
+        for _ in range(len(leaves) + len(above) - self._limit):
+            oldest, _ = leaves.popitem(last=False)
+            base = below_of[oldest]
+            mask = masks[oldest] ^ bit
+            if mask:
+                masks[oldest] = mask
+            else:
+                del masks[oldest]
+                del below_of[oldest]
+            if base is None:
+                continue
+            standing = above[base] - 1
+            if standing:
+                above[base] = standing
+            else:
+                del above[base]
+                leaves[base] = None
+                if base in tree.renewed:
+                    tree.renewed.discard(base)
+                else:
+                    leaves.move_to_end(base, last=False)
 
     def _clear(self, page_hash: bytes, bit: int) -> None:
         mask = self._masks[page_hash] & ~bit
@@ -190,15 +280,24 @@ class ResidencyIndex:
             self._masks[page_hash] = mask
         else:
             del self._masks[page_hash]
+            del self._below[page_hash]
 
     def check_invariants(self) -> None:
-        """Raise AssertionError unless books and masks say the same and no book is over its limit."""
+        """Raise AssertionError unless trees and masks say the same and no tree is over its limit."""
         masks: dict[bytes, int] = {}
-        for engine_id, book in self._books.items():
-            assert self._by_bit[book.bit] == engine_id, f"{engine_id}: bit {book.bit} is another engine's"
-            assert len(book.entries) <= self._limit, f"{engine_id}: {len(book.entries)} checkpoints"
-            for page_hash in book.entries:
-                masks[page_hash] = masks.get(page_hash, 0) | book.bit
-        assert len(self._by_bit) == len(self._books), "an engine's bit outlived its book"
+        for engine_id, tree in self._trees.items():
+            assert self._by_bit[tree.bit] == engine_id, f"{engine_id}: bit {tree.bit} is another engine's"
+            assert len(tree) <= self._limit, f"{engine_id}: {len(tree)} checkpoints"
+            assert not tree.leaves.keys() & tree.above.keys(), f"{engine_id}: a leaf has some above it"
+            assert tree.renewed <= tree.above.keys(), f"{engine_id}: a leaf is to be renewed"
+            above: dict[bytes, int] = {}
+            for page_hash in (*tree.leaves, *tree.above):
+                masks[page_hash] = masks.get(page_hash, 0) | tree.bit
+                base = self._below[page_hash]
+                if base is not None:
+                    above[base] = above.get(base, 0) + 1
+            assert above == tree.above, f"{engine_id}: what stands on its checkpoints is miscounted"
+        assert len(self._by_bit) == len(self._trees), "an engine's bit outlived its tree"
         assert sum(self._by_bit) == self._all, "the bits of all engines are out of date"
-        assert masks == self._masks, "masks differ from the books"
+        assert masks == self._masks, "masks differ from the trees"
+        assert self._below.keys() == masks.keys(), "a checkpoint without a place, or a place without one"

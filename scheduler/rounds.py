@@ -40,6 +40,8 @@ class RoundRequest:
     slo_itl_s: float
     extra_key: str | None = None
     cache_salt: str | None = None
+    tool: str = ""
+    """Whose result the round brings, where the client said."""
 
 
 class RoundRefused(Exception):
@@ -147,6 +149,10 @@ class LiveRound:
     handle: RoundHandle
     hashes: tuple[bytes, ...]
     page_tokens: int
+    submitted_s: float = 0.0
+    """On the driver's clock."""
+    final_hashes: tuple[bytes, ...] = ()
+    """Once the round is finished: those of prompt and output."""
     fence: int = 0
     claimed: bool = False
     call: asyncio.Task[None] | None = None

@@ -66,6 +66,7 @@ class Runtime:
         *,
         deadlines: CallDeadlines | None = None,
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
+        on_ended: Callable[[LiveRound, Receipt], None] = lambda live, receipt: None,
         on_unreachable: Callable[[str], None] = lambda engine_id: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,6 +75,7 @@ class Runtime:
         self._recorder = recorder
         self._calls = EngineCalls(engines, deadlines or CallDeadlines())
         self._on_receipt = on_receipt
+        self._on_ended = on_ended
         self._on_unreachable = on_unreachable
         self._clock = clock
         self._live: dict[str, LiveRound] = {}
@@ -129,7 +131,9 @@ class Runtime:
         hashes: tuple[bytes, ...] = ()
         if self._hashing:
             hashes = page_hashes(request.input_ids, self._page_tokens, seed_of(request))
-        self._live[request.round_id] = LiveRound(request, handle, hashes, self._page_tokens)
+        self._live[request.round_id] = LiveRound(
+            request, handle, hashes, self._page_tokens, submitted_s=self._clock()
+        )
         self._idle.clear()
         self.post(
             RoundArrived(
@@ -169,7 +173,7 @@ class Runtime:
         live = self._live[command.round_id]
         match command:
             case Claim():
-                self._call(live, "", partial(self._claim, live, command))
+                self._call(live, "", partial(self._claim, live))
             case Prefetch():
                 self._call(live, command.engine_id, partial(self._calls.prefetch, live, command))
             case Prefill():
@@ -237,11 +241,22 @@ class Runtime:
             live.handle.finish()
         self._forget(command.round_id)
         self._on_receipt(command.receipt)
+        self._on_ended(live, command.receipt)
         if live.claimed or command.receipt.degraded:
-            task = self._background(partial(self._recorder.record, live.request, command, live.fence))
+            entries = self._entries(command, live.page_tokens)
+            record = partial(self._recorder.record, live.request, command.receipt, entries, live.fence)
+            task = self._background(record)
             if task is not None:
                 self._recording.add(task)
                 task.add_done_callback(self._recording.discard)
+
+    def _entries(self, command: Complete, page_tokens: int) -> list[tuple[bytes, int, str, str]]:
+        """What the ledger keeps of who holds what: (page hash, tokens, engine id, incarnation)."""
+        return [
+            (page_hash, tokens, chain.engine_id, chain.incarnation)
+            for chain in command.holdings
+            for tokens, page_hash in self._core.checkpoints(chain.hashes, page_tokens)
+        ]
 
     def _forget(self, round_id: str) -> None:
         self._live.pop(round_id, None)
@@ -250,8 +265,9 @@ class Runtime:
 
     # ---------------------------------------------------------------- calls; each returns its event
 
-    async def _claim(self, live: LiveRound, command: Claim) -> Event:
-        answer = await self._recorder.claim(live.request, command)
+    async def _claim(self, live: LiveRound) -> Event:
+        candidates = self._core.checkpoints(live.hashes, live.page_tokens)
+        answer = await self._recorder.claim(live.request, candidates)
         if isinstance(answer, Claimed):
             live.fence, live.claimed = answer.fence, True
             live.handle.session_id, live.handle.parent_id = answer.session_id, answer.parent_id
@@ -294,7 +310,7 @@ class Runtime:
         self.post(FirstToken(live.request.round_id))
 
     def _finish(self, live: LiveRound, completion_tokens: int, cached_tokens: int) -> None:
-        hashes = live.hashes_with_output() if self._hashing else ()
+        hashes = live.final_hashes = live.hashes_with_output() if self._hashing else ()
         self.post(
             RoundFinished(live.request.round_id, completion_tokens, cached_tokens, hashes, live.handle.lagged)
         )

@@ -6,6 +6,7 @@ Rules of this file: every change of phase goes through `Round.enter`; an event t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -95,6 +96,8 @@ class Round:
     all_unreachable: bool = True
     """No try reached an engine so far."""
     placement: Placement | None = None
+    history: Mapping[str, int] = field(default_factory=dict)
+    """H(e) as believed at the decision."""
     history_tokens: int = 0
     """H(home) as believed at the decision."""
     rid: str = ""

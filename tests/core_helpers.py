@@ -6,7 +6,8 @@ from antiphon.engines.page_hash import page_hashes
 from antiphon.policies.base import Arm, Candidate, ClusterView, Placement, Reject, RoundView
 from antiphon.policies.fcfs import Fcfs
 from antiphon.policies.latency import LatencyModel, load_latency_model
-from antiphon.scheduler.core import CoreConfig, Scheduler
+from antiphon.scheduler.core import Scheduler
+from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.messages import Claimed, EngineUp, RoundArrived
 
 PAGE = 16

@@ -22,6 +22,15 @@ LATENCY = LatencyModel(
     transfer=TransferCost(fixed_s=0.05, bytes_per_s=1e6, kv_bytes_per_token=100),
 )
 
+SLOWER = LatencyModel(
+    name="by-hand-slower",
+    source="this file",
+    prefill=PrefillCost(fixed_s=0.1, per_token_s=0.002),
+    decode=DecodeCost(fixed_s=0.020),
+    transfer=TransferCost(fixed_s=0.1, bytes_per_s=1e6, kv_bytes_per_token=100),
+)
+"""An engine of another kind: 1000 new tokens = 2.1 s, a step 0.020 s, 1000 tokens moved = 0.2 s."""
+
 
 def engine(engine_id: str, **changes: Any) -> EngineView:
     """An idle engine with a pool of 100,000 tokens; ids that begin with p are prefill engines."""
@@ -36,13 +45,14 @@ def engine(engine_id: str, **changes: Any) -> EngineView:
         "pool_tokens": 100_000,
         "used_tokens": 0,
         "sessions": 0,
+        "latency": LATENCY,
     }
     return EngineView(**(values | changes))
 
 
 def cluster(*engines: EngineView) -> ClusterView:
     by_id = {e.engine_id: e for e in sorted(engines, key=lambda e: e.engine_id)}
-    return ClusterView(MappingProxyType(by_id), LATENCY)
+    return ClusterView(MappingProxyType(by_id))
 
 
 def a_round(**changes: Any) -> RoundView:

@@ -14,7 +14,7 @@ import aiohttp
 
 from antiphon.engines.base import Chunk
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
-from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, SchedulerConfig
+from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, RecordConfig, SchedulerConfig
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.replica import Replica
@@ -69,6 +69,7 @@ async def cluster(
         gateway=GatewayConfig(shutdown_grace_s=options.pop("grace_s", 0.05)),
         scheduler=SchedulerConfig(policy=policy, **options.pop("scheduler", {})),
         ledger=LedgerConfig(fleet=fleet),
+        record=RecordConfig(directory=options.pop("record", "")),
     )
     async with AsyncExitStack() as stack:
         stack.push_async_callback(ledger.close)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from antiphon.policies.base import Arm
+from antiphon.policies.latency import TransferCost
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.messages import (
     Abort,
@@ -20,6 +22,7 @@ from antiphon.scheduler.messages import (
     Event,
     FirstToken,
     Generate,
+    HeldChain,
     LoadReported,
     Outcome,
     Prefetch,
@@ -33,7 +36,7 @@ from antiphon.scheduler.messages import (
     Totals,
 )
 from antiphon.scheduler.states import ACCEPTS, SUCCESSORS, IllegalEvent, Phase
-from tests.core_helpers import Chosen, arrived, claimed, engine_up, scheduler
+from tests.core_helpers import LATENCY, Chosen, arrived, claimed, engine_up, scheduler
 
 
 class Bench:
@@ -67,7 +70,8 @@ def test_a_local_round_is_claimed_generated_and_completed() -> None:
     """local: Claim, Generate at the home, Complete with a receipt; the session then has that home."""
     bench = Bench()
     commands = bench.send(arrived("r1"))
-    assert isinstance(commands[0], Claim) and [t for t, _ in commands[0].candidates] == [96]
+    assert commands[0] == Claim("r1")
+    assert [t for t, _ in bench.core.checkpoints(arrived("r1").hashes, 16)] == [96]
     bench.policy.next.append(LOCAL)
     assert bench.send(claimed("r1")) == [Generate("r1", "d0", "r1-01g")]
     assert bench.send(FirstToken("r1")) == []
@@ -75,7 +79,7 @@ def test_a_local_round_is_claimed_generated_and_completed() -> None:
     (done,) = bench.send(RoundFinished("r1", 12, 0, hashes))
     assert isinstance(done, Complete) and done.outcome is Outcome.COMPLETED and done.home == "d0"
     assert done.receipt.arm is Arm.LOCAL and done.receipt.ttft_s == pytest.approx(0.2)
-    assert done.holdings[0][1:] == (112, "d0", "one")
+    assert done.holdings == (HeldChain("d0", "one", hashes),)
     assert bench.core.rounds == {}
 
 
@@ -297,7 +301,7 @@ def test_a_failed_try_is_not_charged_to_the_engine_that_answered() -> None:
     (done,) = bench.send(RoundFinished("r1", 2, 0, ()))
     assert isinstance(done, Complete) and done.receipt.ttft_s is not None and done.receipt.ttft_s > 60
     books = bench.core.books.fleet.books
-    assert books["d0"].ttft.mean() == pytest.approx(0.1) and not books["p0"].ttft.samples
+    assert books["d0"].ttft.mean(bench.now) == pytest.approx(0.1) and not books["p0"].ttft.samples
 
 
 def test_what_a_failed_try_computed_is_not_cached() -> None:
@@ -324,7 +328,7 @@ def test_a_replaced_prefill_engine_holds_nothing() -> None:
     bench.send(FirstToken("r1"))
     bench.send(engine_up("p0", "prefill", "two"))
     (done,) = bench.send(RoundFinished("r1", 12, 0, arrived("r1", tokens=112).hashes))
-    assert isinstance(done, Complete) and {engine for _, _, engine, _ in done.holdings} == {"d0"}
+    assert isinstance(done, Complete) and {chain.engine_id for chain in done.holdings} == {"d0"}
 
 
 def test_a_round_out_of_time_has_no_try_that_answered() -> None:
@@ -335,6 +339,19 @@ def test_a_round_out_of_time_has_no_try_that_answered() -> None:
     abort, refuse, done = bench.send(Tick())
     assert isinstance(abort, Abort) and isinstance(refuse, Refuse) and isinstance(done, Complete)
     assert done.receipt.outcome is Outcome.FAILED and "no token within 5 s" in done.receipt.tries[0].failure
+
+
+def test_an_engine_has_the_profile_that_it_came_with() -> None:
+    """EngineUp.latency goes into the engine's view; without one it is the core's default."""
+    bench = Bench()
+    slow = structs.replace(LATENCY, name="slow", transfer=TransferCost(1.0, 1e9, 1))
+    views = bench.core.books.fleet.views
+    assert {view.latency for view in views(bench.now).values()} == {LATENCY}
+    bench.send(structs.replace(engine_up("p0", "prefill"), latency=slow))
+    assert [view.latency.name for view in views(bench.now).values()] == [LATENCY.name, "slow"]
+    bench.place("r1", RECOMPUTE)
+    (push,) = bench.send(PrefillDone("r1", 0))
+    assert isinstance(push, Prefetch) and push.deadline_s > 4.0, "four times the slower engine's transfer"
 
 
 def test_a_reader_that_lags_gives_no_sample() -> None:

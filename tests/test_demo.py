@@ -11,7 +11,7 @@ import pytest
 from antiphon.eval.demo import BUNDLED_TRACE, REPEATS, DemoError, judge, lock_directory, write_trace
 from antiphon.eval.verify import Mismatch, VerifyReport
 from antiphon.traces.readers import read_trace
-from antiphon.traces.results import ReplayResult
+from antiphon.traces.results import RunResult
 
 GOOD = {
     "rounds_total": 4,
@@ -21,9 +21,9 @@ GOOD = {
 }
 
 
-def result(**changes: int) -> ReplayResult:
+def result(**changes: int) -> RunResult:
     """Just what the verdict looks at."""
-    return cast(ReplayResult, SimpleNamespace(**(GOOD | changes)))
+    return cast(RunResult, SimpleNamespace(**(GOOD | changes)))
 
 
 def report(**changes: object) -> VerifyReport:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antiphon.policies.latency import DecodeCost, LatencyModel, PrefillCost, TransferCost, load_latency_model
+from antiphon.policies.latency import (
+    DecodeCost,
+    LatencyModel,
+    LoadCost,
+    PrefillCost,
+    TransferCost,
+    load_latency_model,
+)
 
 MODEL = LatencyModel(
     name="by-hand",
@@ -17,6 +25,7 @@ MODEL = LatencyModel(
     prefill=PrefillCost(fixed_s=0.5, per_token_s=0.25, per_token_cached_s=0.125, per_token_squared_s=0.0625),
     decode=DecodeCost(fixed_s=1.0, per_request_s=0.5, per_context_token_s=0.25),
     transfer=TransferCost(fixed_s=2.0, bytes_per_s=8.0, kv_bytes_per_token=4),
+    load=LoadCost(fixed_s=0.5, bytes_per_s=16.0),
 )
 BUNDLED = sorted(
     entry.name.removesuffix(".json")
@@ -41,10 +50,27 @@ def test_prefill(new: int, cached: int, expected: float) -> None:
     assert MODEL.prefill_s(new, cached) == expected
 
 
+def test_prefill_over_a_history_that_costs() -> None:
+    """... + P * cached_token + P^2 * cached_squared, however few are new: 6.5 + 8 * 0.5 + 64 * 0.25."""
+    cost = PrefillCost(0.5, 0.25, 0.125, 0.0625, cached_token_s=0.5, cached_squared_s=0.25)
+    assert msgspec.structs.replace(MODEL, prefill=cost).prefill_s(4, 8) == 26.5
+    assert msgspec.structs.replace(MODEL, prefill=cost).prefill_s(0, 8) == 0.0
+
+
 def test_decode_step() -> None:
     """1 + 3 * 0.5 + 8 * 0.25 = 4.5 s; no batch, no step."""
     assert MODEL.decode_step_s(3, 8) == 4.5
     assert MODEL.decode_step_s(0, 8) == 0.0
+
+
+def test_decode_step_of_a_mixture_of_experts() -> None:
+    """+ 8 * (1 - 0.75^B): a quarter of the experts for one token, 7/16 for two, in the end all."""
+    mixture = DecodeCost(fixed_s=1.0, per_request_s=0.5, experts_s=8.0, expert_missed=0.75)
+    model = msgspec.structs.replace(MODEL, decode=mixture)
+    assert model.decode_step_s(1, 8) == 1.0 + 0.5 + 8.0 * 0.25
+    assert model.decode_step_s(2, 8) == 1.0 + 1.0 + 8.0 * 7 / 16
+    assert model.decode_step_s(500, 0) == pytest.approx(1.0 + 250.0 + 8.0)
+    assert mixture.batch_s(2) == model.decode_step_s(2, 0)
 
 
 def test_transfer() -> None:
@@ -52,6 +78,19 @@ def test_transfer() -> None:
     assert MODEL.transfer_s(6) == 5.0
     assert MODEL.transfer_s(0) == 0.0
     assert MODEL.transfer_s(-1) == 0.0
+
+
+def test_transfer_waits_for_what_the_link_owes() -> None:
+    """2 + (16 queued + 24) bytes / 8 bytes per second = 7 s; a queue does not matter to who moves nothing."""
+    assert MODEL.transfer_s(6, queued_bytes=16.0) == 7.0
+    assert MODEL.transfer_s(0, queued_bytes=16.0) == 0.0
+
+
+def test_load() -> None:
+    """0.5 + 8 tokens * 4 bytes / 16 bytes per second = 2.5 s; free for nothing, or if never measured."""
+    assert MODEL.load_s(8) == 2.5
+    assert MODEL.load_s(0) == 0.0
+    assert msgspec.structs.replace(MODEL, load=None).load_s(8) == 0.0
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -65,6 +104,69 @@ def test_bundled_profiles_grow(name: str, tokens: int, cached: int, more: int) -
     assert model.prefill_s(tokens, cached) <= model.prefill_s(tokens, cached + more)
     assert 0 < model.decode_step_s(1, tokens) <= model.decode_step_s(2, tokens + more)
     assert 0 < model.transfer_s(tokens) < model.transfer_s(tokens + more)
+    assert model.transfer_s(tokens) <= model.transfer_s(tokens, float(more))
+    assert 0 <= model.load_s(tokens) <= model.load_s(tokens + more)
+
+
+@given(batch=st.integers(1, 255), context=st.integers(1, 10**6), more=st.integers(1, 10**6))
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_decode_steps_grow(name: str, batch: int, context: int, more: int) -> None:
+    """One more request, or more context, never makes a step shorter; a batch beats two steps."""
+    model = load_latency_model(name)
+    step_s = model.decode_step_s(batch, context)
+    assert step_s <= model.decode_step_s(batch + 1, context)
+    assert step_s <= model.decode_step_s(batch, context + more)
+    both_s = model.decode_step_s(batch + 1, context + more)
+    assert both_s <= step_s + model.decode_step_s(1, more)
+
+
+FITTED = [name for name in BUNDLED if name != "tiny-cpu"]
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_profiles_say_how_far_off_they_are(name: str) -> None:
+    """Model, GPU, database, date, and the errors of 72 prefill and 63 decode points; scaled ones say so."""
+    model = load_latency_model(name)
+    assert model.model and model.gpu and model.gpus == 4
+    assert "aiconfigurator-core 0.12.0" in model.source and "fitted 20" in model.source
+    assert model.prefill_error is not None and model.decode_error is not None
+    assert (model.prefill_error.points, model.decode_error.points) == (72, 63)
+    for error in (model.prefill_error, model.decode_error):
+        assert 0 < error.mean < 0.1 and error.mean < error.p95 <= error.max < 0.4
+    assert ("h20" in name.split("-")) == model.source.startswith("scaled, not measured")
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_the_documentation_shows_the_profiles(name: str) -> None:
+    """docs/latency-model.md has the coefficients and errors of each fitted profile in its two tables."""
+    page = (Path(__file__).parent.parent / "docs" / "latency-model.md").read_text()
+    model = load_latency_model(name)
+    p, d, errors = model.prefill, model.decode, (model.prefill_error, model.decode_error)
+    shown = [" / ".join(f"{100 * x:.1f}" for x in (e.mean, e.p95, e.max)) for e in errors if e]
+    history = f"{p.per_token_cached_s * 1e9:.3g} | {p.per_token_squared_s * 1e9:.3g}"
+    prefill = f"{p.fixed_s * 1e3:.3g} | {p.per_token_s * 1e6:.3g} | {history}"
+    assert f"| `{name}` | {prefill} | {shown[0]} |" in page
+    experts = f"{d.experts_s * 1e3:.3g}" if d.experts_s else "-"
+    decode = f"{d.fixed_s * 1e3:.3g} | {d.per_request_s * 1e6:.3g} | {d.per_context_token_s * 1e9:.3g}"
+    assert f"| `{name}` | {decode} | {experts} | {shown[1]} |" in page
+
+
+def test_every_model_is_there_on_every_gpu() -> None:
+    """Two dense models and two mixtures of experts on four GPUs."""
+    models = ("qwen3-32b", "llama-3.1-70b", "qwen3-30b-a3b", "mixtral-8x7b")
+    wanted = {f"{model}-{gpu}-tp4" for model in models for gpu in ("h100", "h200", "a100", "h20")}
+    assert set(FITTED) == wanted
+
+
+@pytest.mark.parametrize("model", ["qwen3-32b", "llama-3.1-70b", "qwen3-30b-a3b", "mixtral-8x7b"])
+def test_gpus_are_in_the_order_of_their_data_sheets(model: str) -> None:
+    """H200 decodes fastest, A100 slowest; H20 prefills slowest and decodes faster than A100."""
+    by_gpu = {gpu: load_latency_model(f"{model}-{gpu}-tp4") for gpu in ("h100", "h200", "a100", "h20")}
+    prefill = {gpu: profile.prefill_s(4096, 16384) for gpu, profile in by_gpu.items()}
+    decode = {gpu: profile.decode_step_s(32, 32 * 16384) for gpu, profile in by_gpu.items()}
+    assert max(prefill["h100"], prefill["h200"]) < prefill["a100"] < prefill["h20"]
+    assert decode["h200"] < decode["h100"] < decode["a100"]
+    assert decode["h20"] < decode["a100"]
 
 
 def test_a_profile_is_loaded_by_path(tmp_path: Path) -> None:

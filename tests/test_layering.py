@@ -20,7 +20,7 @@ FUNCTION_LINES = 60
 LEAVES = {
     "policies.latency": set(),
     "policies.base": {"policies.latency"},
-    "scheduler.messages": {"policies.base"},
+    "scheduler.messages": {"policies.base", "policies.latency"},
     "traces.schema": set(),
     "engines.wire": set(),
     "engines.page_hash": set(),
@@ -30,7 +30,7 @@ LEAVES = {
 
 PURE = {
     "__future__", "bisect", "collections", "collections.abc", "dataclasses", "enum", "functools", "hashlib",
-    "heapq", "itertools", "math", "operator", "types", "typing",
+    "heapq", "itertools", "math", "msgspec", "msgspec.structs", "operator", "types", "typing",
 }  # fmt: skip
 """What code without clock, I/O and chance may import."""
 

@@ -141,6 +141,7 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
     assert packaged_files() - ours == set(), "missing from the wheel"
     assert ours - packaged_files() == set(), "in the wheel, not in the source"
     assert all(f"antiphon/{package}/py.typed" in names for package in PACKAGES)
+    assert {"antiphon/eval/clusters/tiny-cpu.toml", "antiphon/policies/data/tiny-cpu.json"} <= names
     assert "antiphon/__init__.py" not in names
 
 

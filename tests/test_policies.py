@@ -17,7 +17,7 @@ from antiphon.policies.home import RETRY_AFTER_S, choose_home
 from antiphon.policies.local import Local
 from antiphon.policies.registry import ORDERINGS, POLICIES, make_ordering, make_policy
 from antiphon.policies.remote import Remote, RemoteParameters
-from tests.policy_helpers import LATENCY, a_round, cluster, engine, placed, rejected, terms
+from tests.policy_helpers import SLOWER, a_round, cluster, engine, placed, rejected, terms
 
 # ---------------------------------------------------------------- home
 
@@ -99,16 +99,14 @@ def test_rejections_say_why(name: str) -> None:
 )  # fmt: skip
 def test_remote_estimates(history: dict[str, int], arm: Arm, expected: tuple[float, ...]) -> None:
     """Eq. 2, term by term; a pull needs history that the home holds beyond the prefill engine."""
-    candidate = arms.remote_pull(a_round(history=history), engine("p0", queue_s=0.2), engine("d0"), LATENCY)
+    candidate = arms.remote_pull(a_round(history=history), engine("p0", queue_s=0.2), engine("d0"))
     assert candidate.arm is arm
     assert terms(candidate) == pytest.approx(expected)
 
 
 def test_remote_recompute_computes_what_the_prefill_engine_lacks() -> None:
     """d holds 600, p 200: p computes 800 = 0.9 s and d fetches 400 = 0.09 s; nothing is pulled."""
-    candidate = arms.remote_recompute(
-        a_round(history={"d0": 600, "p0": 200}), engine("p0"), engine("d0"), LATENCY
-    )
+    candidate = arms.remote_recompute(a_round(history={"d0": 600, "p0": 200}), engine("p0"), engine("d0"))
     assert candidate.arm is Arm.REMOTE_RECOMPUTE
     assert terms(candidate) == pytest.approx((0.0, 0.9, 0.0, 0.09))
 
@@ -130,14 +128,36 @@ def test_remote_recompute_computes_what_the_prefill_engine_lacks() -> None:
 )  # fmt: skip
 def test_decode_steps_between_chunks_lengthen_a_prefill(changes: dict[str, int], expected: float) -> None:
     """On a decoding engine, K steps of its batch run between two chunks of C."""
-    candidate = arms.local(a_round(history={"d0": 600}), engine("d0", **changes), LATENCY)
+    candidate = arms.local(a_round(history={"d0": 600}), engine("d0", **changes))
     assert candidate.prefill_s == pytest.approx(expected)
 
 
 def test_an_engine_computes_at_least_the_last_token() -> None:
     """A prompt that is all history still costs one token: 0.1 + 0.001 = 0.101 s."""
-    candidate = arms.local(a_round(history={"d0": 1000}), engine("d0"), LATENCY)
+    candidate = arms.local(a_round(history={"d0": 1000}), engine("d0"))
     assert terms(candidate) == pytest.approx((0.0, 0.101, 0.0, 0.0))
+
+
+def test_every_engine_is_priced_by_its_own_model() -> None:
+    """Prefill and decode steps by the engine that runs them, a transfer by the slower of its two ends."""
+    # SLOWER: prefill(n) = 0.1 + 0.002 n, a step 0.02 s, transfer(n) = 0.1 + n * 100 / 1e6
+    history = {"d0": 600}
+    slow_home = arms.remote_pull(a_round(history=history), engine("p0"), engine("d0", latency=SLOWER))
+    # p0 computes 400 = 0.5 s; both transfers join p0 and the slow d0: 600 = 0.16 s, 400 = 0.14 s
+    assert terms(slow_home) == pytest.approx((0.0, 0.5, 0.16, 0.14))
+    slow_prefill = arms.remote_pull(a_round(history=history), engine("p0", latency=SLOWER), engine("d0"))
+    assert terms(slow_prefill) == pytest.approx((0.0, 0.9, 0.16, 0.14))
+    recompute = arms.remote_recompute(a_round(), engine("p0"), engine("d0", latency=SLOWER))
+    assert terms(recompute) == pytest.approx((0.0, 1.1, 0.0, 0.2))
+    busy = engine("d0", latency=SLOWER, batch=10, chunk_tokens=100, decode_interval=2)
+    # 400 new = 0.9 s, and 3 gaps of 2 steps of 0.02 s
+    assert arms.local(a_round(history=history), busy).prefill_s == pytest.approx(1.02)
+
+
+def test_a_faster_engine_is_worth_a_queue() -> None:
+    """remote: p0 computes 1000 in 0.4 + 1.1 s and beats p1 of the slower kind, with 2.1 s and no queue."""
+    engines = engine("d0"), engine("p0", queue_s=0.4), engine("p1", latency=SLOWER)
+    assert placed(Remote().place(a_round(), cluster(*engines))).prefill_engine == "p0"
 
 
 def test_shortlist_keeps_short_queues_and_long_histories() -> None:

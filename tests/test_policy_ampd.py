@@ -8,7 +8,7 @@ import pytest
 
 from antiphon.policies.ampd import Ampd, AmpdParameters
 from antiphon.policies.base import Arm, EngineView
-from tests.policy_helpers import a_round, cluster, engine, placed
+from tests.policy_helpers import SLOWER, a_round, cluster, engine, placed
 
 
 def test_ampd_first_tier() -> None:
@@ -56,6 +56,13 @@ def test_ampd_second_tier(home: EngineView, tier: str) -> None:
     if tier == "tier 2":
         assert (answer.arm, answer.prefill_engine) == (Arm.LOCAL, "d0")
         assert "no prefill engine under 0.8 x 0.500 s (best: p0 " in answer.reason
+
+
+def test_the_second_tier_predicts_by_the_homes_own_model() -> None:
+    """An empty window on a home of another kind: its own step counts, 0.020 s and not 0.081 s."""
+    home = engine("d0", batch=71, latency=SLOWER)
+    answer = placed(Ampd().place(a_round(), cluster(home, engine("p0", window_ttft_s=9.0))))
+    assert answer.reason.startswith("tier 2") and "predicted step 0.0200 s" in answer.reason
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ where there is no linker; arms, terms and `considered` fit together.
 
 from __future__ import annotations
 
-import dataclasses
 from random import Random
 from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from antiphon.policies import arms
 from antiphon.policies.ampd import Ampd, AmpdParameters
@@ -41,6 +41,7 @@ def engines(engine_id: str) -> st.SearchStrategy[EngineView]:
         pool_tokens=sizes,
         used_tokens=st.sampled_from([0, 1, 70_000, 200_000]),
         sessions=st.integers(0, 2),
+        latency=st.just(LATENCY),
         window_ttft_s=st.none() | seconds,
         window_itl_s=st.none() | st.sampled_from([0.001, 0.1]),
         tightest_itl_slo_s=st.none(),
@@ -52,7 +53,7 @@ def engines(engine_id: str) -> st.SearchStrategy[EngineView]:
 @st.composite
 def clusters(draw: st.DrawFn) -> ClusterView:
     alive = sorted(draw(st.sets(st.sampled_from(IDS))))
-    return ClusterView(MappingProxyType({name: draw(engines(name)) for name in alive}), LATENCY)
+    return ClusterView(MappingProxyType({name: draw(engines(name)) for name in alive}))
 
 
 @st.composite
@@ -131,11 +132,11 @@ def test_every_ordering_is_a_permutation(name: str, queue: list[RoundView], clus
 @settings(max_examples=150, deadline=None)
 def test_the_shortlist_finds_the_exhaustive_choice(round_view: RoundView, cluster: ClusterView) -> None:
     """Without decode steps between chunks and with at most 4 holders, 4 + 4 looked at equal all looked at."""
-    quiet = {name: dataclasses.replace(engine, decode_interval=0) for name, engine in cluster.engines.items()}
+    quiet = {name: replace(engine, decode_interval=0) for name, engine in cluster.engines.items()}
     holders = [name for name in sorted(round_view.history_tokens) if name.startswith("p")][:4]
     kept = {name: round_view.held(name) for name in (*holders, round_view.home or "d0")}
-    round_view = dataclasses.replace(round_view, history_tokens=MappingProxyType(kept))
-    cluster = ClusterView(MappingProxyType(quiet), LATENCY)
+    round_view = replace(round_view, history_tokens=MappingProxyType(kept))
+    cluster = ClusterView(MappingProxyType(quiet))
     closed = {"alpha": 0.0, "beta": 0.0}
     short = Ampd(AmpdParameters(**closed, shortlist=4)).place(round_view, cluster)
     whole = Ampd(AmpdParameters(**closed, shortlist=99)).place(round_view, cluster)
@@ -153,15 +154,15 @@ def test_the_shortlist_loses_little_with_decode_steps_between_chunks() -> None:
             EngineView(
                 f"p{i:02}", Pool.PREFILL, True, batch=draw.randrange(8), context_tokens=0,
                 queue_s=draw.expovariate(2.0), queued_rounds=0, pool_tokens=100_000, used_tokens=0,
-                sessions=0, chunk_tokens=512, decode_interval=1,
+                sessions=0, latency=LATENCY, chunk_tokens=512, decode_interval=1,
             )
             for i in range(24)
         ]  # fmt: skip
-        home = dataclasses.replace(pool[0], engine_id="d0", pool=Pool.DECODE)
+        home = replace(pool[0], engine_id="d0", pool=Pool.DECODE)
         prompt = draw.randrange(500, 8000)
         history = {e.engine_id: draw.randrange(prompt) for e in pool if draw.random() < 0.3}
         round_view = RoundView("r", "s", 0, prompt, 100, 1.0, 0.1, "d0", 0.0, MappingProxyType(history))
-        estimates = {e.engine_id: arms.remote_recompute(round_view, e, home, LATENCY).ttft_s for e in pool}
+        estimates = {e.engine_id: arms.remote_recompute(round_view, e, home).ttft_s for e in pool}
         whole_s += min(estimates.values())
         short_s += min(estimates[e.engine_id] for e in arms.shortlist(round_view, pool, 4))
     assert whole_s <= short_s < 1.02 * whole_s
@@ -173,7 +174,7 @@ def test_a_prefill_engine_is_a_home_only_without_a_decode_engine(
     round_view: RoundView, cluster: ClusterView
 ) -> None:
     """The default rule for new sessions looks at the decode pool first."""
-    fresh = dataclasses.replace(round_view, home=None)
+    fresh = replace(round_view, home=None)
     home = choose_home(fresh, cluster)
     if isinstance(home, EngineView) and home.pool is Pool.PREFILL:
         decode = [e for e in cluster.engines.values() if e.pool is Pool.DECODE]

@@ -15,7 +15,7 @@ import pytest
 from antiphon.traces.plan import wire_session_id
 from antiphon.traces.readers import read_trace
 from antiphon.traces.replay import ReplayError, ReplayOptions, replay
-from antiphon.traces.results import ReplayResult, RoundRecord, VerifyRecord
+from antiphon.traces.results import RoundRecord, RunResult, VerifyRecord
 from antiphon.traces.schema import RoundTrace, SessionTrace, TraceError
 from tests.fake_gateway import Asked, FakeGateway, answer_ids
 from tests.replay_helpers import DEADLINE_S, chat, trace_of
@@ -23,10 +23,10 @@ from tests.replay_helpers import DEADLINE_S, chat, trace_of
 DEMO = Path(str(files("antiphon.traces") / "data" / "demo.jsonl"))
 
 
-def run(options: ReplayOptions, **more: Any) -> tuple[ReplayResult, list[RoundRecord]]:
+def run(options: ReplayOptions, **more: Any) -> tuple[RunResult, list[RoundRecord]]:
     seen: list[RoundRecord] = []
 
-    async def bounded() -> ReplayResult:
+    async def bounded() -> RunResult:
         async with asyncio.timeout(DEADLINE_S):
             return await replay(options, seen.append, **more)
 
@@ -195,7 +195,7 @@ def test_a_stop_keeps_what_is_known(tmp_path: Path) -> None:
     """When `stop` is set, the round in flight is given up, nothing more is sent and the figures remain."""
     with FakeGateway(faults={1: "stall"}) as gateway:
 
-        async def stopped() -> ReplayResult:
+        async def stopped() -> RunResult:
             stop = asyncio.Event()
             waiting = asyncio.get_running_loop().run_in_executor(None, gateway.wait_stalled, 1)
             waiting.add_done_callback(lambda _: stop.set())

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from antiphon.traces.replay import ReplayOptions, run_replay
+from antiphon.traces.results import read_rounds
 from tests.fake_gateway import FakeGateway
 from tests.replay_helpers import DEADLINE_S, chat, trace_of
 
@@ -27,10 +28,11 @@ def command(options: ReplayOptions, terminal: bool = False) -> tuple[int, str]:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_command_shows_progress_and_writes_the_result(tmp_path: Path, terminal: bool) -> None:
     """A whole run: exit code 0, what was capped, progress and table in words, the result file."""
-    out = tmp_path / "new" / "result.json"
+    out, rounds = tmp_path / "new" / "result.json", tmp_path / "rounds.jsonl"
     with FakeGateway() as gateway:
         trace = trace_of(tmp_path, chat("a", gap_s=9.0))
-        code, shown = command(ReplayOptions(trace, gateway.url, max_gap_s=0.05, json_path=out), terminal)
+        options = ReplayOptions(trace, gateway.url, max_gap_s=0.05, json_path=out, rounds_path=rounds)
+        code, shown = command(options, terminal)
     assert code == 0
     assert "gaps capped at 0.05 s: 2 were longer" in shown
     assert ("1 of 3 rounds: local 1" in shown) != terminal
@@ -38,7 +40,9 @@ def test_command_shows_progress_and_writes_the_result(tmp_path: Path, terminal: 
     assert "trace.jsonl under ampd" in shown
     result = json.loads(out.read_bytes())
     assert result["schema"] == "antiphon.result/1"
-    assert result["rounds_total"] == result["rounds_completed"] == len(result["rounds"]) == 3
+    assert result["rounds_total"] == result["rounds_completed"] == 3
+    assert [record.round for record in read_rounds(rounds)] == [1, 2, 3]
+    assert "rounds" not in result
     assert len(result["trace"]["sha256"]) == 64
     assert list(out.parent.iterdir()) == [out]
 

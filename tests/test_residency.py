@@ -112,7 +112,7 @@ def test_another_incarnation_is_void() -> None:
     assert index.held(hashes, PAGE) == {"d0": 1024}
     index.admit("d0", "i2")
     assert index.held(hashes, PAGE) == {}
-    assert index.record("d0", "i1", hashes, PAGE) == []
+    assert index.record("d0", "i1", hashes, PAGE) is False
     index.merge(hashes, PAGE, [Holding("d0", "i1", 1024), Holding("stranger", "i1", 1024)])
     assert index.held(hashes, PAGE) == {}
     index.merge(hashes, PAGE, [Holding("d0", "i2", 1024)])
@@ -121,22 +121,6 @@ def test_another_incarnation_is_void() -> None:
     index.void("d0", "i2")
     assert index.held(hashes, PAGE) == {}
     assert len(index) == 0
-
-
-def test_a_correction_sets_what_is_really_there() -> None:
-    """An engine that held less than believed is believed to hold just that, to the page below."""
-    index = index_of("d0", "p0")
-    hashes = chain(40 * PAGE)
-    index.record("d0", "i1", hashes, PAGE)
-    index.record("p0", "i1", hashes, PAGE)
-    index.correct("d0", hashes, 19 * PAGE + 5, PAGE)
-    assert index.held(hashes, PAGE) == {"d0": 19 * PAGE, "p0": 40 * PAGE}
-    index.correct("d0", hashes, 18 * PAGE, PAGE)  # one page less than the end that is recorded
-    assert index.held(hashes, PAGE)["d0"] == 18 * PAGE
-    index.correct("d0", hashes, 0, PAGE)
-    assert index.held(hashes, PAGE) == {"p0": 40 * PAGE}
-    index.correct("stranger", hashes, 64, PAGE)
-    index.check_invariants()
 
 
 def test_memory_is_bounded_and_the_root_outlives_the_end() -> None:
@@ -171,25 +155,46 @@ def test_bits_are_reused() -> None:
 
 
 class NaiveEngine:
-    """An ordered list of checkpoint hashes, oldest first; beliefs by walking pages one by one."""
+    """Checkpoint -> what it stands on; ends in a list, oldest first; beliefs by walking pages one by one."""
 
     def __init__(self, incarnation: str, limit: int) -> None:
         self.incarnation = incarnation
         self.limit = limit
-        self.hashes: list[bytes] = []
+        self.below: dict[bytes, bytes | None] = {}
+        self.recorded: list[bytes] = []
+        """Least recently recorded first; what was never recorded as an end itself is not in it."""
+        self.renewed: set[bytes] = set()
+        """Recorded as an end while others stood on it."""
 
     def record(self, hashes: Sequence[bytes]) -> None:
-        for pages in range(len(hashes), 0, -1):
+        below = None
+        for pages in range(1, len(hashes) + 1):
             if pages == len(hashes) or pages * PAGE % CHECKPOINT_TOKENS == 0:
-                if hashes[pages - 1] in self.hashes:
-                    self.hashes.remove(hashes[pages - 1])
-                self.hashes.append(hashes[pages - 1])
-        self.hashes = self.hashes[-self.limit :]
+                self.below.setdefault(hashes[pages - 1], below)
+                below = hashes[pages - 1]
+        if below is not None:
+            if below in self.below.values():
+                self.renewed.add(below)
+            self.recorded = [*(page for page in self.recorded if page != below), below]
+        while len(self.below) > self.limit:
+            self.drop()
+
+    def drop(self) -> None:
+        """The oldest end goes. What it stood on is the oldest now, unless it was an end that was built upon."""
+        standing = set(self.below.values())
+        oldest = next(page for page in self.recorded if page not in standing)
+        self.recorded.remove(oldest)
+        below = self.below.pop(oldest)
+        if below is not None and below not in self.below.values():
+            renewed = below in self.renewed
+            self.renewed.discard(below)
+            self.recorded = [page for page in self.recorded if page != below]
+            self.recorded = [*self.recorded, below] if renewed else [below, *self.recorded]
 
     def held(self, hashes: Sequence[bytes]) -> int:
         best = 0
         for pages in range(1, len(hashes) + 1):
-            present = hashes[pages - 1] in self.hashes
+            present = hashes[pages - 1] in self.below
             if present:
                 best = pages * PAGE
             elif pages * PAGE % CHECKPOINT_TOKENS == 0:
@@ -239,16 +244,6 @@ class ResidencyMachine(RuleBasedStateMachine):
         known = self.naive.get(engine_id)
         if known is not None and known.incarnation == incarnation:
             known.record(whole[:pages])
-
-    @rule(engine_id=ENGINES, variant=VARIANTS, pages=PAGES, actual=PAGES)
-    def correct(self, engine_id: str, variant: int, pages: int, actual: int) -> None:
-        hashes = chain(pages * PAGE, variant, SHARED)
-        self.index.correct(engine_id, hashes, actual * PAGE, PAGE)
-        known = self.naive.get(engine_id)
-        if known is not None:
-            gone = set(hashes[actual:])
-            known.hashes = [page for page in known.hashes if page not in gone]
-            known.record(hashes[:actual])
 
     @rule(variant=VARIANTS, pages=PAGES)
     def look_up(self, variant: int, pages: int) -> None:

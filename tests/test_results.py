@@ -1,31 +1,41 @@
-"""Adding up a replay: percentiles, attainment, receipts, the result file."""
+"""Adding up a run: percentiles, attainment, receipts, the result and rounds files."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.traces import provenance
 from antiphon.traces.display import result_table
 from antiphon.traces.results import (
+    ClusterInfo,
     Conditions,
     Distribution,
-    ReplayResult,
+    Load,
+    ResultError,
     RoundRecord,
+    RunResult,
     TraceInfo,
     add_receipts,
     attainment,
     distribution,
     percentile,
+    read_result,
+    read_rounds,
     summarise,
+    weighted_distribution,
     write_result,
+    write_rounds,
 )
 
 
@@ -34,22 +44,18 @@ def record(session: str, number: int, **fields: Any) -> RoundRecord:
     return RoundRecord(session=session, round=number, **fields)
 
 
-def result_of(records: list[RoundRecord], session_rounds: dict[str, int]) -> ReplayResult:
+def result_of(records: list[RoundRecord], session_rounds: dict[str, int], **more: Any) -> RunResult:
     return summarise(
-        trace=TraceInfo("t.jsonl", "0" * 64, len(session_rounds), sum(session_rounds.values()), 0, 0, 0, 0),
-        conditions=Conditions(
-            url="http://127.0.0.1:1", model="m", run_id="r", arrivals="all at once", concurrency=None,
-            divide=1, max_gap_s=60.0, window_tokens=None, timeout_s=120.0, retries=1, started_at="",
-            commit=None, machine={},
-        ),
+        trace=TraceInfo("t.jsonl", "0" * 64, len(session_rounds), sum(session_rounds.values())),
+        conditions=Conditions(arrivals="all at once", max_gap_s=60.0, commit=None, machine={}),
         policy=None,
         seed=0,
         slo={"ttft_s": None, "itl_s": None},
         session_rounds=session_rounds,
         records=records,
         wall_s=2.0,
-        interrupted=False,
-    )  # fmt: skip
+        **more,
+    )
 
 
 def test_percentiles_worked_by_hand() -> None:
@@ -73,6 +79,25 @@ def test_distribution_leaves_out_what_is_not_known() -> None:
     assert distribution([None]) is None
 
 
+def test_weighted_percentiles_worked_by_hand() -> None:
+    """Of 1, 1, 1, 4: the median is 1, the 90th percentile lies 0.7 of the way from the last 1 to 4."""
+    found = weighted_distribution([(4.0, 1), (1.0, 2), (9.0, 0), (1.0, 1)])
+    assert found is not None
+    assert (found.count, found.mean, found.p50) == (4, 7 / 4, 1.0)
+    assert found.p90 == pytest.approx(1.0 + 0.7 * 3.0)
+    assert weighted_distribution([(1.0, 0)]) is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e3), st.integers(0, 9)), max_size=20))
+def test_weights_are_repetitions(runs: list[tuple[float, int]]) -> None:
+    """A weighted run stands for as many equal values."""
+    flat = distribution(value for value, weight in runs for _ in range(weight))
+    found = weighted_distribution(runs)
+    assert (found is None) == (flat is None)
+    if found is not None and flat is not None:
+        assert msgspec.structs.astuple(found) == pytest.approx(msgspec.structs.astuple(flat))
+
+
 @pytest.mark.parametrize(
     ("fields", "attained"),
     [
@@ -81,11 +106,16 @@ def test_distribution_leaves_out_what_is_not_known() -> None:
         ({"ttft_s": 1.0, "itl_s": 0.11}, False),
         ({"ttft_s": 1.0, "itl_s": None}, True),
         ({"ttft_s": 1.0, "itl_s": 0.1, "status": "failed"}, False),
+        ({"ttft_s": 1.0, "itl_s": 0.1, "status": "refused"}, False),
+        ({"ttft_s": None, "itl_s": 0.1}, False),
+        ({"ttft_s": 9.0, "itl_s": 0.1, "slo_ttft_s": None}, True),
     ],
 )
 def test_round_attains_within_both_targets(fields: dict[str, Any], attained: bool) -> None:
-    """TTFT and mean ITL within; a single token's ITL is; a failed round does not attain."""
-    assert record("a", 1, slo_ttft_s=1.0, slo_itl_s=0.1, **fields).attained is attained
+    """TTFT and mean ITL within, the target itself included; a single token's ITL is; a round without a target
+    meets it; a failed or refused round never attains."""
+    fields = {"slo_ttft_s": 1.0, "slo_itl_s": 0.1, **fields}
+    assert record("a", 1, **fields).attained is attained
 
 
 def test_attainment_is_of_all_that_was_to_be_sent() -> None:
@@ -103,6 +133,8 @@ def test_receipts_are_joined_by_round_id() -> None:
             "bytes_decode_to_prefill": 7,
             "bytes_prefill_to_decode": None,
             "reason": "why",
+            "queue_s": 0.5,
+            "push_s": 0.25,
             "x": 1,
         },
         {"round_id": "other", "bytes_decode_to_prefill": 100},
@@ -111,6 +143,7 @@ def test_receipts_are_joined_by_round_id() -> None:
     add_receipts([first, second, failed], receipts)
     assert [item.receipt for item in (first, second, failed)] == [False, True, False]
     assert (second.bytes_decode_to_prefill, second.bytes_prefill_to_decode, second.reason) == (7, 0, "why")
+    assert (second.queue_s, second.pull_s, second.push_s) == (0.5, None, 0.25)
 
 
 def test_summary_separates_first_and_later_rounds() -> None:
@@ -139,24 +172,151 @@ def test_summary_separates_first_and_later_rounds() -> None:
     assert result.attainment is None
 
 
+def test_a_summary_worked_by_hand() -> None:
+    """Four rounds of two sessions, one refused: every count and share of the issue's definitions."""
+    target = {"slo_ttft_s": 1.0, "slo_itl_s": 0.1}
+    pull = {**target, "bytes_decode_to_prefill": 5, "bytes_prefill_to_decode": 2}
+    records = [
+        record("a", 1, ttft_s=0.5, itl_s=0.1, unloaded_ttft_s=0.5, arm="remote_recompute", **target),
+        record(
+            "a", 2, ttft_s=1.0, unloaded_ttft_s=0.2, cached_tokens=90, arm="remote_pull", **moved, **target
+        ),
+        record("b", 1, ttft_s=3.0, itl_s=0.1, unloaded_ttft_s=1.5, arm="remote_recompute", **target),
+        record("b", 2, status="refused", **target),
+    ]
+    result = result_of(records, {"a": 2, "b": 2}, kind="simulation", simulated_s=9.0, gpu_seconds=36.0)
+    assert (result.rounds_total, result.rounds_completed, result.rounds_refused) == (4, 3, 1)
+    assert (result.rounds_failed, result.rounds_not_sent, result.sessions_completed) == (0, 0, 1)
+    assert result.attainment == {"rounds": 0.5, "sessions": 0.5}
+    assert result.attainable == 0.5, "two rounds of four could attain; the refused one could not"
+    assert (result.bytes_moved, result.bytes_decode_to_prefill, result.bytes_prefill_to_decode) == (7, 5, 2)
+    assert (result.prefill_tokens_computed, result.prefill_tokens_reused) == (210, 90)
+    assert result.ttft_s == Distribution(3, 1.5, 1.0, pytest.approx(2.6), pytest.approx(2.96))
+    assert result.itl_s is not None and result.itl_s.count == 2
+    assert (result.simulated_s, result.gpu_seconds, result.cost_per_1k_rounds) == (9.0, 36.0, None)
+
+
+def test_counts_add_up_to_the_total() -> None:
+    """Completed, refused, failed and not sent are apart and are all there is."""
+    records = [record("a", 1), record("a", 2, status="refused"), record("b", 1, status="failed")]
+    result = result_of(records, {"a": 3, "b": 2})
+    assert (result.rounds_completed, result.rounds_refused, result.rounds_failed) == (1, 1, 1)
+    assert result.rounds_not_sent == 2
+
+
+def test_what_the_caller_knows_better_is_taken() -> None:
+    """A simulator's own count of computed tokens and attainable rounds replaces what records would give."""
+    more: dict[str, Any] = {
+        "attainable": 0.75, "prefill_tokens_computed": 7, "prefill_tokens_reused": 0, "ordering": "fcfs",
+        "load": Load("rho", 0.8, 0.2), "cluster": ClusterInfo("two", "two.toml", "", [{"pool": "decode"}]),
+    }  # fmt: skip
+    result = result_of([record("a", 1, unloaded_ttft_s=1.0, cached_tokens=3)], {"a": 1}, **more)
+    assert {name: getattr(result, name) for name in more} == more
+
+
+REQUIRED = {
+    "schema", "trace", "cluster", "policy", "ordering", "seed", "slo", "load", "rounds_total", "rounds_completed",
+    "rounds_refused", "attainment", "attainable", "ttft_s", "ttft_first_s", "ttft_later_s", "itl_s", "e2e_s",
+    "arms", "bytes_moved", "bytes_decode_to_prefill", "bytes_prefill_to_decode", "prefill_tokens_computed",
+    "prefill_tokens_reused", "gpu_seconds", "cost_per_1k_rounds", "simulated_s", "wall_s",
+}  # fmt: skip
+"""Keys that scripts depend on."""
+
+
 def test_result_is_written_whole_and_reads_back(tmp_path: Path) -> None:
-    """The file is the result; an old one is replaced, and nothing else is left in its folder."""
-    result = result_of([record("a", 1, ttft_s=1.0)], {"a": 1})
+    """The file is the result without its rounds; an old one is replaced, and nothing else is left there."""
+    result = result_of([record("a", 1, ttft_s=1.0, slo_ttft_s=1.0)], {"a": 1})
     path = tmp_path / "deep" / "result.json"
     for _ in range(2):
         write_result(result, path)
-    assert msgspec.json.decode(path.read_bytes(), type=ReplayResult) == result
     assert list(path.parent.iterdir()) == [path]
+    assert read_result(path) == msgspec.structs.replace(result, rounds=[])
+    written = json.loads(path.read_bytes())
+    assert REQUIRED <= set(written) and "rounds" not in written
+    assert written["schema"] == "antiphon.result/1"
+    assert written["attainment"] == {"rounds": 1.0, "sessions": 1.0}
+    assert set(written["ttft_s"]) == {"count", "mean", "p50", "p90", "p99"}
+    assert set(written["trace"]) >= {"path", "sha256", "sessions", "rounds"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"schema": "antiphon.result/1"}', b"\xff", None])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: bytes | None) -> None:
+    """Whatever is wrong with a file, the error says which file it is."""
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ResultError, match=r"result\.json"):
+        read_result(path)
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    """A file of a later form is not read as if it were of this one."""
+    path = tmp_path / "result.json"
+    write_result(msgspec.structs.replace(result_of([], {}), schema="antiphon.result/2"), path)
+    with pytest.raises(ResultError, match=r"antiphon\.result/2"):
+        read_result(path)
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """When the rounds end in an error midway, the file of before is whole and nothing lies beside it."""
+    path = tmp_path / "rounds.jsonl"
+    write_rounds([record("a", 1)], path)
+
+    def broken() -> Iterator[RoundRecord]:
+        yield record("b", 1)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_rounds(broken(), path)
+    assert [item.session for item in read_rounds(path)] == ["a"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+ROUNDS = st.lists(
+    st.builds(
+        record, st.text(max_size=5), st.integers(1, 9), status=st.sampled_from(["completed", "refused"]),
+        ttft_s=st.none() | st.floats(0, 1e6), itl_s=st.none() | st.floats(0, 1e3), reason=st.text(max_size=9),
+        cached_tokens=st.integers(0, 100),
+    ),
+    max_size=20,
+)  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(ROUNDS, st.sampled_from([".jsonl", ".jsonl.gz"]))
+def test_rounds_read_back_as_written(records: list[RoundRecord], suffix: str) -> None:
+    """Every field of every round survives the file; equal rounds give equal bytes, gzipped or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder, f"a{suffix}"), Path(folder, f"b{suffix}")
+        for path in (first, second):
+            write_rounds(records, path)
+        assert list(read_rounds(first)) == records
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_cut_off_rounds_are_an_error(tmp_path: Path) -> None:
+    """A gzipped file that ends early is reported with its name, not taken for a shorter run."""
+    path = tmp_path / "rounds.jsonl.gz"
+    write_rounds([record("a", n + 1) for n in range(50)], path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ResultError, match=r"rounds\.jsonl\.gz"):
+        list(read_rounds(path))
 
 
 def test_table_has_a_row_for_whatever_happened() -> None:
-    """A result without times or with failures is shown too."""
+    """A result without times or with failures is shown too, and one of a simulation with all it knows."""
     table = result_table(result_of([record("a", 1, status="failed")], {"a": 3}))
     cells = [list(column.cells) for column in table.columns]
     rows = dict(zip(cells[0], cells[1], strict=True))
     assert rows["rounds completed"] == "0 of 3"
     assert rows["rounds failed, not sent"] == "1, 2"
     assert not any("TTFT" in str(name) for name in rows)
+    more = {"gpu_seconds": 3600.0, "simulated_s": 90.0, "load": Load("rho", 0.8, 0.25), "attainable": 0.5}
+    table = result_table(result_of([record("a", 1, status="refused")], {"a": 1}, **more))
+    cells = [list(column.cells) for column in table.columns]
+    rows = dict(zip(cells[0], cells[1], strict=True))
+    assert (rows["rounds refused"], rows["GPU time"], rows["sessions offered"]) == ("1", "3,600 s", "0.25 /s")
+    assert (rows["simulated time"], rows["  attainable without load"]) == ("90.0 s", "50.0%")
 
 
 def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from antiphon.eval.demo import DemoError, free_ports, judge
 from antiphon.eval.stack import EngineSpec, Stack, fetch_json
 from antiphon.eval.verify import verify_rounds
 from antiphon.traces.replay import ReplayOptions, replay
-from antiphon.traces.results import ReplayResult, RoundRecord, VerifyRecord
+from antiphon.traces.results import RoundRecord, RunResult, VerifyRecord
 from antiphon.traces.schema import RoundTrace, SessionTrace
 from tests.conftest import SglangPair
 
@@ -132,7 +132,7 @@ def test_real_agent_sessions(
     if not trace.exists():
         pytest.skip("no weka trace: set ANTIPHON_TRACES to the folder of the shared traces")
 
-    async def run() -> ReplayResult:
+    async def run() -> RunResult:
         async with gateway(sglang_pair, valkey_url, tmp_path, tiny_model_dir, "--slo-ttft", "0.4") as url:
             return await replay(
                 ReplayOptions(trace, url, concurrency=3, max_sessions=1, divide=16, max_gap_s=0.2),
@@ -212,7 +212,7 @@ def test_corruption_is_seen_and_a_killed_engine_loses_no_round(
     killed_at: list[int] = []
     corrupted: list[VerifyRecord] = []
 
-    async def run() -> ReplayResult:
+    async def run() -> RunResult:
         async with Stack(tmp_path) as stack:
             ports = free_ports(3)
             options = ("--fault-injection",)

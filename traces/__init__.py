@@ -5,6 +5,9 @@ Sessions as data (pure, but for reading the file)
     readers.py     files to sessions, by content: our own form and the normalised `rounds` form
     shape.py       scale lengths, cap gaps, fit a window
     arrivals.py    when sessions start: Poisson or as recorded, with a bound on live sessions
+    profiles.py    kinds of agents as data (data/profiles.toml); generate.py makes seeded sessions of them
+    info.py        what a trace holds and lacks; plots.py shows it in a terminal
+    output.py      a file that is there whole or not at all
     prompts.py     token ids from token counts, so that every round extends its session
 Driving them over HTTP
     plan.py        what a replay is told and what it is going to send

@@ -1,7 +1,8 @@
-"""What a replay shows: a bar on a terminal, lines elsewhere; the closing table."""
+"""What a run shows: a bar on a terminal, lines elsewhere; the closing table."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from antiphon.traces.plan import Plan
-from antiphon.traces.results import ReplayResult, RoundRecord
+from antiphon.traces.results import RoundRecord, RunResult
 
 LINES_PER_RUN = 20
 """Of progress where there is no terminal; failures get a line each."""
@@ -84,20 +85,23 @@ class ReplayDisplay:
         self._console.print(line, markup=False, highlight=False)
 
 
-def result_table(result: ReplayResult) -> Table:
-    """The closing table of a replay."""
+def result_table(result: RunResult) -> Table:
+    """The closing table of a run."""
     table = Table(title=f"{Path(result.trace.path).name} under {result.policy or 'an unknown policy'}")
     table.add_column("what")
     for column in ("total / mean", "p50", "p90", "p99"):
         table.add_column(column, justify="right")
     table.add_row("rounds completed", f"{result.rounds_completed} of {result.rounds_total}")
+    if result.rounds_refused:
+        table.add_row("rounds refused", str(result.rounds_refused))
     if result.rounds_failed or result.rounds_not_sent:
         table.add_row("rounds failed, not sent", f"{result.rounds_failed}, {result.rounds_not_sent}")
     for arm, count in sorted(result.arms.items()):
         table.add_row(f"  arm {arm}", str(count))
     for name, times in (
         ("TTFT", result.ttft_s), ("TTFT, first rounds", result.ttft_first_s),
-        ("TTFT, later rounds", result.ttft_later_s), ("ITL", result.itl_s), ("end to end", result.e2e_s),
+        ("TTFT, later rounds", result.ttft_later_s), ("ITL", result.itl_s),
+        ("gap between tokens", result.token_gap_s), ("end to end", result.e2e_s),
     ):  # fmt: skip
         if times is not None:
             table.add_row(
@@ -109,8 +113,23 @@ def result_table(result: ReplayResult) -> Table:
     table.add_row("output tokens", f"{result.output_tokens_total:,}")
     table.add_row("moved decode -> prefill", f"{result.bytes_decode_to_prefill / 1e6:,.2f} MB")
     table.add_row("moved prefill -> decode", f"{result.bytes_prefill_to_decode / 1e6:,.2f} MB")
-    if result.attainment is not None:
-        table.add_row("SLO attainment, rounds", f"{result.attainment['rounds']:.1%}")
-        table.add_row("SLO attainment, sessions", f"{result.attainment['sessions']:.1%}")
-    table.add_row("wall time", f"{result.wall_s:.1f} s")
+    for name, figure in _closing_figures(result):
+        table.add_row(name, figure)
     return table
+
+
+def _closing_figures(result: RunResult) -> Iterator[tuple[str, str]]:
+    if result.attainment is not None:
+        yield "SLO attainment, rounds", f"{result.attainment['rounds']:.1%}"
+        yield "SLO attainment, sessions", f"{result.attainment['sessions']:.1%}"
+    if result.attainable is not None:
+        yield "  attainable without load", f"{result.attainable:.1%}"
+    if result.load is not None and result.load.sessions_per_s is not None:
+        yield "sessions offered", f"{result.load.sessions_per_s:.4g} /s"
+    if result.gpu_seconds is not None:
+        yield "GPU time", f"{result.gpu_seconds:,.0f} s"
+    if result.cost_per_1k_rounds is not None:
+        yield "cost of 1,000 rounds", f"{result.cost_per_1k_rounds:,.2f}"
+    if result.simulated_s is not None:
+        yield "simulated time", f"{result.simulated_s:,.1f} s"
+    yield "wall time", f"{result.wall_s:.1f} s"

@@ -15,7 +15,7 @@ from antiphon.traces.gateway_client import ReplayError
 from antiphon.traces.prompts import Vocabulary
 from antiphon.traces.provenance import commit, machine
 from antiphon.traces.readers import BadLines, read_trace
-from antiphon.traces.results import Conditions, TraceInfo
+from antiphon.traces.results import Conditions, Load, TraceInfo
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
@@ -60,6 +60,8 @@ class ReplayOptions:
     run_id: str = ""
     """Goes in front of every session id, so that two runs never share a session; "" = a random one."""
     json_path: Path | None = None
+    rounds_path: Path | None = None
+    """One JSON line for each round; the result file has none."""
     verify_log: Path | None = None
 
 
@@ -95,6 +97,15 @@ def choose_arrivals(options: ReplayOptions) -> Arrivals:
         return Arrivals(start, options.session_rate or 0.0, options.seed, max_live)
     except ValueError as error:
         raise ReplayError(str(error)) from error
+
+
+def offered_load(arrivals: Arrivals) -> Load:
+    """How the result names these arrivals."""
+    if arrivals.start is Start.POISSON:
+        return Load("session_rate", arrivals.rate_per_s, arrivals.rate_per_s)
+    if arrivals.start is Start.RECORDED:
+        return Load("as_recorded")
+    return Load("concurrency", arrivals.max_live)
 
 
 def choose_model(models: Sequence[Mapping[str, Any]], options: ReplayOptions) -> Mapping[str, Any]:

@@ -30,16 +30,18 @@ from antiphon.traces.plan import (
     choose_arrivals,
     choose_model,
     make_plan,
+    offered_load,
     wire_session_id,
 )  # fmt: skip
 from antiphon.traces.prompts import prompt_ids
 from antiphon.traces.results import (
-    ReplayResult,
     RoundRecord,
+    RunResult,
     VerifyRecord,
     add_receipts,
     summarise,
     write_result,
+    write_rounds,
 )  # fmt: skip
 from antiphon.traces.schema import SessionTrace, TraceError
 
@@ -59,7 +61,7 @@ async def replay(
     on_round: OnRound,
     on_plan: OnPlan | None = None,
     stop: asyncio.Event | None = None,
-) -> ReplayResult:
+) -> RunResult:
     """Run the trace against the gateway; the result has every round's record.
 
     `on_round` is called once per round, when it has ended either way. When `stop` is set, nothing more is
@@ -88,6 +90,7 @@ async def replay(
         records=run.records,
         wall_s=wall_s,
         interrupted=interrupted,
+        load=offered_load(arrivals),
     )
 
 
@@ -100,6 +103,8 @@ def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
     try:
         with ReplayDisplay(console) as display:
             result = asyncio.run(_interruptible(options, display))
+        if options.rounds_path is not None:
+            write_rounds(result.rounds, options.rounds_path)
         if options.json_path is not None:
             write_result(result, options.json_path)
     except (ReplayError, TraceError, OSError) as error:
@@ -113,7 +118,7 @@ def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
     return 0 if result.rounds_completed == result.rounds_total else 1
 
 
-async def _interruptible(options: ReplayOptions, display: ReplayDisplay) -> ReplayResult:
+async def _interruptible(options: ReplayOptions, display: ReplayDisplay) -> RunResult:
     """The first interrupt ends the sending and keeps the figures; a second one is Python's own."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -207,6 +212,8 @@ class _Run:
             round=index + 1,
             prompt_tokens=turn.prompt_tokens,
             kept_tokens=turn.kept_tokens,
+            tool=turn.tool,
+            gap_s=turn.gap_s if index else 0.0,
             slo_ttft_s=session.slo_ttft_s if self.options.slo_ttft_s is None else self.options.slo_ttft_s,
             slo_itl_s=session.slo_itl_s if self.options.slo_itl_s is None else self.options.slo_itl_s,
         )

@@ -1,162 +1,44 @@
-"""What a replay found: per-round records, the result file "antiphon.result/1".
+"""Adding up a run: percentiles, attainment, the result object. What a caller needs of the files is here too.
 
-Rates and shares are over completed rounds. Percentiles interpolate linearly between the two nearest ranks.
+Shares are of all rounds that were to be sent; times and sums are over completed rounds.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import msgspec
+from antiphon.traces.result_files import (
+    ResultError,
+    read_result,
+    read_rounds,
+    result_object,
+    write_result,
+    write_rounds,
+)
+from antiphon.traces.result_types import (
+    RESULT_SCHEMA,
+    ClusterInfo,
+    Conditions,
+    Distribution,
+    Load,
+    RoundRecord,
+    RunResult,
+    TraceInfo,
+    VerifyRecord,
+)
 
-RESULT_SCHEMA = "antiphon.result/1"
+__all__ = [
+    "RESULT_SCHEMA", "ClusterInfo", "Conditions", "Distribution", "Load", "ResultError", "RoundRecord",
+    "RunResult", "TraceInfo", "VerifyRecord", "add_receipts", "attainment", "distribution", "percentile",
+    "read_result", "read_rounds", "result_object", "summarise", "weighted_distribution", "write_result",
+    "write_rounds",
+]  # fmt: skip
 
-
-class RoundRecord(msgspec.Struct, kw_only=True):
-    """One round as the client saw it, and what its receipt adds. Filled in by the replay, then left alone."""
-
-    session: str
-    """Id in the trace; on the wire it carries the run's id in front."""
-    round: int
-    """1 for a session's first."""
-    prompt_tokens: int
-    kept_tokens: int
-    status: str = "failed"
-    """completed | failed"""
-    http_status: int = 0
-    """Of the last try; 0 = none came."""
-    message: str = ""
-    """Why the last try failed, or, of a completed round, why the one before did."""
-    tries: int = 0
-    request_id: str = ""
-    """X-Request-ID, as in the gateway's log."""
-    round_id: str = ""
-    """As in its receipt."""
-    session_round: int | None = None
-    """X-Session-Round: the gateway's own count."""
-    arm: str = ""
-    sent_s: float = 0.0
-    """From the beginning of the run; the last try."""
-    ttft_s: float | None = None
-    itl_s: float | None = None
-    e2e_s: float | None = None
-    output_tokens: int = 0
-    cached_tokens: int = 0
-    slo_ttft_s: float | None = None
-    slo_itl_s: float | None = None
-    receipt: bool = False
-    """Whether the fields below are known."""
-    bytes_decode_to_prefill: int = 0
-    bytes_prefill_to_decode: int = 0
-    pulled_tokens: int = 0
-    predicted_ttft_s: float | None = None
-    gateway_ttft_s: float | None = None
-    home: str | None = None
-    prefill_engine: str | None = None
-    reason: str = ""
-    degraded: bool = False
-
-    @property
-    def completed(self) -> bool:
-        return self.status == "completed"
-
-    @property
-    def attained(self) -> bool:
-        """Completed with TTFT and mean ITL within their targets; a single token's ITL is."""
-        ttft_ok = self.slo_ttft_s is None or (self.ttft_s is not None and self.ttft_s <= self.slo_ttft_s)
-        itl_ok = self.slo_itl_s is None or self.itl_s is None or self.itl_s <= self.slo_itl_s
-        return self.completed and ttft_ok and itl_ok
-
-
-class VerifyRecord(msgspec.Struct, frozen=True):
-    """A line of the verify log: the very ids of one completed round, in the order of completion."""
-
-    session: str
-    round: int
-    kept_tokens: int
-    prompt_ids: list[int]
-    output_ids: list[int]
-    arm: str = ""
-    round_id: str = ""
-
-
-class Distribution(msgspec.Struct, frozen=True):
-    count: int
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-
-class TraceInfo(msgspec.Struct, frozen=True):
-    path: str
-    sha256: str
-    sessions: int
-    rounds: int
-    """What was to be sent, after shaping."""
-    bad_lines: int
-    dropped_rounds: int
-    dropped_sessions: int
-    capped_gaps: int
-
-
-class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """Under what the figures came about."""
-
-    url: str
-    model: str
-    run_id: str
-    arrivals: str
-    concurrency: int | None
-    divide: int
-    max_gap_s: float
-    window_tokens: int | None
-    timeout_s: float
-    retries: int
-    started_at: str
-    """Wall clock, UTC, ISO 8601."""
-    commit: str | None
-    machine: dict[str, Any]
-
-
-class ReplayResult(msgspec.Struct, kw_only=True):
-    """The result file. Lengths in tokens, times in seconds."""
-
-    schema: str = RESULT_SCHEMA
-    trace: TraceInfo
-    policy: str | None
-    seed: int
-    slo: dict[str, float | None]
-    conditions: Conditions
-    interrupted: bool
-    sessions_completed: int
-    rounds_total: int
-    rounds_completed: int
-    rounds_failed: int
-    rounds_not_sent: int
-    rounds_retried: int
-    receipts_missing: int
-    """Completed rounds without a receipt: their bytes are not in the sums."""
-    arms: dict[str, int]
-    bytes_decode_to_prefill: int
-    bytes_prefill_to_decode: int
-    prompt_tokens_total: int
-    cached_tokens_total: int
-    output_tokens_total: int
-    ttft_s: Distribution | None
-    ttft_first_s: Distribution | None
-    ttft_later_s: Distribution | None
-    itl_s: Distribution | None
-    e2e_s: Distribution | None
-    attainment: dict[str, float] | None
-    """Share of rounds, and of sessions all of whose rounds attain, of all that were to be sent."""
-    wall_s: float
-    rounds: list[RoundRecord]
+# ---------------------------------------------------------------- adding up
 
 
 def summarise(
@@ -169,49 +51,157 @@ def summarise(
     session_rounds: Mapping[str, int],
     records: Sequence[RoundRecord],
     wall_s: float,
-    interrupted: bool,
-) -> ReplayResult:
-    """Adds up `records`; `session_rounds` says how many rounds each session was to have."""
-    done = [record for record in records if record.completed]
+    interrupted: bool = False,
+    kind: Literal["replay", "simulation"] = "replay",
+    cluster: ClusterInfo | None = None,
+    ordering: str | None = None,
+    load: Load | None = None,
+    attainable: float | None = None,
+    token_gap_s: Distribution | None = None,
+    prefill_tokens_computed: int | None = None,
+    prefill_tokens_reused: int | None = None,
+    gpu_seconds: float | None = None,
+    cost_per_1k_rounds: float | None = None,
+    simulated_s: float | None = None,
+) -> RunResult:
+    """Adds up `records` in one pass; `session_rounds` says how many rounds each session was to have.
+
+    `attainable` is taken from the records' `unloaded_ttft_s` if it is not given; the two prefill figures
+    from prompt and cached tokens.
+    """
+    sums = _Sums()
+    sums.add(records)
     total = sum(session_rounds.values())
-    per_session = Counter(record.session for record in done)
-    with_slo = any(r.slo_ttft_s is not None or r.slo_itl_s is not None for r in records)
-    return ReplayResult(
+    if attainable is None and sums.unloaded_known:
+        attainable = sums.attainable / max(1, total)
+    if prefill_tokens_computed is None:
+        prefill_tokens_computed = sums.prompt_tokens - sums.cached_tokens
+    if prefill_tokens_reused is None:
+        prefill_tokens_reused = sums.cached_tokens
+    return RunResult(
+        kind=kind,
         trace=trace,
+        cluster=cluster,
         policy=policy,
+        ordering=ordering,
         seed=seed,
         slo=dict(slo),
+        load=load,
         conditions=conditions,
         interrupted=interrupted,
-        sessions_completed=sum(per_session[name] == count for name, count in session_rounds.items()),
         rounds_total=total,
-        rounds_completed=len(done),
-        rounds_failed=len(records) - len(done),
         rounds_not_sent=total - len(records),
-        rounds_retried=sum(record.tries > 1 for record in records),
-        receipts_missing=sum(not record.receipt for record in done),
-        arms=dict(Counter(record.arm or "unknown" for record in done)),
-        bytes_decode_to_prefill=sum(record.bytes_decode_to_prefill for record in done),
-        bytes_prefill_to_decode=sum(record.bytes_prefill_to_decode for record in done),
-        prompt_tokens_total=sum(record.prompt_tokens for record in done),
-        cached_tokens_total=sum(record.cached_tokens for record in done),
-        output_tokens_total=sum(record.output_tokens for record in done),
-        ttft_s=distribution(record.ttft_s for record in done),
-        ttft_first_s=distribution(record.ttft_s for record in done if record.round == 1),
-        ttft_later_s=distribution(record.ttft_s for record in done if record.round > 1),
-        itl_s=distribution(record.itl_s for record in done),
-        e2e_s=distribution(record.e2e_s for record in done),
-        attainment=attainment(records, session_rounds) if with_slo else None,
+        attainable=attainable,
+        token_gap_s=token_gap_s,
+        prefill_tokens_computed=prefill_tokens_computed,
+        prefill_tokens_reused=prefill_tokens_reused,
+        gpu_seconds=gpu_seconds,
+        cost_per_1k_rounds=cost_per_1k_rounds,
+        simulated_s=simulated_s,
         wall_s=wall_s,
         rounds=list(records),
+        **sums.figures(session_rounds, len(records)),
     )
 
 
+@dataclass(slots=True)
+class _Sums:
+    """What one pass over the records collects."""
+
+    ttft_first_s: list[float] = field(default_factory=list)
+    ttft_later_s: list[float] = field(default_factory=list)
+    itl_s: list[float] = field(default_factory=list)
+    e2e_s: list[float] = field(default_factory=list)
+    done: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """By session, as the next."""
+    attained: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    arms: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    with_slo: bool = False
+    refused: int = 0
+    retried: int = 0
+    receipts: int = 0
+    unloaded_known: int = 0
+    attainable: int = 0
+    bytes_decode_to_prefill: int = 0
+    bytes_prefill_to_decode: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+    def add(self, records: Iterable[RoundRecord]) -> None:
+        for record in records:
+            self.retried += record.tries > 1
+            unloaded_s, target_s = record.unloaded_ttft_s, record.slo_ttft_s
+            if target_s is not None or record.slo_itl_s is not None:
+                self.with_slo = True
+            if unloaded_s is not None:
+                self.unloaded_known += 1
+                self.attainable += target_s is None or unloaded_s <= target_s
+            if record.status == "completed":
+                self._add_completed(record)
+            elif record.status == "refused":
+                self.refused += 1
+
+    def _add_completed(self, record: RoundRecord) -> None:
+        self.done[record.session] += 1
+        self.arms[record.arm or "unknown"] += 1
+        if record.attained:
+            self.attained[record.session] += 1
+        self.receipts += record.receipt
+        self.bytes_decode_to_prefill += record.bytes_decode_to_prefill
+        self.bytes_prefill_to_decode += record.bytes_prefill_to_decode
+        self.prompt_tokens += record.prompt_tokens
+        self.cached_tokens += record.cached_tokens
+        self.output_tokens += record.output_tokens
+        if record.ttft_s is not None:
+            (self.ttft_first_s if record.round == 1 else self.ttft_later_s).append(record.ttft_s)
+        if record.itl_s is not None:
+            self.itl_s.append(record.itl_s)
+        if record.e2e_s is not None:
+            self.e2e_s.append(record.e2e_s)
+
+    def figures(self, session_rounds: Mapping[str, int], records: int) -> dict[str, Any]:
+        """Fields of `RunResult`, by name."""
+        completed = sum(self.done.values())
+        done = self.done
+        return {
+            "sessions_completed": sum(done.get(name, 0) == count for name, count in session_rounds.items()),
+            "rounds_completed": completed,
+            "rounds_refused": self.refused,
+            "rounds_failed": records - completed - self.refused,
+            "rounds_retried": self.retried,
+            "receipts_missing": completed - self.receipts,
+            "attainment": _shares(self.attained, session_rounds) if self.with_slo else None,
+            "ttft_s": distribution(self.ttft_first_s + self.ttft_later_s),
+            "ttft_first_s": distribution(self.ttft_first_s),
+            "ttft_later_s": distribution(self.ttft_later_s),
+            "itl_s": distribution(self.itl_s),
+            "e2e_s": distribution(self.e2e_s),
+            "arms": dict(self.arms),
+            "bytes_moved": self.bytes_decode_to_prefill + self.bytes_prefill_to_decode,
+            "bytes_decode_to_prefill": self.bytes_decode_to_prefill,
+            "bytes_prefill_to_decode": self.bytes_prefill_to_decode,
+            "prompt_tokens_total": self.prompt_tokens,
+            "cached_tokens_total": self.cached_tokens,
+            "output_tokens_total": self.output_tokens,
+        }
+
+
 def attainment(records: Iterable[RoundRecord], session_rounds: Mapping[str, int]) -> dict[str, float]:
-    attained = Counter(record.session for record in records if record.attained)
+    """Shares of the rounds that were to be sent, and of the sessions all of whose rounds attain."""
+    attained: dict[str, int] = defaultdict(int)
+    for record in records:
+        attained[record.session] += record.attained
+    return _shares(attained, session_rounds)
+
+
+def _shares(attained: Mapping[str, int], session_rounds: Mapping[str, int]) -> dict[str, float]:
     rounds, sessions = sum(session_rounds.values()), len(session_rounds)
-    whole = sum(attained[name] == count for name, count in session_rounds.items())
-    return {"rounds": attained.total() / max(1, rounds), "sessions": whole / max(1, sessions)}
+    whole = sum(attained.get(name, 0) == count for name, count in session_rounds.items())
+    return {"rounds": sum(attained.values()) / max(1, rounds), "sessions": whole / max(1, sessions)}
+
+
+# ---------------------------------------------------------------- distributions
 
 
 def distribution(values: Iterable[float | None]) -> Distribution | None:
@@ -231,6 +221,35 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
+def weighted_distribution(runs: Iterable[tuple[float, int]]) -> Distribution | None:
+    """As `distribution` of the list in which each value stands as often as its weight says."""
+    weights: dict[float, int] = defaultdict(int)
+    for value, weight in runs:
+        weights[value] += weight
+    known = sorted(item for item in weights.items() if item[1] > 0)
+    if not known:
+        return None
+    count = sum(weight for _, weight in known)
+    p50, p90, p99 = (_weighted_percentile(known, count, share) for share in (0.5, 0.9, 0.99))
+    mean = math.fsum(value * weight for value, weight in known) / count
+    return Distribution(count, mean, p50, p90, p99)
+
+
+def _weighted_percentile(known: Sequence[tuple[float, int]], count: int, share: float) -> float:
+    rank = share * (count - 1)
+    low = math.floor(rank)
+    end = 0
+    for index, (value, weight) in enumerate(known):
+        end += weight
+        if low < end:
+            after = value if low + 1 < end or index + 1 == len(known) else known[index + 1][0]
+            return value + (after - value) * (rank - low)
+    raise AssertionError("a rank lies inside the list")
+
+
+# ---------------------------------------------------------------- receipts
+
+
 def add_receipts(records: Iterable[RoundRecord], receipts: Iterable[Mapping[str, Any]]) -> None:
     """Fill each record from the receipt of its round id."""
     by_id = {receipt.get("round_id"): receipt for receipt in receipts}
@@ -244,14 +263,8 @@ def add_receipts(records: Iterable[RoundRecord], receipts: Iterable[Mapping[str,
         record.pulled_tokens = receipt.get("pulled_tokens") or 0
         record.predicted_ttft_s = receipt.get("predicted_ttft_s")
         record.gateway_ttft_s = receipt.get("ttft_s")
+        record.queue_s, record.pull_s = receipt.get("queue_s"), receipt.get("pull_s")
+        record.prefill_s, record.push_s = receipt.get("prefill_s"), receipt.get("push_s")
         record.home, record.prefill_engine = receipt.get("home"), receipt.get("prefill_engine")
         record.reason = receipt.get("reason") or ""
         record.degraded = bool(receipt.get("degraded"))
-
-
-def write_result(result: ReplayResult, path: Path) -> None:
-    """Whole or not at all: written beside and renamed. Raises `OSError`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    beside.replace(path)

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 SCHEMA = "antiphon.trace/1"
+RECORDED_ROUND_SCHEMA = "antiphon.round/1"
 MAX_TOKENS = 100_000_000
 """No real round comes near; a larger number is a broken file, not a workload."""
 
@@ -48,12 +49,41 @@ class SessionTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     start_s: Seconds | None = None
     """Recorded start, where the source has one."""
     parent: str | None = None
+    after_round: Annotated[int, Meta(ge=0)] = 0
+    """With a parent in the same trace: starts when that round of the parent has ended (0 = with its first)."""
     shared_prefix: str = ""
     """Sessions with the same id share their first `shared_tokens` tokens."""
     shared_tokens: Tokens = 0
     slo_ttft_s: Seconds | None = None
     slo_itl_s: Seconds | None = None
     schema: str = SCHEMA
+
+
+class RecordedRound(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One round as `antiphon serve --record` writes it down: lengths and times, no content."""
+
+    schema: str
+    session: str
+    round: int
+    """The gateway's count, 1 for a session's first."""
+    round_id: str
+    """As in its receipt."""
+    arrived_s: float
+    """Unix time, as `ended_s`."""
+    ended_s: float
+    prompt_tokens: SomeTokens
+    output_tokens: Tokens
+    kept_tokens: Tokens | None = None
+    """Prefix shared with the session's previous prompt and output; None = its recorder did not see that."""
+    outcome: str = "completed"
+    tool: str = ""
+    parent: str | None = None
+    """The session that it is a fork of."""
+    shared_with: str | None = None
+    """A session whose first prompt began with the same `shared_tokens` tokens."""
+    shared_tokens: Tokens = 0
+    slo_ttft_s: Seconds | None = None
+    slo_itl_s: Seconds | None = None
 
 
 def session_fault(session: SessionTrace) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -33,24 +33,37 @@ class Shaped:
     """Whose first round did not fit already; their rounds are in `dropped_rounds`."""
 
 
+@dataclass(slots=True)
+class LeftOut:
+    """What `shape_each` has taken away so far; fields as in `Shaped`."""
+
+    capped_gaps: int = 0
+    dropped_rounds: int = 0
+    dropped_sessions: int = 0
+
+
 def shape(sessions: Iterable[SessionTrace], how: Shape) -> Shaped:
     """The first sessions, scaled, capped and fitted; reads no more sessions than it needs."""
-    kept: list[SessionTrace] = []
-    capped = dropped_rounds = dropped_sessions = 0
+    left_out = LeftOut()
+    kept = tuple(shape_each(sessions, how, left_out))
+    return Shaped(kept, left_out.capped_gaps, left_out.dropped_rounds, left_out.dropped_sessions)
+
+
+def shape_each(sessions: Iterable[SessionTrace], how: Shape, left_out: LeftOut) -> Iterator[SessionTrace]:
+    """The same as a stream: one session in memory; what is taken away is counted on the way."""
     for whole in itertools.islice(sessions, how.max_sessions):
         session = scale(whole, how.divisor)
         if how.max_gap_s is not None:
-            capped += sum(turn.gap_s > how.max_gap_s for turn in session.rounds)
+            left_out.capped_gaps += sum(turn.gap_s > how.max_gap_s for turn in session.rounds)
             session = cap_gaps(session, how.max_gap_s)
         if how.window_tokens is not None:
             fitted = fit_window(session, how.window_tokens)
-            dropped_rounds += len(session.rounds) - len(fitted.rounds)
+            left_out.dropped_rounds += len(session.rounds) - len(fitted.rounds)
             session = fitted
         if session.rounds:
-            kept.append(session)
+            yield session
         else:
-            dropped_sessions += 1
-    return Shaped(tuple(kept), capped, dropped_rounds, dropped_sessions)
+            left_out.dropped_sessions += 1
 
 
 def scale(session: SessionTrace, divisor: int) -> SessionTrace:

@@ -1,0 +1,376 @@
+"""A tier of KV in simulated time: device pool or page store, as a tree of branches instead of pages.
+
+Per branch a tier keeps one number: how deep it is held. A branch that is held beyond its fork implies that
+its parent is held up to that fork, so only leaves are evicted, tail pages first, least recently used first.
+Nothing here costs time per page: matching, locking and evicting walk branches.
+
+Use is marked at the tip only, so marking costs the same at any depth. What lies below a marked page cannot go
+before it, and when the page went, whatever else is left was used later: so what was below it is next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heappop, heappush, heapreplace
+
+from antiphon.engines.chains import Branch, Chain
+
+
+class Held:
+    """What a tier holds of one branch: its pages `fork` to `held` (absolute depths)."""
+
+    __slots__ = ("branch", "fork", "held", "kids", "locked", "locks", "older", "parent", "queued", "used")
+
+    def __init__(self, branch: Branch, parent: Held | None) -> None:
+        self.branch = branch
+        self.parent = parent
+        self.fork = branch.fork_pages
+        self.held = self.locked = self.fork
+        self.locks: dict[int, int] = {}
+        """Depth -> locks up to there. A branch with any lock holds one on its parent, up to the fork."""
+        self.kids: dict[int, int] = {}
+        """Fork -> held branches that fork off there."""
+        self.used = 0
+        """When its pages were last used, from the fork on up to the first of `older`."""
+        self.older: list[tuple[int, int]] | None = None
+        """(depth, last use) of deeper pages, used longer ago the deeper they are."""
+        self.queued = False
+        """It has an entry in the eviction heap."""
+
+    def __lt__(self, other: Held) -> bool:
+        return self.branch.number < other.branch.number
+
+    def mark(self, depth: int, use: int) -> None:
+        """The pages up to `depth` were used just now, those behind it were not."""
+        older = [(0, self.used), *(self.older or ())]
+        above = [its_use for start, its_use in older if start <= depth][-1]
+        self.older = [(depth, above), *(entry for entry in older if entry[0] > depth)]
+        self.used = use
+
+
+class Tier:
+    """`capacity_pages` pages: branches, and private pages of requests that no branch holds yet."""
+
+    __slots__ = ("_heap", "_records", "_uses", "capacity_pages", "evicted_pages", "locked_pages",
+                 "private_pages", "tree_pages")  # fmt: skip
+
+    def __init__(self, capacity_pages: int) -> None:
+        self.capacity_pages = capacity_pages
+        self.tree_pages = 0
+        """Of all branches."""
+        self.locked_pages = 0
+        """Of them, those that cannot be evicted."""
+        self.private_pages = 0
+        self.evicted_pages = 0
+        """Since the start."""
+        self._records: dict[Branch, Held] = {}
+        self._heap: list[tuple[int, Held]] = []
+        """(last use of its deepest pages when queued, branch); checked when popped."""
+        self._uses = 0
+
+    @property
+    def used_pages(self) -> int:
+        """Not evictable: locked, or private."""
+        return self.private_pages + self.locked_pages
+
+    @property
+    def available_pages(self) -> int:
+        """Free or evictable."""
+        return self.capacity_pages - self.private_pages - self.locked_pages
+
+    # ------------------------------------------------------------ questions
+
+    def match(self, chain: Chain) -> int:
+        """How many pages of the chain, from the first on, are held."""
+        return self.find(chain.branch, chain.pages)[1]
+
+    def find(self, branch: Branch, pages: int) -> tuple[Held | None, int]:
+        """The deepest held branch on the way to the first `pages` pages, and how many of them are held."""
+        records = self._records
+        at: Branch | None = branch
+        while at is not None:
+            fork = at.fork_pages
+            if pages > fork:
+                record = records.get(at)
+                if record is not None:
+                    held = record.held
+                    return record, pages if pages < held else held
+                pages = fork
+            at = at.parent
+        return None, 0
+
+    # ------------------------------------------------------------ use
+
+    def touch(self, chain: Chain) -> int:
+        """Mark the chain as just used; returns its pages, or 0 (and marks nothing) if it is not all held."""
+        record, depth = self.find(chain.branch, chain.pages)
+        if record is None or depth < chain.pages:
+            return 0
+        self.mark(record, depth)
+        return depth
+
+    def mark(self, record: Held, depth: int) -> None:
+        """All pages up to `depth` of a held branch were used just now."""
+        self._uses = use = self._uses + 1
+        if depth >= record.held:
+            record.used = use
+            record.older = None
+        else:
+            record.mark(depth, use)
+
+    def lock(self, record: Held, depth: int) -> None:
+        """Protect the first `depth` pages along a branch (beyond its fork, and held) from eviction."""
+        at: Held | None = record
+        while at is not None:
+            locks = at.locks
+            count = locks.get(depth, 0)
+            alone = not locks
+            locks[depth] = count + 1
+            if depth > at.locked:
+                self.locked_pages += depth - at.locked
+                at.locked = depth
+            if not alone:
+                return
+            depth = at.fork
+            at = at.parent
+
+    def unlock(self, record: Held, depth: int) -> None:
+        """Undo one `lock`. Its pages count as used just now."""
+        self._uses = use = self._uses + 1
+        if depth < record.held:
+            record.mark(depth, use)
+        else:
+            record.used = use
+            record.older = None
+        self._drop_lock(record, depth)
+        if not record.queued and record.held > record.locked:
+            self._queue(record)
+
+    def _drop_lock(self, record: Held, depth: int) -> None:
+        at: Held | None = record
+        while at is not None:
+            locks = at.locks
+            count = locks[depth]
+            if count > 1:
+                locks[depth] = count - 1
+                return
+            del locks[depth]
+            if locks:
+                if depth == at.locked:
+                    at.locked = max(locks)
+                    self.locked_pages -= depth - at.locked
+                return
+            self.locked_pages -= depth - at.fork
+            depth = at.locked = at.fork
+            at = at.parent
+
+    # ------------------------------------------------------------ filling
+
+    def take(self, pages: int) -> bool:
+        """Get private pages, evicting as needed; False, changing nothing, if there are too few."""
+        free = self.capacity_pages - self.private_pages - self.tree_pages
+        if pages > free:
+            if pages > self.capacity_pages - self.private_pages - self.locked_pages:
+                return False
+            self.evict(pages - free)
+        self.private_pages += pages
+        return True
+
+    def give_back(self, pages: int) -> None:
+        if pages > self.private_pages:
+            raise ValueError(f"{pages} pages given back, {self.private_pages} are out")
+        self.private_pages -= pages
+
+    def adopt(self, old: Held | None, old_depth: int, branch: Branch, pages: int) -> tuple[Held, int]:
+        """Private pages join the tree; the lock on (old, old_depth) moves to the first `pages` of `branch`.
+
+        Returns the branch that is locked now and how deep the chain was held before: a page that another
+        request put there meanwhile stays, and the second copy is freed.
+        """
+        self.private_pages -= pages - old_depth
+        if old is not None and old.branch is branch:
+            before = old.held
+            if pages > before:
+                self.tree_pages += pages - before
+                old.held = pages
+            else:
+                before = pages
+            locks = old.locks
+            count = locks[old_depth]
+            if count > 1:
+                locks[old_depth] = count - 1
+            else:
+                del locks[old_depth]
+            locks[pages] = locks.get(pages, 0) + 1
+            if pages > old.locked:
+                self.locked_pages += pages - old.locked
+                old.locked = pages
+            return old, before
+        before = self.find(branch, pages)[1]
+        record = self._grow(branch, pages)
+        self.lock(record, pages)
+        if old is not None:
+            self._drop_lock(old, old_depth)
+        return record, before
+
+    def extend(self, branch: Branch, pages: int, from_pages: int) -> int:
+        """Hold the first `pages` of `branch`, of which `from_pages` are here already, or as many as fit.
+
+        Makes room by evicting other branches. Returns how many are held; 0, changing nothing, if the pages
+        before `from_pages` are not all here: what follows a missing page could never be found.
+        """
+        record, held = self.find(branch, pages)
+        if held >= pages or held < from_pages:
+            return held if held >= from_pages else 0
+        short = pages - held - (self.capacity_pages - self.private_pages - self.tree_pages)
+        if short > 0:
+            pages -= short - self._evict_others(record, held, short)
+            if pages <= held:
+                return held
+        if record is None or record.branch is not branch:
+            record = self._grow(branch, pages)
+        else:
+            self.tree_pages += pages - held
+            record.held = pages
+        self._uses = record.used = self._uses + 1
+        record.older = None
+        if not record.queued:
+            self._queue(record)
+        return pages
+
+    def _evict_others(self, record: Held | None, held: int, pages: int) -> int:
+        """Evict, but nothing of the chain that ends `held` pages deep in `record`."""
+        if record is None:
+            return self.evict(pages)
+        if pages <= self.tree_pages - self.locked_pages - held:
+            self.mark(record, held)  # last in line, and the others are enough
+            return self.evict(pages)
+        self.lock(record, held)
+        evicted = self.evict(pages)
+        self.unlock(record, held)
+        return evicted
+
+    def _grow(self, branch: Branch, pages: int) -> Held:
+        """The record of the branch that ends `pages` deep, held that deep, and so are its parents."""
+        records = self._records
+        missing = []
+        depth = pages
+        at = branch
+        while True:
+            while depth <= at.fork_pages and at.parent is not None:
+                at = at.parent
+            record = records.get(at)
+            if record is not None:
+                break
+            missing.append((at, depth))
+            if at.parent is None:
+                break
+            depth = at.fork_pages
+        if record is not None and record.held < depth:
+            self.tree_pages += depth - record.held
+            record.held = depth
+        for at, depth in reversed(missing):
+            if record is not None:
+                record.kids[at.fork_pages] = record.kids.get(at.fork_pages, 0) + 1
+            record = records[at] = Held(at, record)
+            self.tree_pages += depth - record.fork
+            record.held = depth
+        assert record is not None
+        return record
+
+    # ------------------------------------------------------------ eviction
+
+    def evict(self, pages: int) -> int:
+        """Drop up to `pages` pages, least recently used first, tail first; returns how many there were."""
+        heap = self._heap
+        if heap:
+            queued_use, record = heap[0]
+            if (
+                record.held - record.locked > pages
+                and record.used == queued_use
+                and not (record.older or record.kids)
+            ):  # by far the most frequent case
+                record.held -= pages
+                self.tree_pages -= pages
+                self.evicted_pages += pages
+                return pages
+        left = pages
+        while left > 0 and heap:
+            queued_use, record = heap[0]
+            floor = record.locked
+            if record.kids:
+                floor = max(floor, max(record.kids))
+            if record.held <= floor:
+                heappop(heap)  # it comes back when its lock or its last kid goes
+                record.queued = False
+                continue
+            older = record.older
+            start, use = older[-1] if older else (record.fork, record.used)
+            if use > queued_use:
+                heapreplace(heap, (use, record))
+                continue
+            dropped = record.held - (start if start > floor else floor)
+            if dropped > left:
+                dropped = left
+            left -= dropped
+            record.held -= dropped
+            self.tree_pages -= dropped
+            if older and record.held == start:
+                older.pop()
+            if record.held == record.fork:
+                heappop(heap)
+                self._remove(record)
+        self.evicted_pages += pages - left
+        return pages - left
+
+    def _queue(self, record: Held) -> None:
+        record.queued = True
+        older = record.older
+        heappush(self._heap, (older[-1][1] if older else record.used, record))
+
+    def _remove(self, record: Held) -> None:
+        """Nothing is left of a branch: its parent may be a leaf now."""
+        del self._records[record.branch]
+        parent = record.parent
+        if parent is None:
+            return
+        count = parent.kids[record.fork] - 1
+        if count:
+            parent.kids[record.fork] = count
+            return
+        del parent.kids[record.fork]
+        if not parent.queued and parent.held > parent.locked:
+            self._queue(parent)
+
+    # ------------------------------------------------------------ checks
+
+    def held(self) -> Iterator[tuple[Branch, int]]:
+        """Every branch of which something is held, and how deep."""
+        return ((branch, record.held) for branch, record in self._records.items())
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if the books contradict themselves. For tests."""
+        tree = locked = 0
+        queued = [record for _, record in self._heap]
+        assert len(set(map(id, queued))) == len(queued), "a branch is queued twice"
+        kids: dict[Held, dict[int, int]] = {}
+        for branch, record in self._records.items():
+            assert record.branch is branch and record.fork < record.held
+            assert record.fork <= record.locked <= record.held
+            assert record.locked == max(record.locks, default=record.fork)
+            parent = record.parent
+            assert (parent is None) == (branch.parent is None)
+            if parent is not None:
+                assert self._records[parent.branch] is parent and parent.held >= record.fork
+                assert not record.locks or record.fork in parent.locks, "locked without its parent"
+                counts = kids.setdefault(parent, {})
+                counts[record.fork] = counts.get(record.fork, 0) + 1
+            tree += record.held - record.fork
+            locked += record.locked - record.fork
+        for record in self._records.values():
+            assert record.kids == kids.get(record, {}), "kids"
+            assert record.queued == any(record is other for other in queued), "queue marks"
+            floor = max(record.locked, max(record.kids, default=0))
+            assert record.queued or record.held <= floor, "a leaf that cannot be evicted"
+        assert tree == self.tree_pages and locked == self.locked_pages, "page counts"
+        assert self.private_pages >= 0 and self.private_pages + tree <= self.capacity_pages

@@ -1,0 +1,125 @@
+"""The commands that evaluate: simulate, sweep, report, counterfactual, calibrate. Imports inside, as cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from antiphon.scheduler.errors import UserError
+
+Trace = Annotated[Path, typer.Argument(help="A file, a folder, or a .tar, .gz or .xz of them.")]
+SloTtft = Annotated[float | None, typer.Option("--slo-ttft", help="TTFT target in seconds, for all rounds.")]
+SloItl = Annotated[float | None, typer.Option("--slo-itl", help="ITL target in seconds, for all rounds.")]
+MaxGap = Annotated[float, typer.Option("--max-gap", help="Cap of the recorded gaps, in seconds.")]
+SkipBad = Annotated[bool, typer.Option(help="Leave out lines that cannot be read, and count them.")]
+ShareSystem = Annotated[bool, typer.Option(help="Weka: sessions share tools and system prompt.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the `antiphon` app."""
+    for command in (simulate, sweep, report):
+        app.command()(command)
+
+
+def simulate(
+    trace: Trace,
+    cluster: Annotated[str, typer.Option(help="A TOML file or a bundled name (2p2d-qwen3-32b-h200, ...).")],
+    policy: Annotated[str, typer.Option(help="local, remote, ampd, ...")],
+    ordering: Annotated[str, typer.Option(help="Of the prefill queues.")] = "fcfs",
+    session_rate: Annotated[float | None, typer.Option(help="Poisson session starts per second.")] = None,
+    load: Annotated[float | None, typer.Option(help="Share of the fleet's time; default 0.7.")] = None,
+    as_recorded: Annotated[bool, typer.Option("--as-recorded", help="Sessions start as recorded.")] = False,
+    concurrency: Annotated[int | None, typer.Option(help="Most live sessions.")] = None,
+    max_gap_s: MaxGap = 60.0,
+    max_sessions: Annotated[int | None, typer.Option(help="Only the first so many sessions.")] = None,
+    divide: Annotated[int, typer.Option(help="Divide all lengths by this.")] = 1,
+    slo_ttft_s: SloTtft = None,
+    slo_itl_s: SloItl = None,
+    seed: int = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
+    rounds_path: Annotated[Path | None, typer.Option("--rounds", help="Write every round there.")] = None,
+    share_system: ShareSystem = False,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Run a trace through the production scheduler on simulated engines."""
+    from rich.console import Console
+
+    from antiphon.eval.simulate import SimulateOptions, prepare, run_simulation
+    from antiphon.traces.display import result_table
+
+    options = SimulateOptions(
+        trace=trace,
+        cluster=cluster,
+        policy=policy,
+        ordering=ordering,
+        session_rate=session_rate,
+        load=load,
+        as_recorded=as_recorded,
+        concurrency=concurrency,
+        max_gap_s=max_gap_s,
+        max_sessions=max_sessions,
+        divide=divide,
+        slo_ttft_s=slo_ttft_s,
+        slo_itl_s=slo_itl_s,
+        seed=seed,
+        json_path=json_path,
+        rounds_path=rounds_path,
+        share_system=share_system,
+        skip_bad=skip_bad,
+    )
+    console = Console(stderr=True)
+    with _user_errors("simulate"):
+        prepared = prepare(options)
+        for line in (prepared.describe(), *prepared.bad_lines):
+            console.print(line, markup=False, highlight=False)
+        result = run_simulation(options, prepared)
+    console.print(result_table(result))
+    for name, path in (("result", json_path), ("rounds", rounds_path)):
+        if path is not None:
+            console.print(f"{name}: {path}", markup=False, highlight=False)
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="TOML: traces, clusters, policies, orderings, loads, seeds.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; what is there already is not run again.")],
+    processes: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 2,
+) -> None:
+    """Run a grid of simulations, resumably. Exit status 1 if a cell failed."""
+    from antiphon.eval.sweep import run_sweep
+
+    with _user_errors("sweep"):
+        status = run_sweep(spec, out, processes)
+    raise typer.Exit(status)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="Folder with result files (and rounds files).")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in that folder.")] = None,
+) -> None:
+    """Make one HTML page, and its plots, of all results in a folder."""
+    from antiphon.eval.report import run_report
+
+    with _user_errors("report"):
+        status = run_report(directory, out or directory / "report.html")
+    raise typer.Exit(status)
+
+
+class _user_errors:  # noqa: N801
+    """What a user's input causes ends the command with one line; anything else is a bug and shows."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from antiphon.engines.cluster import ClusterError
+        from antiphon.eval.simulation_plan import SimulationError
+        from antiphon.traces.results import ResultError
+        from antiphon.traces.schema import TraceError
+
+        if isinstance(error, (SimulationError, ClusterError, TraceError, ResultError, OSError)):
+            raise UserError(f"antiphon {self._command}: {error}") from error

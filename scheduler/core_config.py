@@ -1,0 +1,23 @@
+"""What the core can be told: its own knobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """The core's own knobs; seconds and counts."""
+
+    max_tries: int = 3
+    prefill_in_flight: int = 2
+    """Rounds that pull or prefill on one engine at once, per replica."""
+    first_token_deadline_s: float = 120.0
+    """A round without a token by then is refused."""
+    transfer_floor_s: float = 0.5
+    """Every transfer may take this long; a predicted longer one takes four times its prediction."""
+    retry_after_s: float = 1.0
+    session_ttl_s: float = 3600.0
+    max_sessions: int = 100_000
+    publish: bool = True
+    """Whether anybody else counts our reservations: without, no `Reserved` is commanded."""
