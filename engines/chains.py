@@ -23,10 +23,10 @@ class Branch:
         # A fork at or below the parent's own fork has nothing of the parent: it hangs on what is below.
         while parent is not None and fork_pages <= parent.fork_pages:
             parent = parent.parent
-        self.number = number
+        self.number: int = number
         """Unique in a simulation: ties and names, never content."""
-        self.parent = parent
-        self.fork_pages = fork_pages if parent is not None else 0
+        self.parent: Branch | None = parent
+        self.fork_pages: int = fork_pages if parent is not None else 0
 
     def __repr__(self) -> str:
         return f"Branch({self.number})"

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from antiphon.scheduler import cli_evaluation
 from antiphon.scheduler.cli_trace import app as trace_app
 from antiphon.scheduler.errors import UserError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(trace_app)
+cli_evaluation.register(app)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 

@@ -213,7 +213,7 @@ class Fleet:
             self._expires_s = min((book.view_expires_s for book in books.values()), default=now)
         elif self._stale:
             fresh = {engine_id: books[engine_id].view(now) for engine_id in self._stale}
-            self._views = MappingProxyType(self._views | fresh)
+            self._views = MappingProxyType({**self._views, **fresh})
             self._expires_s = min(self._expires_s, *(books[e].view_expires_s for e in fresh))
         self._stale.clear()
         return self._views

@@ -136,7 +136,8 @@ class Simulation:
     ) -> None:
         """Every session to its end. `starts` in order of time, read one by one; `children` by parent."""
         for number, event in enumerate(self.cluster.events):
-            heappush(self._heap, (event.at_s, FLEET, number, partial(self._fleet_event, event)))
+            act: Callable[[], None] = partial(self._fleet_event, event)
+            heappush(self._heap, (event.at_s, FLEET, number, act))
         self.clients.feed(starts, children or {})
         heap, clients = self._heap, self.clients
         while clients.open:

@@ -1,4 +1,4 @@
-"""Weka documents: main thread and sub-agents, what a request kept, and the real files against their digest."""
+"""Weka documents: main thread and sub-agents, what was kept, and the real files against their digest."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_rounds_take_lengths_gaps_and_tools() -> None:
     ],
 )
 def test_kept_is_the_shared_prefix_of_the_hashes(ids: list[int], prompt: int, kept: int) -> None:
-    """Kept is counted in shared leading blocks, and goes on into the answer where the whole prompt is kept."""
+    """Kept is counted in shared leading blocks, and in the answer where the whole prompt is kept."""
     (session,) = sessions(document(call(0, 200, 40, [1, 2, 3]), call(9, prompt, 5, ids)))
     assert session.rounds[1].kept_tokens == kept
 
@@ -105,7 +105,13 @@ def test_a_system_prompt_is_shared_only_if_asked_for() -> None:
     """Threads of equal tool and system lengths get one prefix id, no longer than the first prompt."""
     raw = document(
         call(0.0, 200, 30, [1, 2, 3]),
-        {"type": "subagent", "t": 1.0, "tool_tokens": 100, "system_tokens": 50, "requests": [call(0, 90, 1, [7])]},
+        {
+            "type": "subagent",
+            "t": 1.0,
+            "tool_tokens": 100,
+            "system_tokens": 50,
+            "requests": [call(0, 90, 1, [7])],
+        },
         {"type": "subagent", "t": 1.0, "requests": [call(0, 90, 1, [8])]},
         tool_tokens=100,
         system_tokens=50,

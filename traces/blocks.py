@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+
+_LOW_64_BITS = 2**64 - 1
+
+
+def compact(ids: Iterable[int]) -> array[int]:
+    """The ids in 8 bytes each, for rows that must be held; of larger ones the low 64 bits."""
+    return array("Q", [each & _LOW_64_BITS for each in ids])
 
 
 def shared_tokens(before: Sequence[int], after: Sequence[int], block_tokens: int) -> int:

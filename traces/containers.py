@@ -1,4 +1,4 @@
-"""What a trace lies in: a file, a folder or a tar archive, plain, gzipped or xz; told by content, not by name.
+"""What a trace lies in: a file, a folder or a tar archive, plain, gzipped or xz: told by content.
 
 Archives are looked into one level deep: in a folder they are, in another archive they are not. Nothing of an
 archive is ever written under its own name; a compressed one is unpacked into an unnamed file to be sorted.
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     """For people: the path, of an archive `path:member`."""
     source: Path
     """The file on disk that it lies in."""
-    file: IO[bytes]
+    file: BufferedReader
     alone: bool
     """The user named this very file: it has to be a trace."""
 

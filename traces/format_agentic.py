@@ -6,27 +6,27 @@ it among its `branches`, or is of another `session_id`; then it begins a session
 class. What is lost or not said:
 - Of several waits the request continues one: the last of its own `session_id`, else the first. The others
   are joins, and no session of ours waits for another's end. A branch starts without its delay.
-- The tokens of a block are not in the rows: they are taken as the size that explains the most of them.
-  Where hash ids are absent, everything before is taken as kept.
+- The tokens of a block are not in the rows, but told from lengths and numbers of ids (`BlockSize`). Where
+  hash ids are absent, everything before is taken as kept.
+- Of what first prompts share, what one prefix cannot tell is lost (`shared_blocks`).
 Sessions come out when the file has ended, which is held in memory: any request may be continued later.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from antiphon.traces.blocks import kept_tokens, shared_tokens
+from antiphon.traces.blocks import compact, kept_tokens, shared_tokens
 from antiphon.traces.formats import Format, Item, Line, ReadOptions
 from antiphon.traces.schema import RoundTrace, SessionTrace, SomeTokens, Tokens
+from antiphon.traces.shared_blocks import BlockSize, shared_beginnings
 
-BLOCK_SIZES = (512, 64, 16, 32, 128, 256, 1024, 8, 4, 2, 1)
-"""Tokens of a block; of sizes that explain a file equally well, the earlier one."""
 TOOL = "tool"
 
 
@@ -42,7 +42,7 @@ class _Row(msgspec.Struct, frozen=True):
     input_length: SomeTokens
     output_length: Tokens
     session_id: str | None = None
-    hash_ids: tuple[Annotated[int, Meta(ge=0, lt=2**64)], ...] | None = None
+    hash_ids: tuple[int, ...] | None = None
     timestamp: _Milliseconds | None = None
     delay: _Milliseconds | None = None
     tool_wait_ms: _Milliseconds | None = None
@@ -61,7 +61,10 @@ class _Call:
     gap_s: float
     tool: str
     reset: bool
-    blocks: array[int] | None
+    blocks: array[int]
+
+    def full_blocks(self, block_tokens: int) -> array[int]:
+        return self.blocks[: self.prompt // block_tokens]
 
 
 @dataclass(slots=True)
@@ -90,6 +93,7 @@ def _matches(head: dict[str, object]) -> bool:
 
 def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
     decoder = msgspec.json.Decoder(_Row)
+    size = BlockSize()
     places: dict[str, _Place] = {}
     chains: dict[str, _Chain] = {}
     for line in lines:
@@ -98,7 +102,7 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
         except (msgspec.MsgspecError, RecursionError) as error:
             yield line, str(error)
             continue
-        fault = _fault(row, places)
+        fault = _fault(row, places, size)
         if fault is not None:
             yield line, fault
             continue
@@ -106,12 +110,14 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
         chain.calls.append(_call(row))
         chain.last_line = Line(line.number, b"")  # its text is not held
         places[row.request_id] = _Place(chain, len(chain.calls), frozenset(row.branches))
-    block_tokens = _block_tokens([call for chain in chains.values() for call in chain.calls])
-    for chain in chains.values():
-        yield chain.last_line, _session(chain, block_tokens)
+    block_tokens = size.tokens()
+    firsts = [chain.calls[0].full_blocks(block_tokens) for chain in chains.values()]
+    shared = shared_beginnings(firsts, block_tokens)
+    for chain, (prefix, tokens) in zip(chains.values(), shared, strict=True):
+        yield chain.last_line, _session(chain, block_tokens, prefix, tokens)
 
 
-def _fault(row: _Row, places: dict[str, _Place]) -> str | None:
+def _fault(row: _Row, places: dict[str, _Place], size: BlockSize) -> str | None:
     if not row.request_id:
         return "request_id: is empty"
     if row.request_id in places:
@@ -119,6 +125,11 @@ def _fault(row: _Row, places: dict[str, _Place]) -> str | None:
     for request_id in row.wait_for:
         if request_id not in places:
             return f"wait_for: {request_id!r} is no request of an earlier line"
+    ids = len(row.hash_ids or ())
+    if not size.fits(row.input_length, ids):
+        return (
+            f"hash_ids: {ids} for {row.input_length} tokens: no block size fits this row and those before it"
+        )
     return None
 
 
@@ -154,21 +165,11 @@ def _call(row: _Row) -> _Call:
         gap_s=((row.delay or 0.0) + (row.tool_wait_ms or 0.0)) / 1000,
         tool=named or (TOOL if row.tool_wait_ms or row.tool_events else ""),
         reset=bool(row.prefix_reset),
-        blocks=array("Q", row.hash_ids) if row.hash_ids else None,
+        blocks=compact(row.hash_ids or ()),
     )
 
 
-def _block_tokens(calls: Sequence[_Call]) -> int:
-    """The size by which most rows have an id a block of their prompts, the last part counted or not."""
-    sizes = [(call.prompt, len(call.blocks)) for call in calls if call.blocks]
-
-    def explained(block_tokens: int) -> int:
-        return sum(count in (-(-prompt // block_tokens), prompt // block_tokens) for prompt, count in sizes)
-
-    return max(BLOCK_SIZES, key=explained)
-
-
-def _session(chain: _Chain, block_tokens: int) -> SessionTrace:
+def _session(chain: _Chain, block_tokens: int, prefix: str, shared: int) -> SessionTrace:
     rounds: list[RoundTrace] = []
     previous: _Call | None = None
     for call in chain.calls:
@@ -177,14 +178,16 @@ def _session(chain: _Chain, block_tokens: int) -> SessionTrace:
             kept, gap_s = _kept(previous, call, block_tokens), call.gap_s
         rounds.append(RoundTrace(call.prompt, call.output, kept, gap_s, call.tool))
         previous = call
-    return SessionTrace(chain.name, tuple(rounds), chain.start_s, chain.parent, chain.after_round)
+    return SessionTrace(
+        chain.name, tuple(rounds), chain.start_s, chain.parent, chain.after_round, prefix, shared
+    )
 
 
 def _kept(previous: _Call, call: _Call, block_tokens: int) -> int:
     if call.reset:
         return 0
     shared = previous.prompt
-    if previous.blocks is not None and call.blocks is not None:
+    if previous.blocks and call.blocks:
         shared = shared_tokens(previous.blocks, call.blocks, block_tokens)
     return kept_tokens(previous.prompt, previous.output, shared, block_tokens, call.prompt)
 

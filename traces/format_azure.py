@@ -25,8 +25,7 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
     names = [name.strip().lower() for name in _cells(next(lines))]
     at = [names.index(name) for name in COLUMNS]
     first: datetime | None = None
-    count = 0
-    for line in lines:
+    for count, line in enumerate(lines):
         cells = _cells(line)
         try:
             when, prompt, output = (cells[place].strip() for place in at)
@@ -39,7 +38,6 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
             yield line, str(error)
         else:
             yield line, session
-        count += 1
 
 
 def _cells(line: Line) -> list[str]:

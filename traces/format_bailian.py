@@ -3,8 +3,8 @@
 A session is a chain by `parent_chat_id`; -1, or a parent that is not earlier in the file, begins one. The
 second and later continuations of one request begin sessions of their own, with the chain they left as parent.
 What the source does not say:
-- Hash ids name blocks of 16 tokens, so what a request kept is known to a block. A branch's first prompt
-  counts as new, though it begins as the chain that it left.
+- Hash ids name blocks of 16 tokens, so what a request kept is known to a block. What first prompts share
+  with each other is counted in 512 tokens; what a branch shares with the rest of its parent is lost.
 - A gap is the difference of two arrivals, and so includes the time of the call.
 Sessions come out when the file has ended, which is held in memory: any request may be continued later.
 """
@@ -14,28 +14,27 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 
-from antiphon.traces.blocks import kept_tokens, shared_tokens
+from antiphon.traces.blocks import compact, kept_tokens, shared_tokens
 from antiphon.traces.formats import Format, Item, Line, ReadOptions
 from antiphon.traces.schema import RoundTrace, Seconds, SessionTrace, SomeTokens, Tokens
+from antiphon.traces.shared_blocks import shared_beginnings
 
 BLOCK_TOKENS = 16
+SHARED_TOKENS = 512
+"""A tree of all first prompts, 16 tokens a node, would not fit into a usual memory."""
 NO_PARENT = -1
-
-_Id = Annotated[int, Meta(ge=-(2**63), lt=2**63)]
 
 
 class _Row(msgspec.Struct, frozen=True):
-    chat_id: _Id
-    parent_chat_id: _Id
+    chat_id: int
+    parent_chat_id: int
     timestamp: Seconds
     input_length: SomeTokens
     output_length: Tokens
-    hash_ids: list[_Id]
+    hash_ids: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -46,15 +45,8 @@ class _Chain:
     parent: str | None = None
     after_round: int = 0
     rounds: list[RoundTrace] = field(default_factory=list)
-
-    def session(self) -> SessionTrace:
-        return SessionTrace(
-            self.session_id,
-            tuple(self.rounds),
-            self.start_s,
-            parent=self.parent,
-            after_round=self.after_round,
-        )
+    beginning: list[int] = field(default_factory=list)
+    """Names of what the first prompt begins with, one per `SHARED_TOKENS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +85,16 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
             chain = _begin(before, row, line)
             chains.append(chain)
         chain.last_line = Line(line.number, b"")
-        seen[row.chat_id] = _Seen(chain, len(chain.rounds), row.timestamp, array("q", row.hash_ids))
-    for chain in chains:
-        yield chain.last_line, chain.session()
+        seen[row.chat_id] = _Seen(chain, len(chain.rounds), row.timestamp, compact(row.hash_ids))
+    shared = shared_beginnings([chain.beginning for chain in chains], SHARED_TOKENS)
+    for chain, (prefix, tokens) in zip(chains, shared, strict=True):
+        rounds = tuple(chain.rounds)
+        yield (
+            chain.last_line,
+            SessionTrace(
+                chain.session_id, rounds, chain.start_s, chain.parent, chain.after_round, prefix, tokens
+            ),
+        )
 
 
 def _begin(before: _Seen | None, row: _Row, line: Line) -> _Chain:
@@ -104,7 +103,19 @@ def _begin(before: _Seen | None, row: _Row, line: Line) -> _Chain:
         chain.parent = before.chain.session_id
         chain.after_round = before.round
     chain.rounds.append(RoundTrace(row.input_length, max(1, row.output_length)))
+    chain.beginning = _beginning(row)
     return chain
+
+
+def _beginning(row: _Row) -> list[int]:
+    """Names of as much as begins the prompt, whether or not the source's ids name what is before them."""
+    step = SHARED_TOKENS // BLOCK_TOKENS
+    full = min(row.input_length // BLOCK_TOKENS, len(row.hash_ids)) // step
+    names, so_far = [], 0
+    for number in range(full):
+        so_far = hash((so_far, row.hash_ids[number * step : (number + 1) * step]))
+        names.append(so_far)
+    return names
 
 
 def _next_round(before: _Seen, row: _Row) -> RoundTrace:

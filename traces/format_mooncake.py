@@ -16,8 +16,9 @@ The file is held in memory, ids as 8 bytes each: any request may be continued la
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -102,8 +103,9 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
 def known_rounds(chain: Sequence[Request], block_tokens: int) -> tuple[RoundTrace, ...]:
     """Rounds of a session whose requests name their whole prompt. Without ids, all is taken as kept."""
     rounds = [RoundTrace(chain[0].prompt, chain[0].output)]
-    for before, request in zip(chain, chain[1:], strict=False):
-        shared = shared_tokens(before.ids, request.ids, block_tokens) if before.ids else before.prompt
+    for before, request in pairwise(chain):
+        named = before.ids and request.ids
+        shared = shared_tokens(before.ids, request.ids, block_tokens) if named else before.prompt
         kept = kept_tokens(before.prompt, before.output, shared, block_tokens, request.prompt)
         rounds.append(RoundTrace(request.prompt, request.output, kept, gap_s(before, request)))
     return tuple(rounds)
@@ -127,17 +129,17 @@ class _Ends:
     __slots__ = ("continued", "fresh")
 
     def __init__(self) -> None:
-        self.fresh: list[tuple[int, int]] = []
-        self.continued: list[tuple[int, int]] = []
+        self.fresh: list[tuple[int, ...]] = []
+        self.continued: list[tuple[int, ...]] = []
 
     def take(self, prompt: int) -> int | None:
         """The longest that this prompt can continue, a fresh one first; it is continued from now on."""
-        most = (prompt + SLACK_TOKENS, -1)
-        if place := bisect_right(self.fresh, (most[0] + 1,)):
+        too_long = (prompt + SLACK_TOKENS + 1,)
+        if place := bisect_left(self.fresh, too_long):
             taken = self.fresh.pop(place - 1)
             insort(self.continued, taken)
             return taken[1]
-        place = bisect_right(self.continued, (most[0] + 1,))
+        place = bisect_left(self.continued, too_long)
         return self.continued[place - 1][1] if place else None
 
 

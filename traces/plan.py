@@ -14,7 +14,7 @@ from antiphon.traces.arrivals import Arrivals, Start
 from antiphon.traces.gateway_client import ReplayError
 from antiphon.traces.prompts import Vocabulary
 from antiphon.traces.provenance import commit, machine
-from antiphon.traces.readers import BadLines, read_trace
+from antiphon.traces.readers import BadLines, read_trace, trace_sha256
 from antiphon.traces.results import Conditions, Load, TraceInfo
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
@@ -130,7 +130,7 @@ def make_plan(options: ReplayOptions, arrivals: Arrivals, model: Mapping[str, An
         raise TraceError(f"{options.trace}: no session is left to send (window {window_tokens} tokens)")
     info = TraceInfo(
         path=str(options.trace),
-        sha256=_sha256(options.trace),
+        sha256=trace_sha256(options.trace),
         sessions=len(shaped.sessions),
         rounds=sum(len(session.rounds) for session in shaped.sessions),
         bad_lines=bad.count,
@@ -154,11 +154,6 @@ def make_plan(options: ReplayOptions, arrivals: Arrivals, model: Mapping[str, An
         machine=machine(),
     )
     return Plan(shaped.sessions, info, conditions, tuple(bad.first))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def wire_session_id(run_id: str, session_id: str) -> str:

@@ -1,37 +1,51 @@
-"""Files to sessions: one small reader per format, chosen by what the first readable line holds.
+"""Traces to sessions: a file, folder or archive, each file read by the format that its content shows.
 
-A file is JSON lines, plain or gzipped (told by its first bytes). Reading is a stream: one session in memory.
+Reading is a stream: one session in memory, of formats that have a document a session one document, and of
+those that need all of a file to tell its sessions (Mooncake, Bailian, recordings) one file.
 A bad line ends the reading with its file, line and fault, unless the caller brings a `BadLines` to count it.
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import gcd
+from itertools import chain
 from pathlib import Path
-from typing import IO, Annotated, NamedTuple, cast
+from typing import NamedTuple
 
 import msgspec
-from msgspec import Meta
 
-from antiphon.traces.schema import (
-    MAX_TOKENS,
-    SCHEMA,
-    RoundTrace,
-    Seconds,
-    SessionTrace,
-    SomeTokens,
-    TraceError,
-    session_fault,
-)
+from antiphon.traces.containers import Part, lines, parts, trace_sha256
+from antiphon.traces.format_agentic import FORMAT as AGENTIC
+from antiphon.traces.format_aiperf import FORMAT as AIPERF
+from antiphon.traces.format_azure import FORMAT as AZURE
+from antiphon.traces.format_bailian import FORMAT as BAILIAN
+from antiphon.traces.format_mooncake import FORMAT as MOONCAKE
+from antiphon.traces.format_mooncake_sessions import FORMAT as MOONCAKE_SESSIONS
+from antiphon.traces.format_own import FORMATS as OWN
+from antiphon.traces.format_rounds import FORMAT as ROUNDS
+from antiphon.traces.format_weka import FORMAT as WEKA
+from antiphon.traces.formats import Format, Line, ReadOptions
+from antiphon.traces.recording import is_recording, read_recording
+from antiphon.traces.schema import RECORDED_ROUND_SCHEMA, SessionTrace, TraceError, session_fault
 
-MAX_LINE_BYTES = 64 * 1024 * 1024
+__all__ = ["FORMATS", "BadLines", "ReadOptions", "read_trace", "trace_sha256"]
+
 BAD_LINES_SHOWN = 5
-COARSEST_BLOCK_TOKENS = 512
-"""Sources that count shared prefixes in blocks use at most this many tokens a block (Mooncake)."""
+MAX_DOCUMENT_BYTES = 256 * 1024 * 1024
+
+FORMATS: tuple[Format, ...] = (
+    *OWN,
+    ROUNDS,
+    WEKA,
+    AGENTIC,
+    BAILIAN,
+    AIPERF,
+    MOONCAKE_SESSIONS,
+    MOONCAKE,
+    AZURE,
+)
+"""In the order of asking."""
 
 
 @dataclass(slots=True)
@@ -47,200 +61,186 @@ class BadLines:
             self.first.append(fault)
 
 
-class Line(NamedTuple):
-    number: int
-    text: bytes
+class _NoFormat(Exception):
+    """A file holds nothing that a format knows, and why."""
 
 
-class Format(NamedTuple):
-    """One way to write a trace down. `read` gets every line of the file, the first one included."""
+class _Place(NamedTuple):
+    """Where a session was read."""
 
     name: str
-    matches: Callable[[dict[str, object]], bool]
-    read: Callable[[Iterator[Line]], Iterator[tuple[Line, SessionTrace | str]]]
-    """Yields, per session or bad line: where it ended, and the session or what is wrong."""
+    source: Path
+    line: int
 
 
-def read_trace(path: Path, bad_lines: BadLines | None = None) -> Iterator[SessionTrace]:
-    """The sessions of one file, in its order, each checked by `session_fault`, no id twice.
+def read_trace(
+    path: Path,
+    bad_lines: BadLines | None = None,
+    *,
+    options: ReadOptions = ReadOptions(),  # noqa: B008
+    ignored: list[str] | None = None,
+) -> Iterator[SessionTrace]:
+    """The sessions of a file, folder or archive, in its order, each checked by `session_fault`, no id twice.
 
-    Raises `TraceError` when the file cannot be read or is of no known format, and at a bad line unless
-    `bad_lines` is given to count it.
+    Of a folder or an archive all files that hold a trace are read, sorted by name; the others are left
+    out, and `ignored`, if given, gets a line on each. A folder that `serve --record` wrote is read as one.
+    Raises `TraceError` when nothing can be read or is of no known format, when two files of a folder hold
+    the same session, and at a bad line unless `bad_lines` is given to count it.
     """
-    lines = _lines(path)
-    first, form = _detect(path, lines, bad_lines)
-    seen: dict[str, int] = {}
-    for line, item in form.read(_rejoin(first, lines)):
-        if isinstance(item, str):
-            fault: str | None = item
-        elif item.session_id in seen:
-            fault = f"session {item.session_id!r} was there already in line {seen[item.session_id]}"
-        else:
-            fault = session_fault(item)
-        if fault is None and not isinstance(item, str):
-            seen[item.session_id] = line.number
-            yield item
+    left_out = [] if ignored is None else ignored
+    if is_recording(path):
+        yield from _of_recording(path, bad_lines)
+        return
+    seen: dict[str, _Place] = {}
+    used = False
+    for part in parts(path, left_out):
+        try:
+            form, content = _detect(part, bad_lines)
+        except _NoFormat as error:
+            if part.alone:
+                raise TraceError(str(error)) from None
+            left_out.append(str(error))
             continue
-        _bad(path, line.number, f"{fault} ({form.name})", bad_lines)
+        used = True
+        yield from _sessions(part, form.name, _read(part, form, content, options), seen, bad_lines)
+    if not used:
+        shown = "; ".join(left_out[:BAD_LINES_SHOWN]) or "it has no files"
+        raise TraceError(f"{path}: holds no session: no file of a known trace format in it ({shown})")
 
 
-def _bad(path: Path, number: int, fault: str, bad_lines: BadLines | None) -> None:
-    where = f"{path}, line {number}: {fault}"
-    if bad_lines is None:
-        raise TraceError(f"{where}; correct it or skip bad lines")
-    bad_lines.add(where)
+def _of_recording(path: Path, bad_lines: BadLines | None) -> Iterator[SessionTrace]:
+    for session in read_recording(path, None if bad_lines is None else bad_lines.add):
+        if fault := session_fault(session):
+            _bad(f"{path}: session {session.session_id!r}: {fault}", bad_lines)
+        else:
+            yield session
 
 
-def _rejoin(first: Line, rest: Iterator[Line]) -> Iterator[Line]:
-    yield first
-    yield from rest
+_Found = tuple[Line, SessionTrace | str]
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    """Lines that hold anything, numbered from 1. Every way a file can fail to be read is a `TraceError`."""
-    number = 0
+def _read(part: Part, form: Format, content: Iterator[Line], options: ReadOptions) -> Iterator[_Found]:
+    """A format's errors do not name the file: it does not know it."""
     try:
-        with _open(path) as file:
-            while raw := file.readline(MAX_LINE_BYTES):
-                number += 1
-                if len(raw) == MAX_LINE_BYTES:
-                    raise TraceError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes")
-                if text := raw.strip():
-                    yield Line(number, text)
-    except (OSError, EOFError, zlib.error) as error:
-        raise TraceError(f"{path}: cannot be read after line {number}: {error}") from error
+        yield from form.read(content, options)
+    except TraceError as error:
+        if str(error).startswith(part.name):
+            raise
+        raise TraceError(f"{part.name}: {error} ({form.name})") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    if zipped:
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def _detect(path: Path, lines: Iterator[Line], bad_lines: BadLines | None) -> tuple[Line, Format]:
-    """The first line that is a JSON object, and the format that knows it."""
-    for line in lines:
-        try:
-            head = msgspec.json.decode(line.text, type=dict[str, object])
-        except (msgspec.MsgspecError, RecursionError) as error:
-            _bad(path, line.number, f"not a JSON object: {error}", bad_lines)
+def _sessions(
+    part: Part, form: str, found: Iterator[_Found], seen: dict[str, _Place], bad_lines: BadLines | None
+) -> Iterator[SessionTrace]:
+    for line, item in found:
+        if isinstance(item, str):
+            _bad(f"{part.name}, line {line.number}: {item} ({form})", bad_lines)
             continue
-        for form in FORMATS:
-            if form.matches(head):
-                return line, form
-        known = ", ".join(form.name for form in FORMATS)
-        keys = ", ".join(sorted(head)[:8])
-        raise TraceError(f"{path}, line {line.number}: no known trace format (keys: {keys}; known: {known})")
-    raise TraceError(f"{path}: holds no session")
-
-
-# ---------------------------------------------------------------- antiphon.trace/1
-
-
-def _read_own(lines: Iterator[Line]) -> Iterator[tuple[Line, SessionTrace | str]]:
-    decoder = msgspec.json.Decoder(SessionTrace)
-    for line in lines:
-        try:
-            session = decoder.decode(line.text)
-        except (msgspec.MsgspecError, RecursionError) as error:
-            yield line, str(error)
+        before = seen.get(item.session_id)
+        fault = session_fault(item) if before is None else _twice(item.session_id, part, form, before)
+        if fault is not None:
+            _bad(f"{part.name}, line {line.number}: {fault} ({form})", bad_lines)
             continue
-        if session.schema == SCHEMA:
-            yield line, session
-        else:
-            yield line, f"schema {session.schema!r} is not {SCHEMA!r}"
+        seen[item.session_id] = _Place(part.name, part.source, line.number)
+        yield item
 
 
-# ---------------------------------------------------------------- normalised `rounds` files
-
-
-class _Round(msgspec.Struct, frozen=True):
-    """Tokens of a request as a source counted them. Fields are absent where the source has none."""
-
-    prompt: SomeTokens
-    out: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
-    new: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
-    cached: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
-    """Prefix shared with the previous request's PROMPT, in whole blocks of the source."""
-    gap_s: float | None = None
-    t: Seconds | None = None
-    llm_s: Seconds | None = None
-    row: int | None = None
-    """Line of a recording of the whole service: `t` is then absolute, else since the session's start."""
-
-
-class _Session(msgspec.Struct, frozen=True):
-    session: str | int
-    rounds: tuple[_Round, ...]
-
-
-def _read_rounds(lines: Iterator[Line]) -> Iterator[tuple[Line, SessionTrace | str]]:
-    decoder = msgspec.json.Decoder(_Session)
-    for line in lines:
-        try:
-            yield line, _from_rounds(decoder.decode(line.text))
-        except (msgspec.MsgspecError, RecursionError) as error:
-            yield line, str(error)
-
-
-def _from_rounds(source: _Session) -> SessionTrace:
-    block_tokens = gcd(COARSEST_BLOCK_TOKENS, *(turn.cached for turn in source.rounds if turn.cached))
-    rounds: list[RoundTrace] = []
-    previous: _Round | None = None
-    for turn in source.rounds:
-        rounds.append(
-            RoundTrace(
-                prompt_tokens=turn.prompt,
-                output_tokens=max(1, turn.out),
-                kept_tokens=_kept(previous, turn, block_tokens) if previous else 0,
-                gap_s=_gap_s(previous, turn),
-            )
+def _twice(session_id: str, part: Part, form: str, before: _Place) -> str:
+    """What is wrong with a session whose id was there. Raises `TraceError` if that was in another file."""
+    if part.source != before.source:
+        raise TraceError(
+            f"{part.name}: session {session_id!r} is in {before.name} too: "
+            "give one of them as the trace, or take one of them out of the folder"
         )
-        previous = turn
-    first = source.rounds[0] if source.rounds else None
-    start_s = first.t if first is not None and first.row is not None else None
-    return SessionTrace(session_id=str(source.session), rounds=tuple(rounds), start_s=start_s)
+    where = "" if part.name == before.name else f"{before.name}, "
+    fault = f"session {session_id!r} was there already in {where}line {before.line}"
+    return f"{fault}; unpack a recording and give its folder" if form == RECORDED_ROUND_SCHEMA else fault
 
 
-def _kept(previous: _Round, turn: _Round, block_tokens: int) -> int:
-    """Tokens of the previous prompt and output that begin this prompt.
+def _bad(fault: str, bad_lines: BadLines | None) -> None:
+    if bad_lines is None:
+        raise TraceError(f"{fault}; correct it or skip bad lines")
+    bad_lines.add(fault)
 
-    `cached` knows only of the previous prompt. If all of that was kept (but for a part of a block), then
-    the output follows it, provided that it fits; an output that does not fit was not re-sent whole (unsent
-    thinking), and then none of it is taken as kept. Without `cached`, `new` counts only what the user or
-    the tool added.
+
+# ---------------------------------------------------------------- which format
+
+
+def _detect(part: Part, bad_lines: BadLines | None) -> tuple[Format, Iterator[Line]]:
+    """The format of a file and all that it holds. Raises `_NoFormat`, and `TraceError` as `read_trace` does.
+
+    Told by the first line that is a JSON object, else by the file as one JSON object, else by a table's
+    header. A file that the user did not name has to begin with one of these, or with a broken object.
     """
-    there = previous.prompt + max(1, previous.out)
-    if turn.cached is None:
-        kept = turn.prompt - turn.new if turn.new is not None else there
-    elif turn.cached < previous.prompt // block_tokens * block_tokens:
-        kept = turn.cached
-    elif turn.prompt > there:
-        kept = there
-    else:
-        kept = max(previous.prompt, turn.cached)
-    return max(0, min(kept, there, turn.prompt - 1))
+    if not part.alone and b"\0" in part.file.peek(1)[:512]:
+        raise _NoFormat(f"{part.name}: not a text file")
+    content = lines(part)
+    first = next(content, None)
+    if first is None:
+        raise _NoFormat(f"{part.name}: holds no session")
+    head = _object(first.text)
+    if not isinstance(head, str):
+        return _choose(part, first, head), chain((first,), content)
+    names = (name.strip(' "') for name in first.text.decode("utf-8", "replace").split(","))
+    for form in _knowing(dict.fromkeys(names), ("csv",)):
+        return form, chain((first,), content)
+    held = [first]
+    if first.text.startswith(b"{"):
+        held += _up_to(content, MAX_DOCUMENT_BYTES)
+        whole = Line(1, b"\n".join(line.text for line in held))
+        document = _object(whole.text)
+        if not isinstance(document, str):
+            return _choose(part, whole, document), iter((whole,))
+    elif not part.alone:
+        raise _NoFormat(f"{part.name}: neither JSON objects nor a known table")
+    return _first_object(part, chain(held, content), bad_lines)
 
 
-def _gap_s(previous: _Round | None, turn: _Round) -> float:
-    """The recorded gap; where only start times and LLM times are known, their difference; else 0."""
-    if previous is None:
-        return 0.0
-    if turn.gap_s is not None:
-        return max(0.0, turn.gap_s)
-    if turn.t is None or previous.t is None or previous.llm_s is None:
-        return 0.0
-    return max(0.0, turn.t - previous.t - previous.llm_s)
+def _first_object(
+    part: Part, content: Iterator[Line], bad_lines: BadLines | None
+) -> tuple[Format, Iterator[Line]]:
+    """Lines before the first object are bad ones, if it turns out that the file holds a trace."""
+    faults: list[str] = []
+    for line in content:
+        head = _object(line.text)
+        if not isinstance(head, str):
+            form = _choose(part, line, head)
+            for fault in faults:
+                _bad(fault, bad_lines)
+            return form, chain((line,), content)
+        fault = f"{part.name}, line {line.number}: not a JSON object: {head}"
+        if part.alone:
+            _bad(fault, bad_lines)
+        else:
+            faults.append(fault)
+    raise _NoFormat(f"{part.name}: holds no session")
 
 
-FORMATS: tuple[Format, ...] = (
-    Format(
-        SCHEMA,
-        lambda head: head.get("schema") == SCHEMA or ("session_id" in head and "rounds" in head),
-        _read_own,
-    ),
-    Format("normalised rounds", lambda head: "session" in head and "rounds" in head, _read_rounds),
-)
-"""In the order of asking."""
+def _up_to(content: Iterator[Line], most_bytes: int) -> Iterator[Line]:
+    for line in content:
+        yield line
+        most_bytes -= len(line.text)
+        if most_bytes < 0:
+            return
+
+
+def _object(text: bytes) -> dict[str, object] | str:
+    """The JSON object, or why it is none."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, object])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        return str(error)
+
+
+def _choose(part: Part, line: Line, head: dict[str, object]) -> Format:
+    for form in _knowing(head, ("lines", "document")):
+        return form
+    if not part.alone:
+        raise _NoFormat(f"{part.name}: JSON of no known trace format")
+    known = ", ".join(form.name for form in FORMATS)
+    keys = ", ".join(sorted(head)[:8])
+    raise _NoFormat(f"{part.name}, line {line.number}: no known trace format (keys: {keys}; known: {known})")
+
+
+def _knowing(head: dict[str, object], kinds: tuple[str, ...]) -> Iterator[Format]:
+    return (form for form in FORMATS if form.kind in kinds and form.matches(head))

@@ -1,0 +1,143 @@
+"""What a sweep is told: a grid of simulations as TOML, and the cells that it names.
+
+    traces = ["weka.jsonl.gz"]
+    clusters = ["2p2d-qwen3-32b-h200"]
+    policies = ["ampd", "local"]
+    loads = [0.3, 0.7]            # or session_rates = [...]
+    seeds = [0, 1]
+    max_sessions = 60             # and, optional: orderings, max_gap_s, slo_ttft_s, slo_itl_s, rounds
+
+Frozen and strict: an unknown key is an error. Traces and cluster files are looked for beside the spec first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from antiphon.engines.cluster import ClusterError
+from antiphon.eval.cluster_files import find_cluster
+from antiphon.eval.simulation_plan import SimulateOptions, SimulationError
+from antiphon.traces.readers import trace_sha256
+
+Some = Annotated[tuple[str, ...], Meta(min_length=1)]
+Positive = Annotated[float, Meta(gt=0.0)]
+
+
+class SweepSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A grid: every combination of the lists is one cell."""
+
+    traces: Some
+    clusters: Some
+    policies: Some
+    orderings: Some = ("fcfs",)
+    loads: tuple[Positive, ...] = ()
+    """Shares of the fleet's time (rho)."""
+    session_rates: tuple[Positive, ...] = ()
+    seeds: Annotated[tuple[int, ...], Meta(min_length=1)] = (0,)
+    max_sessions: Annotated[int, Meta(ge=1)] | None = None
+    max_gap_s: Annotated[float, Meta(ge=0.0)] = 60.0
+    slo_ttft_s: Positive | None = None
+    slo_itl_s: Positive | None = None
+    share_system: bool = False
+    skip_bad: bool = False
+    rounds: bool = True
+    """Write every round beside the result: distributions and time lines of a report come from them."""
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """One simulation of the grid."""
+
+    name: str
+    """Of its files: readable, and ending in a hash of all that it depends on."""
+    trace: str
+    cluster: str
+    policy: str
+    ordering: str
+    seed: int
+    load: float | None
+    session_rate: float | None
+
+    def options(self, spec: SweepSpec, out: Path) -> SimulateOptions:
+        """What `run_simulation` is given; results go into `out`."""
+        return SimulateOptions(
+            trace=Path(self.trace),
+            cluster=self.cluster,
+            policy=self.policy,
+            ordering=self.ordering,
+            session_rate=self.session_rate,
+            load=self.load,
+            max_gap_s=spec.max_gap_s,
+            max_sessions=spec.max_sessions,
+            slo_ttft_s=spec.slo_ttft_s,
+            slo_itl_s=spec.slo_itl_s,
+            seed=self.seed,
+            json_path=out / f"{self.name}.json",
+            rounds_path=out / f"{self.name}.rounds.jsonl.gz" if spec.rounds else None,
+            share_system=spec.share_system,
+            skip_bad=spec.skip_bad,
+        )
+
+
+def read_spec(path: Path) -> SweepSpec:
+    """Raises `SimulationError`: file, key, what is wrong."""
+    try:
+        spec = msgspec.toml.decode(path.read_bytes(), type=SweepSpec)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise SimulationError(f"{path}: {error}") from error
+    if bool(spec.loads) == bool(spec.session_rates):
+        raise SimulationError(f"{path}: give either loads or session_rates")
+    return spec
+
+
+def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
+    """Every cell, in the order of the lists. Reads the traces' and clusters' bytes for the names.
+
+    Raises `ClusterError`, and `TraceError` for a trace that is not there.
+    """
+    traces = {name: _beside(folder, name) for name in spec.traces}
+    hashes = {name: trace_sha256(path) for name, path in traces.items()}
+    clusters = {name: _cluster(folder, name) for name in spec.clusters}
+    loads = [(load, None) for load in spec.loads] or [(None, rate) for rate in spec.session_rates]
+    common = msgspec.json.encode(
+        [spec.max_sessions, spec.max_gap_s, spec.slo_ttft_s, spec.slo_itl_s, spec.share_system, spec.skip_bad]
+    )
+    cells = []
+    for trace, cluster, policy, ordering, (load, rate), seed in itertools.product(
+        spec.traces, spec.clusters, spec.policies, spec.orderings, loads, spec.seeds
+    ):
+        what = [hashes[trace], policy, ordering, load, rate, seed]
+        content = clusters[cluster].read_bytes() + common + msgspec.json.encode(what)
+        digest = hashlib.sha256(content).hexdigest()[:10]
+        amount = f"rho{load:g}" if load is not None else f"rate{rate:g}"
+        stem = Path(trace).name.split(".")[0]
+        cells.append(
+            Cell(
+                name=f"{stem}-{clusters[cluster].stem}-{policy}-{ordering}-{amount}-s{seed}-{digest}",
+                trace=str(traces[trace]),
+                cluster=str(clusters[cluster]),
+                policy=policy,
+                ordering=ordering,
+                seed=seed,
+                load=load,
+                session_rate=rate,
+            )
+        )
+    return cells
+
+
+def _beside(folder: Path, name: str) -> Path:
+    beside = folder / name
+    return beside if beside.exists() else Path(name)
+
+
+def _cluster(folder: Path, name: str) -> Path:
+    try:
+        return find_cluster(_beside(folder, name))
+    except ClusterError:
+        return find_cluster(name)
