@@ -187,6 +187,15 @@ def test_store_too_small() -> None:
     assert pull.reason == "the store has room for only 30 of 60 pages"
 
 
+def test_being_read_counts_as_use() -> None:
+    """The source evicts what was just pulled from it after what nobody asked for."""
+    a, b, network = make_engine("a", store_pages=60), make_engine("b"), Network(PAGE)
+    asked, other = held(a, 0, 30), held(a, 1, 30)
+    run(network, starter(network, Pull(0.0, b, a, Chain(asked, 30), 30)))
+    held(a, 2, 20)
+    assert [a.store.match(Chain(branch, 30)) for branch in (asked, other)] == [30, 10]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_bytes_are_conserved(seed: int) -> None:
     """However many pulls share links, none beats its link and every byte asked for arrives once."""

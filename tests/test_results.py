@@ -178,9 +178,7 @@ def test_a_summary_worked_by_hand() -> None:
     pull = {**target, "bytes_decode_to_prefill": 5, "bytes_prefill_to_decode": 2}
     records = [
         record("a", 1, ttft_s=0.5, itl_s=0.1, unloaded_ttft_s=0.5, arm="remote_recompute", **target),
-        record(
-            "a", 2, ttft_s=1.0, unloaded_ttft_s=0.2, cached_tokens=90, arm="remote_pull", **moved, **target
-        ),
+        record("a", 2, ttft_s=1.0, unloaded_ttft_s=0.2, cached_tokens=90, arm="remote_pull", **pull),
         record("b", 1, ttft_s=3.0, itl_s=0.1, unloaded_ttft_s=1.5, arm="remote_recompute", **target),
         record("b", 2, status="refused", **target),
     ]
@@ -191,7 +189,8 @@ def test_a_summary_worked_by_hand() -> None:
     assert result.attainable == 0.5, "two rounds of four could attain; the refused one could not"
     assert (result.bytes_moved, result.bytes_decode_to_prefill, result.bytes_prefill_to_decode) == (7, 5, 2)
     assert (result.prefill_tokens_computed, result.prefill_tokens_reused) == (210, 90)
-    assert result.ttft_s == Distribution(3, 1.5, 1.0, pytest.approx(2.6), pytest.approx(2.96))
+    assert result.ttft_s is not None
+    assert msgspec.structs.astuple(result.ttft_s) == pytest.approx((3, 1.5, 1.0, 2.6, 2.96))
     assert result.itl_s is not None and result.itl_s.count == 2
     assert (result.simulated_s, result.gpu_seconds, result.cost_per_1k_rounds) == (9.0, 36.0, None)
 
@@ -215,8 +214,8 @@ def test_what_the_caller_knows_better_is_taken() -> None:
 
 
 REQUIRED = {
-    "schema", "trace", "cluster", "policy", "ordering", "seed", "slo", "load", "rounds_total", "rounds_completed",
-    "rounds_refused", "attainment", "attainable", "ttft_s", "ttft_first_s", "ttft_later_s", "itl_s", "e2e_s",
+    "schema", "trace", "cluster", "policy", "ordering", "seed", "slo", "load", "rounds_total",
+    "rounds_completed", "rounds_refused", "attainment", "attainable", "ttft_s", "ttft_first_s", "ttft_later_s", "itl_s", "e2e_s",
     "arms", "bytes_moved", "bytes_decode_to_prefill", "bytes_prefill_to_decode", "prefill_tokens_computed",
     "prefill_tokens_reused", "gpu_seconds", "cost_per_1k_rounds", "simulated_s", "wall_s",
 }  # fmt: skip
@@ -232,7 +231,7 @@ def test_result_is_written_whole_and_reads_back(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     assert read_result(path) == msgspec.structs.replace(result, rounds=[])
     written = json.loads(path.read_bytes())
-    assert REQUIRED <= set(written) and "rounds" not in written
+    assert set(written) >= REQUIRED and "rounds" not in written
     assert written["schema"] == "antiphon.result/1"
     assert written["attainment"] == {"rounds": 1.0, "sessions": 1.0}
     assert set(written["ttft_s"]) == {"count", "mean", "p50", "p90", "p99"}

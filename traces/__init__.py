@@ -3,6 +3,9 @@
 Sessions as data (pure, but for reading the file)
     schema.py      SessionTrace, RoundTrace; one JSON line per session; what makes a session sound
     readers.py     files to sessions, by content: our own form and the normalised `rounds` form
+    format_weka.py, format_aiperf.py, format_bailian.py, format_agentic.py
+                   other tools' formats, one module each; blocks.py: what a round kept, told by hashed blocks
+    writers.py     sessions to files: our own form, Mooncake's, with sessions, agentic
     shape.py       scale lengths, cap gaps, fit a window
     arrivals.py    when sessions start: Poisson or as recorded, with a bound on live sessions
     profiles.py    kinds of agents as data (data/profiles.toml); generate.py makes seeded sessions of them

@@ -143,23 +143,23 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """Under what the figures came about. A simulation has no url, no run id and no clock."""
+    """Under what the figures came about. In a simulation url, model, run id and start are empty."""
 
     arrivals: str
     """In words."""
     max_gap_s: float
     commit: str | None
     machine: dict[str, Any]
-    url: str | None = None
-    model: str | None = None
-    run_id: str | None = None
+    url: str = ""
+    model: str = ""
+    run_id: str = ""
     concurrency: int | None = None
     divide: int = 1
     window_tokens: int | None = None
     timeout_s: float | None = None
     retries: int = 0
-    started_at: str | None = None
-    """Wall clock, UTC, ISO 8601; null in a simulation, which gives equal bytes whenever it runs."""
+    started_at: str = ""
+    """Wall clock, UTC, ISO 8601; not in a simulation, which gives equal bytes whenever it runs."""
 
 
 class RunResult(msgspec.Struct, kw_only=True):

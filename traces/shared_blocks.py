@@ -115,10 +115,11 @@ class BlockSize:
 
         Raises `TraceError` if several fit of which none is a power of two.
         """
+        for fitting in (self.with_rest, self.full_only):
+            for size in (MOONCAKE_BLOCK_TOKENS, *(1 << power for power in range(MAX_TOKENS.bit_length()))):
+                if size in fitting:
+                    return size
         fitting = self.with_rest or self.full_only
-        for size in (MOONCAKE_BLOCK_TOKENS, *(1 << power for power in range(MAX_TOKENS.bit_length()))):
-            if size in fitting:
-                return size
         if len(fitting) == 1:
             return fitting[0]
         raise TraceError(
