@@ -147,6 +147,18 @@ def test_second_children_branches_and_other_sessions_are_sub_agents() -> None:
     ]  # fmt: skip
 
 
+def test_of_several_waits_the_last_of_its_own_session_is_continued() -> None:
+    """A row that waits for older rounds of its session too, and for others, goes on behind the newest."""
+    first, other = sessions(
+        AGENTIC,
+        request("a", 10, 1, session_id="s"),
+        request("o", 10, 1, session_id="o"),
+        request("b", 20, 1, "a", session_id="s"),
+        request("c", 30, 1, "o", "a", "b", session_id="s"),
+    )
+    assert [turn.prompt_tokens for turn in first.rounds] == [10, 20, 30] and len(other.rounds) == 1
+
+
 @pytest.mark.parametrize("block_tokens", [16, 64, 512])
 @pytest.mark.parametrize("part", [True, False])
 def test_the_size_of_a_block_is_told_by_the_rows(block_tokens: int, part: bool) -> None:

@@ -66,6 +66,7 @@ def test_rounds_take_lengths_gaps_and_tools() -> None:
         ([1, 2, 9, 9], 300, 128),  # compaction
         ([9, 9, 9, 9], 300, 0),
         ([1, 2, 3], 230, 200),  # the answer does not fit: it was not sent again
+        ([1, 2, 3], 240, 200),  # nor does one that leaves no room for a new token
         ([1, 2, 3], 195, 194),  # a round brings at least a token
     ],
 )

@@ -215,7 +215,7 @@ def test_ids_follow_answers_and_compactions() -> None:
     """Ids go on over a kept answer; are new behind a cut and in a part of a block at the end."""
     session = SessionTrace(
         "a",
-        (RoundTrace(130, 62), RoundTrace(300, 20, 192), RoundTrace(330, 1, 320), RoundTrace(200, 1, 100)),
+        (RoundTrace(130, 62), RoundTrace(300, 20, 192), RoundTrace(330, 1, 320), RoundTrace(200, 1, 127)),
     )
     a, b, c, d = (row["hash_ids"] for row in rows("mooncake-sessions", [session]))
     assert [len(ids) for ids in (a, b, c, d)] == [3, 5, 6, 4]

@@ -78,7 +78,7 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
             yield line, f"chat_id: {row.chat_id} was there already"
             continue
         before = None if row.parent_chat_id == NO_PARENT else seen.get(row.parent_chat_id)
-        if before is not None and True:
+        if before is not None and before.round == len(before.chain.rounds):
             chain = before.chain
             chain.rounds.append(_next_round(before, row))
         else:

@@ -62,7 +62,6 @@ class _Blocks:
             self._grow(there, turn.prompt_tokens)
             part = [next(self._fresh)] if turn.prompt_tokens % self._block_tokens else []
             yield turn, there + part
-            self._grow(there, turn.total_tokens)
 
     def _shared(self, session: SessionTrace) -> list[int]:
         if not session.shared_tokens:
