@@ -25,6 +25,10 @@ from antiphon.engines.simulated_loop import MAX_PREFILL_TOKENS
 __all__ = ["ClosedFormEngine", "EngineRequest", "EngineTotals", "Milestone"]
 
 
+NO_LIMIT = 1 << 60
+"""More steps than any run has."""
+
+
 class ClosedFormEngine:
     """One engine. Times are seconds of the simulation and never go back."""
 
@@ -34,16 +38,13 @@ class ClosedFormEngine:
         """`retry_steps`: decode steps between two tries to admit who waits for room; 0 = none."""
         group = spec.group
         if 0 < group.chunk_tokens < page_tokens:
-            raise ValueError(
-                f"{spec.engine_id}: chunk_tokens ({group.chunk_tokens}) is less than a page ({page_tokens})"
-            )
+            raise ValueError(f"{spec.engine_id}: chunk_tokens {group.chunk_tokens} < a page of {page_tokens}")
         self.spec = spec
         self.engine_id = spec.engine_id
         self.incarnation = incarnation
         self.page_tokens = page_tokens
-        self.kv = ClosedFormKv(
-            group.device_tokens // page_tokens, group.store_tokens // page_tokens, page_tokens
-        )
+        pages = group.device_tokens // page_tokens, group.store_tokens // page_tokens
+        self.kv = ClosedFormKv(*pages, page_tokens)
         self.device = self.kv.device
         self.store = self.kv.store
         self.totals = EngineTotals()
@@ -56,7 +57,7 @@ class ClosedFormEngine:
         self._interval_left = 0
         """Decode steps before the next prefill pass."""
         self._most_running = group.max_running_requests
-        self._retry_steps = retry_steps or 1 << 60
+        self._retry_steps = retry_steps or NO_LIMIT
         self._pending: deque[EngineRequest] = deque()
         """Submitted, not yet seen by the batch loop; in order of `visible_s`."""
         self._refused: deque[EngineRequest] = deque()
@@ -112,7 +113,8 @@ class ClosedFormEngine:
         pending = self._pending
         pending.append(request)
         if self._end_s == NEVER:
-            self.next_event_s = min(self.next_event_s, visible_s)
+            if visible_s < self.next_event_s:
+                self.next_event_s = visible_s
         elif len(pending) == 1 and self._batch.run_steps and self._is_open():
             self._cut(visible_s, self._interval_left)
 
@@ -136,7 +138,10 @@ class ClosedFormEngine:
         out: list[tuple[Milestone, EngineRequest]] = []
         self._out = out
         while self._refused and self._refused[0].visible_s <= now:
-            self._refuse(self._refused.popleft(), now)
+            refused = self._refused.popleft()
+            refused.stage = Stage.OVER
+            self.totals.refused += 1
+            out.append((Milestone.REFUSED, refused))
         pending = self._pending
         if now >= self._end_s or self._end_s == NEVER:
             if self._batch.run_steps:
@@ -186,13 +191,8 @@ class ClosedFormEngine:
         batch = self._batch
         batch.cut(at_s, least_steps)
         self._end_s = batch.end_s
-        self.next_event_s = min(self.next_event_s, batch.end_s)
-
-    def _refuse(self, request: EngineRequest, now: float) -> None:
-        request.stage = Stage.OVER
-        request.finished_s = now
-        self.totals.refused += 1
-        self._out.append((Milestone.REFUSED, request))
+        if batch.end_s < self.next_event_s:
+            self.next_event_s = batch.end_s
 
     def _abort_waiting(self, request: EngineRequest, now: float) -> None:
         request.stage = Stage.OVER
@@ -232,18 +232,24 @@ class ClosedFormEngine:
         """Match its prefix and see that it fits beside what the others may still need."""
         device = self.device
         tip, depth, usable = self.kv.match(request)
-        if self._batch.requests or self._pass:
+        batch, admitted = self._batch, self._pass
+        if batch.requests or admitted:
             tokens = request.prompt_tokens + request.emitted - depth * self.page_tokens
             tokens += promise(request.limit - request.emitted)
-            if not self._fits(tokens):
-                if tip is not None:
-                    device.mark(tip, depth)
-                return False
-            if tip is not None:
-                device.lock(tip, depth)
-                if not self._fits(tokens):  # what it locks cannot be evicted to make room for the rest of it
+            for other, _ in admitted:
+                tokens += promise(other.limit - other.emitted)
+            room = device.available_pages * self.page_tokens - tokens
+            fits = room >= 0 and batch.leaves_room(room)
+            if fits and tip is not None:
+                # What it locks cannot be evicted any more to make room for the rest of it.
+                room -= device.lock(tip, depth) * self.page_tokens
+                if room < 0 or not batch.leaves_room(room):
                     device.unlock(tip, depth)
                     return False
+            elif tip is not None:
+                device.mark(tip, depth)
+            if not fits:
+                return False
         elif tip is not None:
             # Alone it may always try: it is retracted if it does not work out.
             device.lock(tip, depth)
@@ -258,18 +264,9 @@ class ClosedFormEngine:
         request.stage = Stage.PREFILL
         return True
 
-    def _fits(self, tokens: int) -> bool:
-        """So many more tokens fit beside what all others may still need."""
-        room = self.device.available_pages * self.page_tokens - tokens
-        for other, _ in self._pass:
-            room -= promise(other.limit - other.emitted)
-        return room >= 0 and self._batch.leaves_room(room)
-
     def _add(self, request: EngineRequest, budget: int) -> int:
-        """Put the next piece of a prompt into the pass; returns its tokens, 0 when there is no room for it.
-
-        A prompt of which something is left becomes the chunked request; a piece ends at a page boundary.
-        """
+        """Put the next piece of a prompt, whole pages or all, into the pass; returns its tokens, 0 without
+        room for it. A prompt of which something is left becomes the chunked request."""
         page = self.page_tokens
         take = left = request.prompt_tokens + request.emitted - request.computed
         if left > budget:
@@ -290,9 +287,7 @@ class ClosedFormEngine:
         for request, take in self._pass:
             seconds += take * (cost.per_token_s + request.computed * cached_s + take * squared_s)
             if cost.cached_token_s or cost.cached_squared_s:
-                seconds += request.computed * (
-                    cost.cached_token_s + request.computed * cost.cached_squared_s
-                )
+                seconds += request.computed * (cost.cached_token_s + request.computed * cost.cached_squared_s)
             seconds += request.load_s
             request.load_s = 0.0
             tokens += take
@@ -337,15 +332,15 @@ class ClosedFormEngine:
     def _start_run(self, now: float) -> bool:
         """Decode until the batch changes; False if it had to be given up for want of pages."""
         device, batch = self.device, self._batch
-        steps = self._retry_steps
         while not batch.can_step(device.available_pages):
-            # Who came last gives way to the others' next tokens, and may be back after one step.
+            # Who came last gives way. What it held is too little to admit it again: no need to try at once.
             self._retract(batch.part_last())
             if not batch.requests:
                 return False
-            steps = 1
-        waits = bool(self._waiting) or self._chunked is not None
-        batch.start_run(now, (self._interval_left or steps) if waits else 1 << 60, device.available_pages)
+        most_steps = NO_LIMIT
+        if self._waiting or self._chunked is not None:
+            most_steps = self._interval_left or self._retry_steps
+        batch.start_run(now, most_steps, device.available_pages)
         self._end_s = batch.end_s
         if self._pending and self._is_open():
             self._cut(self._pending[0].visible_s, self._interval_left)
@@ -358,7 +353,8 @@ class ClosedFormEngine:
         totals.decode_steps += steps
         totals.output_tokens += steps * len(batch.requests)
         totals.decode_busy_s += now - batch.start_s
-        self._interval_left = max(0, self._interval_left - steps)
+        if self._interval_left:
+            self._interval_left = max(0, self._interval_left - steps)
         for request in batch.end_run(now):
             self.kv.commit(request)
             if request.aborted:

@@ -113,7 +113,9 @@ class DecodeBatch:
         while request.seq != seq:
             heappop(ends)
             end_step, seq, request = ends[0]
-        steps = 1 if self.aborting else min(end_step - self.step, most_steps)
+        steps = 1 if self.aborting else end_step - self.step
+        if steps > most_steps:
+            steps = most_steps
         self.run_steps = steps = self._growth.steps_within(self.step, pages, steps)
         self.start_s = now
         self._times.set(len(self.requests), self._context)
@@ -121,7 +123,9 @@ class DecodeBatch:
 
     def cut(self, at_s: float, least_steps: int) -> None:
         """End the run with the step that runs at `at_s`, if it has `least_steps` steps then."""
-        steps = max(least_steps, self._times.steps_until(at_s - self.start_s, self.run_steps))
+        steps = self._times.steps_until(at_s - self.start_s, self.run_steps)
+        if steps < least_steps:
+            steps = least_steps
         if steps < self.run_steps:
             self.run_steps = steps
             self.end_s = self.start_s + self._times.seconds(steps)

@@ -1,8 +1,8 @@
 """Arithmetic of a decode run in closed form: its time, its pages, its token gaps.
 
 A run is a number of decode steps of one batch. A step of batch B over total context T costs
-`fixed + B * per_request + T * per_context`, and every step adds B to T. So k steps take
-`k * (fixed + B * per_request) + per_context * (k * T + B * k * (k - 1) / 2)`.
+`batch_s(B) + T * per_context` (`policies/latency.py`), and every step adds B to T. So k steps take
+`k * batch_s(B) + per_context * (k * T + B * k * (k - 1) / 2)`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ class StepTimes:
         """From now on for `batch` requests that have `context_tokens` tokens before the first step."""
         cost = self._cost
         self.square = half = cost.per_context_token_s * batch * 0.5
-        self.linear = (
-            cost.fixed_s + batch * cost.per_request_s + context_tokens * cost.per_context_token_s - half
-        )
+        self.linear = cost.batch_s(batch) + context_tokens * cost.per_context_token_s - half
 
     def seconds(self, steps: int) -> float:
         return steps * (self.linear + steps * self.square)
@@ -39,13 +37,11 @@ class StepTimes:
             return most
         if seconds <= 0.0:
             return 1
-        # The root in the form that is stable for a tiny square term; then exact against seconds().
+        # The root in the form that is stable for a tiny square term, rounded down; then exact by seconds().
         steps = int(2.0 * seconds / (self.linear + sqrt(self.linear**2 + 4.0 * self.square * seconds)))
         steps = min(max(steps, 1), most)
         while steps < most and self.seconds(steps) < seconds:
             steps += 1
-        while steps > 1 and self.seconds(steps - 1) >= seconds:
-            steps -= 1
         return steps
 
 

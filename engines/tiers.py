@@ -87,6 +87,10 @@ class Tier:
     def find(self, branch: Branch, pages: int) -> tuple[Held | None, int]:
         """The deepest held branch on the way to the first `pages` pages, and how many of them are held."""
         records = self._records
+        record = records.get(branch)
+        if record is not None and pages > record.fork:  # by far the most frequent case
+            held = record.held
+            return record, pages if pages < held else held
         at: Branch | None = branch
         while at is not None:
             fork = at.fork_pages
@@ -118,8 +122,12 @@ class Tier:
         else:
             record.mark(depth, use)
 
-    def lock(self, record: Held, depth: int) -> None:
-        """Protect the first `depth` pages along a branch (beyond its fork, and held) from eviction."""
+    def lock(self, record: Held, depth: int) -> int:
+        """Protect the first `depth` pages along a branch (beyond its fork, and held) from eviction.
+
+        Returns how many of them could have been evicted before.
+        """
+        before = self.locked_pages
         at: Held | None = record
         while at is not None:
             locks = at.locks
@@ -130,9 +138,10 @@ class Tier:
                 self.locked_pages += depth - at.locked
                 at.locked = depth
             if not alone:
-                return
+                break
             depth = at.fork
             at = at.parent
+        return self.locked_pages - before
 
     def unlock(self, record: Held, depth: int) -> None:
         """Undo one `lock`. Its pages count as used just now."""

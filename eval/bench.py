@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from antiphon.engines.page_hash import page_hashes
+from antiphon.eval.bench_simulation import SpeedOptions, generated_trace, measure_speed, print_speed
 from antiphon.policies.ampd import Ampd
 from antiphon.policies.base import ClusterView, EngineView, Pool, RoundView
 from antiphon.policies.fcfs import Fcfs
@@ -249,6 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/bench/result.json"))
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--per-block", type=int, default=100)
+    parser.add_argument("--trace", type=Path, help="for the simulator; default: generated sessions")
+    parser.add_argument(
+        "--dynamo", type=Path, help="a Python with ai-dynamo 1.6.1, to be measured beside"
+    )
     options = parser.parse_args(arguments)
     latency = load_latency_model("tiny-cpu")
     rows = [*place_rows(8, latency), *place_rows(64, latency)]
@@ -256,9 +261,13 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as state, EmbeddedValkey.start(Path(state) / "valkey") as server:
         round_trips, version = asyncio.run(measure(server.url, rows, options.blocks, options.per_block))
     result = result_of([*round_trips, *rows], version)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = options.trace or generated_trace(Path(folder) / "claude-code.jsonl")
+        result["simulator"] = measure_speed(SpeedOptions(trace=trace, dynamo=options.dynamo))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result, Console(width=110))
+    print_speed(result["simulator"], Console(width=110))
     print(f"written to {options.out}")
     return 0
 

@@ -19,7 +19,10 @@ from antiphon.eval.dynamo_replay import DynamoRun, replay_with_dynamo
 from antiphon.eval.simulate import Prepared, SimulateOptions, prepare, run_simulation
 from antiphon.scheduler.simulated_sessions import split_children
 from antiphon.traces.arrivals import schedule
+from antiphon.traces.generate import generate, take
+from antiphon.traces.profiles import load_profile
 from antiphon.traces.result_types import RunResult
+from antiphon.traces.writers import WRITERS
 
 TARGET_ROUNDS_PER_S = 10_000
 DEFAULT_SESSIONS = 173
@@ -81,6 +84,14 @@ def measure_speed(options: SpeedOptions) -> dict[str, Any]:
             "ratio": section["rounds_per_s"] / peer.requests_per_s,
         }
     return section
+
+
+def generated_trace(path: Path) -> Path:
+    """Sessions of the claude-code profile, the same each time: for who has no recorded trace."""
+    sessions = generate("claude-code", load_profile("claude-code"))
+    with path.open("wb") as out:
+        WRITERS["antiphon"](take(sessions, sessions=DEFAULT_SESSIONS), out)
+    return path
 
 
 def _dynamo(python: Path, prepared: Prepared) -> DynamoRun:

@@ -41,6 +41,7 @@ DECODE_TOKENS = 32
 POOL_SHARE = 0.5
 """Of the device, that one point may fill."""
 MAX_REPEATS = 5
+CROWDED_SAMPLES = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,26 @@ class Sampler:
         for tokens in (_whole_pages(share * _unit(info), info) for share in PULLS):
             if tokens < min(most, info.window_tokens):
                 await self._load_and_pull(tokens)
+
+    async def crowded_slowdown(self) -> float:
+        """Time of a prefill while the peer prefills too, over its time alone: above 1 where they share cores."""
+        probe, peer = self._probe, self._peer
+        if peer is None:
+            raise ProbeError("without a peer nothing crowds the engine")
+        tokens = _unit(probe.info)
+        alone = [(await probe.prefill(probe.fresh(tokens))).seconds for _ in range(CROWDED_SAMPLES)]
+
+        async def crowd() -> None:
+            while True:
+                await peer.prefill(peer.fresh(tokens))
+
+        crowding = asyncio.create_task(crowd())
+        try:
+            crowded = [(await probe.prefill(probe.fresh(tokens))).seconds for _ in range(CROWDED_SAMPLES)]
+        finally:
+            crowding.cancel()
+            await asyncio.wait([crowding])
+        return statistics.median(crowded) / statistics.median(alone)
 
     def measured(self) -> Measured:
         """The medians so far."""

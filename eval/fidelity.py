@@ -15,10 +15,12 @@ import os
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -29,16 +31,18 @@ from antiphon.engines.launch_options import LaunchError
 from antiphon.engines.tiny_model import write_tiny_model
 from antiphon.eval.calibrate import CalibrateOptions, Sampler, sampling
 from antiphon.eval.calibration import Calibration, summary
-from antiphon.eval.cluster_toml import write_cluster
+from antiphon.eval.cluster_toml import PROFILE_FILE, write_cluster
 from antiphon.eval.demo import BUNDLED_TRACE, DemoError, free_ports, lock_directory
 from antiphon.eval.gateway_cost import GatewayCost, measure_gateway
 from antiphon.eval.least_squares import FitFailed
 from antiphon.eval.probe import ProbeError
 from antiphon.eval.simulate import SimulateOptions, run_simulation
 from antiphon.eval.stack import EngineSpec, Stack, StackError
-from antiphon.traces.provenance import commit, machine
+from antiphon.policies.latency import LatencyModel
+from antiphon.traces.provenance import commit
+from antiphon.traces.readers import read_trace
 from antiphon.traces.replay import ReplayError, ReplayOptions, replay
-from antiphon.traces.result_types import RoundRecord, RunResult
+from antiphon.traces.result_types import RoundRecord
 from antiphon.traces.results import percentile
 from antiphon.traces.schema import TraceError
 
@@ -53,18 +57,34 @@ class FidelityError(Exception):
     """The comparison cannot be made: what failed."""
 
 
+class Case(NamedTuple):
+    """One way to run the trace: the same live and simulated."""
+
+    name: str
+    policy: str
+    concurrency: int
+    """Live sessions: a closed loop."""
+
+
+CASES = (
+    Case("two sessions", "ampd", 2),
+    Case("one session", "ampd", 1),
+    Case("four sessions, all local", "local", 4),
+)
+"""The first is the comparison that reports carry; the others show where its error comes from. With one session
+nothing overlaps; with local rounds engines batch and wait, and nothing is transferred."""
+
+
 @dataclass(frozen=True, slots=True)
 class FidelityOptions:
     """What `make fidelity` can be told."""
 
     directory: Path = Path("build/fidelity")
     trace: Path = BUNDLED_TRACE
-    policy: str = "ampd"
-    concurrency: int = 2
-    """Live sessions: a closed loop, live and simulated."""
+    cases: tuple[Case, ...] = CASES
     max_gap_s: float = 60.0
-    repeats: int = 5
-    """Replays, each with tokens of its own, and measurements after each; all their rounds count."""
+    repeats: int = 3
+    """Replays of each case, each with tokens of its own, and measurements after each; all rounds count."""
     slo_ttft_s: float = 1.0
     slo_itl_s: float = 0.1
     most_tokens: int = 2100
@@ -81,22 +101,42 @@ class Row(msgspec.Struct, frozen=True):
     error: float
 
 
+class CaseResult(msgspec.Struct, frozen=True):
+    """One case; `details` helps to understand its error."""
+
+    case: str
+    policy: str
+    concurrency: int
+    rows: list[Row]
+    details: dict[str, Any]
+
+
 class Fidelity(msgspec.Struct, frozen=True):
-    """fidelity.json. `rows` is the comparison, `details` what helps to understand it."""
+    """fidelity.json. `rows` are those of the first case."""
 
     conditions: dict[str, Any]
     rows: list[Row]
-    details: dict[str, Any] = field(default_factory=dict)
+    cases: list[CaseResult]
+    profile: LatencyModel
     schema: str = FIDELITY_SCHEMA
 
 
 class LiveRun(NamedTuple):
+    """All replays of one case."""
+
     rounds: list[RoundRecord]
     window_tokens: int
-    wall_s: float
 
-    def joined(self, other: LiveRun) -> LiveRun:
-        return LiveRun(self.rounds + other.rounds, other.window_tokens, self.wall_s + other.wall_s)
+
+class Live(NamedTuple):
+    """Everything that was measured on the live stack."""
+
+    found: Calibration
+    cost: GatewayCost
+    slowdown: float
+    """Time of a prefill while the other engine prefills too, over its time alone: what shared cores cost."""
+    runs: dict[Case, LiveRun]
+    seconds: float
 
 
 async def run_fidelity(options: FidelityOptions, console: Console) -> Fidelity:
@@ -114,14 +154,12 @@ async def run_fidelity(options: FidelityOptions, console: Console) -> Fidelity:
             ]
             await stack.start_engines(model, specs)
             async with sampling(_calibration_options(stack, options)) as sampler:
-                found, cost, live = await _measure(stack, sampler, options, console)
-    cluster = _cluster(found, cost, live, options)
-    path = write_cluster(options.directory / "simulation", cluster, found.profile)
-    simulated = run_simulation(_simulate_options(options, path))
-    result = compare(live.rounds, simulated, _conditions(found, cost, live, options))
-    (options.directory / "fidelity.json").write_bytes(
-        msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
-    )
+                live = await _measure(stack, sampler, options, console)
+    console.print(summary(live.found), markup=False, highlight=False, soft_wrap=True)
+    cases = [simulate_case(case, live, options) for case in options.cases]
+    result = Fidelity(conditions(live, cases, options), cases[0].rows, cases, live.found.profile)
+    written = msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
+    (options.directory / "fidelity.json").write_bytes(written)
     console.print(fidelity_table(result))
     return result
 
@@ -141,76 +179,114 @@ def _calibration_options(stack: Stack, options: FidelityOptions) -> CalibrateOpt
     )
 
 
-async def _measure(
-    stack: Stack, sampler: Sampler, options: FidelityOptions, console: Console
-) -> tuple[Calibration, GatewayCost, LiveRun]:
+async def _measure(stack: Stack, sampler: Sampler, options: FidelityOptions, console: Console) -> Live:
     """Measurements and replays by turns: a machine's speed drifts, and both must see the same of it."""
-    console.print("calibrating ...")
+    console.print("measuring ...")
+    began = time.monotonic()
     await sampler.round()
     profile = options.directory / "first-profile.json"
     profile.write_bytes(msgspec.json.encode(sampler.fit().profile))
+    prompts = [turn.prompt_tokens for session in read_trace(options.trace) for turn in session.rounds]
+    costs, slowdowns = [], []
+    runs: dict[Case, LiveRun] = {}
+    for policy in dict.fromkeys(case.policy for case in options.cases):
+        await _start_gateway(stack, policy, profile, options)
+        for repeat in range(options.repeats):
+            for case in (case for case in options.cases if case.policy == policy):
+                costs.append(
+                    await measure_gateway(stack.gateway_url, "model", round(statistics.median(prompts)))
+                )
+                run = await _replay(stack, case, repeat, options, console)
+                before = runs[case].rounds if case in runs else []
+                runs[case] = LiveRun(before + run.rounds, run.window_tokens)
+                await sampler.round()
+                slowdowns.append(await sampler.crowded_slowdown())
+        await stack.stop(policy)
+    return Live(
+        found=sampler.fit(),
+        cost=GatewayCost(*(statistics.median(values) for values in zip(*costs, strict=True))),
+        slowdown=statistics.median(slowdowns),
+        runs=runs,
+        seconds=time.monotonic() - began,
+    )
+
+
+async def _start_gateway(stack: Stack, policy: str, profile: Path, options: FidelityOptions) -> None:
     (port,) = free_ports(1)
     await stack.start_gateway(
-        *("--policy", options.policy, "--profile", str(profile)),
+        *("--policy", policy, "--profile", str(profile)),
         *("--slo-ttft", f"{options.slo_ttft_s}", "--slo-itl", f"{options.slo_itl_s}"),
-        *("--record", str(options.directory / "recording")),
+        *("--record", str(options.directory / f"recording-{policy}")),
         port=port,
+        name=policy,
         engines=2,
     )
-    costs, live = [], LiveRun([], 0, 0.0)
-    for repeat in range(options.repeats):
-        costs.append(await measure_gateway(stack.gateway_url, "model"))
-        live = live.joined(await _replay(stack, options, repeat, console))
-        await sampler.round()
-    found = sampler.fit()
-    console.print(summary(found), markup=False, highlight=False, soft_wrap=True)
-    cost = GatewayCost(*(statistics.median(values) for values in zip(*costs, strict=True)))
-    console.print(f"gateway: {cost.seconds * 1e3:.1f} ms on the way of a request without load")
-    return found, cost, live
 
 
-async def _replay(stack: Stack, options: FidelityOptions, repeat: int, console: Console) -> LiveRun:
+async def _replay(
+    stack: Stack, case: Case, repeat: int, options: FidelityOptions, console: Console
+) -> LiveRun:
     result = await replay(
         ReplayOptions(
             options.trace,
             stack.gateway_url,
-            concurrency=options.concurrency,
+            concurrency=case.concurrency,
             max_gap_s=options.max_gap_s,
-            seed=repeat,  # other tokens each time: nothing of an earlier replay is cached
+            # Other tokens each time: nothing of an earlier replay is cached.
+            seed=100 * options.cases.index(case) + repeat,
             slo_ttft_s=options.slo_ttft_s,
             slo_itl_s=options.slo_itl_s,
         ),
         lambda record: None,
     )
-    if result.rounds_completed != result.rounds_total:
-        raise FidelityError(f"only {result.rounds_completed} of {result.rounds_total} rounds completed live")
-    console.print(f"replay {repeat + 1} of {options.repeats}: {result.wall_s:.0f} s, arms {result.arms}")
-    return LiveRun(result.rounds, result.conditions.window_tokens or 0, result.wall_s)
+    done, total = result.rounds_completed, result.rounds_total
+    if done != total:
+        raise FidelityError(f"{case.name}: only {done} of {total} rounds completed live")
+    console.print(
+        f"{case.name}, replay {repeat + 1} of {options.repeats}: {result.wall_s:.0f} s, {result.arms}"
+    )
+    return LiveRun(result.rounds, result.conditions.window_tokens or 0)
 
 
 # ---------------------------------------------------------------- simulated
 
 
-def _cluster(found: Calibration, cost: GatewayCost, live: LiveRun, options: FidelityOptions) -> Cluster:
-    """The live stack as a cluster file."""
-    info = found.info
+def simulate_case(case: Case, live: Live, options: FidelityOptions) -> CaseResult:
+    """The case in the simulator, beside what it was live."""
+    folder = options.directory / f"simulated-{case.policy}-{case.concurrency}"
+    path = write_cluster(folder, live_cluster(live, case, options), live.found.profile)
+    simulated = run_simulation(
+        SimulateOptions(
+            trace=options.trace,
+            cluster=path,
+            policy=case.policy,
+            concurrency=case.concurrency,
+            max_gap_s=options.max_gap_s,
+            slo_ttft_s=options.slo_ttft_s,
+            slo_itl_s=options.slo_itl_s,
+            json_path=folder / "result.json",
+        )
+    )
+    return compare(case, live.runs[case].rounds, simulated.rounds)
 
-    def group(name: str, pool: str) -> EngineGroup:
-        return msgspec.convert(
-            {
-                "count": 1,
-                "pool": pool,
-                "profile": "profile.json",
-                "device_tokens": info.device_tokens,
-                "store_tokens": found.store_tokens,
-                "link_bytes_per_s": found.profile.transfer.bytes_per_s,
-                "chunk_tokens": info.chunk_tokens,
-                "decode_interval": info.decode_interval,
-                "max_running_requests": info.max_running_requests,
-                "request_fixed_s": found.request_fixed_s,
-                "name": name,
-            },
-            EngineGroup,
+
+def live_cluster(live: Live, case: Case, options: FidelityOptions) -> Cluster:
+    """The live stack as a cluster file: the engines as they are, all times as measured without load."""
+    found, info = live.found, live.found.info
+
+    def group(name: str, pool: Literal["prefill", "decode"]) -> EngineGroup:
+        return EngineGroup(
+            count=1,
+            pool=pool,
+            profile=PROFILE_FILE,
+            device_tokens=info.device_tokens,
+            store_tokens=found.store_tokens,
+            link_bytes_per_s=found.profile.transfer.bytes_per_s,
+            chunk_tokens=info.chunk_tokens,
+            decode_interval=info.decode_interval,
+            max_running_requests=info.max_running_requests,
+            request_fixed_s=found.request_fixed_s,
+            name=name,
         )
 
     return Cluster(
@@ -219,45 +295,32 @@ def _cluster(found: Calibration, cost: GatewayCost, live: LiveRun, options: Fide
         slo=Slo(options.slo_ttft_s, options.slo_itl_s),
         engines=(group("p", "prefill"), group("d", "decode")),
         page_tokens=info.page_tokens,
-        window_tokens=live.window_tokens or info.window_tokens,
-        claim_s=cost.seconds,
-    )
-
-
-def _simulate_options(options: FidelityOptions, cluster: Path) -> SimulateOptions:
-    return SimulateOptions(
-        trace=options.trace,
-        cluster=cluster,
-        policy=options.policy,
-        concurrency=options.concurrency,
-        max_gap_s=options.max_gap_s,
-        slo_ttft_s=options.slo_ttft_s,
-        slo_itl_s=options.slo_itl_s,
-        json_path=cluster.parent / "result.json",
+        window_tokens=live.runs[case].window_tokens or info.window_tokens,
+        claim_s=live.cost.seconds,
     )
 
 
 # ---------------------------------------------------------------- comparing
 
 
-def compare(live: Sequence[RoundRecord], simulated: RunResult, conditions: dict[str, Any]) -> Fidelity:
-    """Quantiles over all live rounds against those of the simulation."""
+def compare(case: Case, live: Sequence[RoundRecord], simulated: Sequence[RoundRecord]) -> CaseResult:
+    """Quantiles over all live rounds against those of the simulation. Raises `FidelityError`."""
     rows = []
     for metric in METRICS:
-        ours = sorted(_values(live, metric))
-        theirs = sorted(_values(simulated.rounds, metric))
+        ours, theirs = sorted(_values(live, metric)), sorted(_values(simulated, metric))
         if not ours or not theirs:
-            raise FidelityError(f"no round has a {metric}")
+            raise FidelityError(f"{case.name}: no round has a {metric}")
         for name, share in QUANTILES.items():
             a, b = percentile(ours, share), percentile(theirs, share)
             rows.append(Row(metric, name, a, b, b / a - 1))
     details = {
+        "rounds_live": len(live),
         "arms_live": _arms(live),
-        "arms_simulated": _arms(simulated.rounds),
-        "by_arm": _by_arm(live, simulated.rounds),
-        "median_round_error": _round_errors(live, simulated.rounds),
+        "arms_simulated": _arms(simulated),
+        "by_arm": _by_arm(live, simulated),
+        "median_round_error": _round_errors(live, simulated),
     }
-    return Fidelity(conditions, rows, details)
+    return CaseResult(*case, rows, details)
 
 
 def _by_arm(live: Sequence[RoundRecord], simulated: Sequence[RoundRecord]) -> dict[str, Any]:
@@ -298,36 +361,57 @@ def _arms(rounds: Sequence[RoundRecord]) -> dict[str, float]:
     return {arm: arms.count(arm) / len(arms) for arm in sorted(set(arms))}
 
 
-def _conditions(
-    found: Calibration, cost: GatewayCost, live: LiveRun, options: FidelityOptions
-) -> dict[str, Any]:
+def conditions(live: Live, cases: Sequence[CaseResult], options: FidelityOptions) -> dict[str, Any]:
+    """Flat, and in words where they say more: reports print it as it is."""
+    first = options.cases[0]
     return {
-        "trace": str(options.trace.name),
-        "policy": options.policy,
-        "concurrency": options.concurrency,
-        "repeats": options.repeats,
-        "rounds_live": len(live.rounds),
-        "engines": "1 prefill, 1 decode: SGLang with a tiny model on the CPU",
-        "profile": msgspec.to_builtins(found.profile),
-        "request_fixed_s": found.request_fixed_s,
-        "gateway_http_s": cost.http_s,
-        "gateway_claim_s": cost.claim_s,
-        "replay_s": live.wall_s,
-        "machine": machine(),
+        "trace": options.trace.name,
+        "engines": "1 prefill and 1 decode: SGLang, a tiny model, on the CPU",
+        "policy": first.policy,
+        "live_sessions": first.concurrency,
+        "replays": options.repeats,
         "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        "load_average": round(os.getloadavg()[0], 1),
+        "why": why(live, cases),
+        "request_fixed_s": round(live.found.request_fixed_s, 5),
+        "gateway_http_s": round(live.cost.http_s, 5),
+        "gateway_claim_s": round(live.cost.claim_s, 5),
+        "shared_cores_slowdown": round(live.slowdown, 2),
+        "live_s": round(live.seconds),
+        "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
     }
 
 
+def why(live: Live, cases: Sequence[CaseResult]) -> str:
+    """What the other cases and the measured slowdown say of the first case's error."""
+    said = [
+        f"{case.case}: " + ", ".join(f"{_label(row)} {row.error:+.0%}" for row in case.rows)
+        for case in cases[1:]
+    ]
+    return "; ".join(
+        [
+            f"engines, gateway and client share {os.cpu_count()} cores, which is not simulated: a prefill takes "
+            f"{live.slowdown:.2f} times as long while the other engine prefills",
+            *said,
+        ]
+    )
+
+
+def _label(row: Row) -> str:
+    return f"{row.metric.removesuffix('_s').upper()} {row.quantile}"
+
+
 def fidelity_table(result: Fidelity) -> Table:
-    """The comparison, a row a quantile."""
+    """Every case, a row a quantile; what explains the errors stands below."""
     table = Table(title=f"simulated against live, goal {GOAL:.0%}", title_justify="left")
-    for name in ("metric", "quantile", "live", "simulated", "error"):
-        table.add_column(name, justify="left" if name in ("metric", "quantile") else "right")
-    for row in result.rows:
-        shown = (f"{row.live * 1e3:.1f} ms", f"{row.simulated * 1e3:.1f} ms", f"{row.error:+.1%}")
-        table.add_row(row.metric.removesuffix("_s").upper(), row.quantile, *shown)
+    for name in ("case", "metric", "live", "simulated", "error"):
+        table.add_column(name, justify="left" if name in ("case", "metric") else "right")
+    for case in result.cases:
+        for index, row in enumerate(case.rows):
+            shown = (f"{row.live * 1e3:.1f} ms", f"{row.simulated * 1e3:.1f} ms", f"{row.error:+.1%}")
+            table.add_row("" if index else case.case, _label(row), *shown, end_section=row is case.rows[-1])
+    table.caption = str(result.conditions["why"])
     return table
 
 
@@ -339,17 +423,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--directory", type=Path, default=defaults.directory)
     parser.add_argument("--trace", type=Path, default=defaults.trace)
-    parser.add_argument("--policy", default=defaults.policy)
-    parser.add_argument("--concurrency", type=int, default=defaults.concurrency)
-    parser.add_argument("--repeats", type=int, default=defaults.repeats)
+    parser.add_argument("--repeats", type=int, default=defaults.repeats, help="replays of each case")
     given = parser.parse_args(arguments)
-    options = FidelityOptions(
-        directory=given.directory,
-        trace=given.trace,
-        policy=given.policy,
-        concurrency=given.concurrency,
-        repeats=given.repeats,
-    )
+    options = FidelityOptions(directory=given.directory, trace=given.trace, repeats=given.repeats)
     console = Console()
     try:
         asyncio.run(run_fidelity(options, console))

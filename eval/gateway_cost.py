@@ -13,7 +13,6 @@ import aiohttp
 
 from antiphon.eval.probe import TOKEN_IDS, ProbeError
 
-PROMPT_TOKENS = 32
 SAMPLES = 12
 DEADLINE_S = 30.0
 RECEIPT_POLL_S = 0.05
@@ -33,8 +32,8 @@ class GatewayCost(NamedTuple):
         return self.http_s + self.claim_s
 
 
-async def measure_gateway(gateway_url: str, model: str) -> GatewayCost:
-    """A dozen tiny rounds of sessions of their own, one at a time. Raises `ProbeError`."""
+async def measure_gateway(gateway_url: str, model: str, prompt_tokens: int) -> GatewayCost:
+    """A dozen rounds of sessions of their own, one at a time. Raises `ProbeError`."""
     chance = random.Random()
     seen: dict[str, float] = {}
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
@@ -42,7 +41,7 @@ async def measure_gateway(gateway_url: str, model: str) -> GatewayCost:
         try:
             for _ in range(SAMPLES):
                 name = f"gateway-cost-{uuid.uuid4().hex}"
-                prompt = [chance.randrange(*TOKEN_IDS) for _ in range(PROMPT_TOKENS)]
+                prompt = [chance.randrange(*TOKEN_IDS) for _ in range(prompt_tokens)]
                 seen[name] = await _ttft_s(session, name, model, prompt)
             receipts = await _receipts(session, seen)
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:

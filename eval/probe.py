@@ -24,6 +24,7 @@ from antiphon.engines.page_hash import ROOT, page_hashes
 
 CALL_DEADLINE_S = 120.0
 INFO_DEADLINE_S = 10.0
+LEAST_STEPS = 8
 TOKEN_IDS = (32, 500)
 """Words or bytes in common vocabularies."""
 
@@ -113,13 +114,19 @@ class Probe:
     ) -> tuple[float, float]:
         """(seconds of a step while all `prompts` decode together, tokens of context in all, in the middle).
 
-        Only the time between the last of their first tokens and the first of their ends counts.
+        Only the time between the last of their first tokens and the first of their ends counts; answers that
+        hardly overlapped are asked for again, longer.
         """
-        times = await asyncio.gather(*(self._answer(prompt, output_tokens) for prompt in prompts))
-        began, ended = max(stamps[0] for stamps in times), min(stamps[-1] for stamps in times)
-        within = [stamp for stamp in times[0] if began <= stamp <= ended]
-        if len(within) < 3:
-            raise ProbeError(f"{len(prompts)} streams hardly overlapped: their answers are too short")
+        for longer in (1, 2, 4):
+            times = await asyncio.gather(
+                *(self._answer(prompt, longer * output_tokens) for prompt in prompts)
+            )
+            began, ended = max(stamps[0] for stamps in times), min(stamps[-1] for stamps in times)
+            within = [stamp for stamp in times[0] if began <= stamp <= ended]
+            if len(within) >= LEAST_STEPS:
+                break
+        else:
+            raise ProbeError(f"{len(prompts)} answers of {longer * output_tokens} tokens hardly overlapped")
         step_s = (within[-1] - within[0]) / (len(within) - 1)
         middle = (began + ended) / 2
         context = sum(

@@ -1,4 +1,4 @@
-"""The commands that evaluate: simulate, sweep, report, counterfactual, calibrate. Imports inside, as cli.py."""
+"""The commands that evaluate: simulate, sweep, report, counterfactual, calibrate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ShareSystem = Annotated[bool, typer.Option(help="Weka: sessions share tools and 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the `antiphon` app."""
-    for command in (simulate, sweep, report):
+    for command in (simulate, sweep, report, counterfactual, calibrate):
         app.command()(command)
 
 
@@ -104,6 +104,58 @@ def report(
     with _user_errors("report"):
         status = run_report(directory, out or directory / "report.html")
     raise typer.Exit(status)
+
+
+def counterfactual(
+    directory: Annotated[Path, typer.Argument(help="A recording of `antiphon serve --record`.")],
+    policy: Annotated[str, typer.Option(help="The policy that is asked about.")],
+    ordering: Annotated[str | None, typer.Option(help="Default: the recorded one.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Default: the recorded fleet.")] = None,
+    seed: int = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the answer there.")] = None,
+) -> None:
+    """Show what another policy would have changed of recorded rounds (a simulation)."""
+    from antiphon.eval.counterfactual import CounterfactualOptions, run_counterfactual
+
+    options = CounterfactualOptions(
+        directory=directory,
+        policy=policy,
+        ordering=ordering,
+        cluster=cluster,
+        seed=seed,
+        json_path=json_path,
+    )
+    raise typer.Exit(run_counterfactual(options))
+
+
+def calibrate(
+    url: Annotated[str, typer.Option(help="Of an engine, or of a gateway (then with --engine).")],
+    engine: Annotated[str | None, typer.Option(help="Engine id at that gateway.")] = None,
+    ledger: Annotated[str | None, typer.Option(help="Redis URL; with --peer, for measuring pulls.")] = None,
+    peer: Annotated[str | None, typer.Option(help="Engine id that pulls from the measured one.")] = None,
+    fleet: Annotated[str, typer.Option(help="Name of the fleet in that ledger.")] = "default",
+    state_dir: Annotated[str, typer.Option(help="Where the fleet key is.")] = "",
+    base: Annotated[str, typer.Option("--profile", help="For what is not measured.")] = "tiny-cpu",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the profile there.")] = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds to spend on repeats.")] = 75.0,
+    most_tokens: Annotated[int, typer.Option(help="Longest prompt to try.")] = 4096,
+) -> None:
+    """Measure a live engine and write a latency profile."""
+    from antiphon.eval.calibrate import CalibrateOptions, run_calibrate
+
+    options = CalibrateOptions(
+        url=url,
+        engine=engine,
+        ledger=ledger,
+        peer=peer,
+        fleet=fleet,
+        state_dir=state_dir,
+        base=base,
+        output=output,
+        budget_s=budget_s,
+        most_tokens=most_tokens,
+    )
+    raise typer.Exit(run_calibrate(options))
 
 
 class _user_errors:  # noqa: N801

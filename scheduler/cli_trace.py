@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -25,6 +25,7 @@ ShareSystem = Annotated[
 ]
 Form = Annotated[str, typer.Option(help="Mooncake with delays: auto, cumulative or delta.")]
 FORMS = ("auto", "cumulative", "delta")
+IGNORED_SHOWN = 3
 PROFILES = "claude-code, swe-agent, toolbench, hotpotqa, tau or dureader (-like), or your own FILE.toml"
 
 
@@ -43,10 +44,10 @@ def info(
     from antiphon.traces.plots import show_info
 
     with _user_errors():
-        sessions, bad = _read(trace, skip_bad, share_system, form)
+        source = _read(trace, skip_bad, share_system, form)
         report = TraceReport()
-        report.add_all(sessions)
-    summary = report.summary(str(trace), bad.count)
+        report.add_all(source.sessions)
+    summary = report.summary(str(trace), source.bad.count, tuple(source.ignored))
     if as_json:
         import msgspec
 
@@ -55,7 +56,7 @@ def info(
     console = Console()
     # A pipe has no width of its own.
     show_info(summary, report.tallies, Console(width=None if console.is_terminal else 120))
-    _say_skipped(bad)
+    _say_skipped(source)
 
 
 @app.command()
@@ -74,13 +75,15 @@ def convert(
     form: Form = "auto",
 ) -> None:
     """Write a trace in another format, shortened if asked; says what is left out."""
+    from antiphon.traces.losses import Losses
     from antiphon.traces.shape import LeftOut, Shape, shape_each
 
+    left_out = LeftOut()
     with _user_errors():
-        sessions, bad = _read(trace, skip_bad, share_system, form)
-        left_out = LeftOut()
-        shaped = shape_each(sessions, Shape(max_sessions, divide, max_gap_s, window), left_out)
-        count = _Count(shaped)
+        source = _read(trace, skip_bad, share_system, form)
+        shaped = shape_each(source.sessions, Shape(max_sessions, divide, max_gap_s, window), left_out)
+        losses = Losses(to, shaped)
+        count = _Count(losses)
         _write(count, out, to)
     typer.echo(f"{out}: {count}, as {to}")
     if left_out.capped_gaps:
@@ -90,7 +93,9 @@ def convert(
             f"left out: {left_out.dropped_rounds} rounds over the window of {window} tokens or after such a "
             f"round; {left_out.dropped_sessions} sessions whole"
         )
-    _say_skipped(bad)
+    for line in losses.describe():
+        typer.echo(f"lost, for {to} cannot say it: {line}")
+    _say_skipped(source)
 
 
 @app.command()
@@ -178,15 +183,25 @@ def _user_errors() -> Iterator[None]:
         raise UserError(f"{error.filename or 'output'}: {error.strerror or error}") from error
 
 
-def _read(trace: Path, skip_bad: bool, share_system: bool, form: str) -> tuple[Iterator[Any], Any]:
-    """The sessions as a stream, and the count of bad lines (filled as the stream is read)."""
+class _Source(NamedTuple):
+    """A trace as a stream, and what is left out of it, known when the stream has ended."""
+
+    sessions: Iterator[Any]
+    bad: Any
+    ignored: list[str]
+    """A line on each file of a folder or archive that is no trace."""
+
+
+def _read(trace: Path, skip_bad: bool, share_system: bool, form: Any) -> _Source:
     from antiphon.traces.readers import BadLines, ReadOptions, read_trace
 
     if form not in FORMS:
         raise UserError(f"--form {form!r}: known are {', '.join(FORMS)}")
     bad = BadLines()
+    ignored: list[str] = []
     options = ReadOptions(share_system=share_system, form=form)
-    return read_trace(trace, bad if skip_bad else None, options=options), bad
+    sessions = read_trace(trace, bad if skip_bad else None, options=options, ignored=ignored)
+    return _Source(sessions, bad, ignored)
 
 
 def _write(sessions: Iterable[Any], out: Path, name: str) -> None:
@@ -200,6 +215,9 @@ def _write(sessions: Iterable[Any], out: Path, name: str) -> None:
         write(sessions, file)
 
 
-def _say_skipped(bad: Any) -> None:
-    if bad.count:
-        typer.echo(f"skipped {bad.count} bad lines, such as: {'; '.join(bad.first)}")
+def _say_skipped(source: _Source) -> None:
+    if source.bad.count:
+        typer.echo(f"skipped {source.bad.count} bad lines, such as: {'; '.join(source.bad.first)}")
+    if source.ignored:
+        more = f" and {len(source.ignored) - IGNORED_SHOWN} more" * (len(source.ignored) > IGNORED_SHOWN)
+        typer.echo(f"not read: {'; '.join(source.ignored[:IGNORED_SHOWN])}{more}")

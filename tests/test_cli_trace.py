@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from typer.testing import CliRunner
 
 from antiphon.scheduler import cli
 from antiphon.scheduler.errors import UserError
+from antiphon.traces.losses import LOSSES
+from antiphon.traces.output import whole_file
 from antiphon.traces.readers import read_trace
 from antiphon.traces.schema import SCHEMA, RoundTrace, SessionTrace
 from antiphon.traces.writers import WRITERS
@@ -60,7 +64,7 @@ def test_info_as_json() -> None:
     found = json.loads(shown)
     assert code == 0 and found["schema"] == "antiphon.trace-info/1"
     assert (found["sessions"], found["rounds"], found["bad_lines"]) == (8, 44, 0)
-    assert found["spreads"]["rounds_per_session"]["p50"] == 5
+    assert found["spreads"]["rounds_per_session"]["p50"] == 5.5
     assert [lack["field"] for lack in found["lacks"]] == ["slo_ttft_s, slo_itl_s"]
 
 
@@ -145,11 +149,67 @@ def test_convert_fits_a_window_and_divides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
-def test_every_format_can_be_written(tmp_path: Path, name: str) -> None:
-    """Each format that is offered writes the demo trace; what it cannot say is said."""
-    code, shown = run("convert", DEMO, tmp_path / "out", "--to", name)
+def test_every_format_can_be_written_and_read(tmp_path: Path, name: str) -> None:
+    """Each format that is offered holds the demo trace's rounds, as our own readers see it."""
+    out = tmp_path / "out.jsonl"
+    code, shown = run("convert", DEMO, out, "--to", name)
     assert code == 0 and "8 sessions, 44 rounds" in shown
-    assert (tmp_path / "out").stat().st_size > 0
+    again = list(read_trace(out))
+    assert sum(len(session.rounds) for session in again) == 44
+    lengths = [[turn.prompt_tokens for turn in s.rounds] for s in again]
+    same = lengths == [[turn.prompt_tokens for turn in s.rounds] for s in read_trace(DEMO)]
+    assert same or name == "mooncake"
+
+
+def test_convert_says_what_is_lost(tmp_path: Path) -> None:
+    """What the trace has and the format cannot hold is counted; our own form loses nothing."""
+    trace, out = tmp_path / "t.jsonl", tmp_path / "out.jsonl"
+    rounds = (RoundTrace(640, 64), RoundTrace(800, 1, 704, 1.0, "bash"), RoundTrace(900, 1, 801))
+    parent = SessionTrace("a", rounds, slo_ttft_s=1.0)
+    child = SessionTrace("b", rounds[:1], parent="a", after_round=0)
+    with whole_file(trace) as file:
+        WRITERS[SCHEMA]((parent, child), file)
+    assert "cannot say it" not in run("convert", trace, out, "--to", SCHEMA)[1]
+    lost = {
+        name: re.findall(r"cannot say it: (\d+ [^,:\n]*)", run("convert", trace, out, "--to", name)[1])
+        for name in ("mooncake", "mooncake-sessions", "agentic-mooncake")
+    }
+    common = ["1 sessions without an arrival", "1 sessions' SLOs"]
+    assert lost == {
+        "mooncake": [
+            "1 sessions' bounds", *common, "1 rounds' tool names", "1 sub-agents' parents",
+            "2 rounds' kept tokens",
+        ],
+        "mooncake-sessions": [
+            *common, "1 rounds' tool names", "1 sub-agents' parents", "1 rounds' kept tokens",
+        ],
+        "agentic-mooncake": [*common, "1 rounds' kept tokens", "1 sub-agents' parents"],
+    }  # fmt: skip
+    assert set(LOSSES) == set(WRITERS) - {SCHEMA, "antiphon"}
+
+
+def test_a_folder_and_an_archive_are_traces(tmp_path: Path) -> None:
+    """What in them is no trace is left out, and said."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(DEMO.read_bytes())
+    (folder / "notes.txt").write_text("no trace")
+    archive = tmp_path / "a.tar.xz"
+    with tarfile.open(archive, "w:xz") as tar:
+        tar.add(folder, "folder")
+    for path in (folder, archive):
+        code, shown = run("info", path)
+        assert code == 0 and "8 sessions, 44 rounds" in shown
+        assert "not read: " in shown and "notes.txt" in shown
+        assert len(json.loads(run("info", path, "--json")[1])["ignored"]) == 1
+
+
+def test_a_session_in_two_forms_is_an_error_that_names_both(tmp_path: Path) -> None:
+    """One session twice in a folder: neither is taken silently."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(DEMO.read_bytes())
+    code, shown = run("info", tmp_path)
+    assert code == 2 and "a.jsonl" in shown and "b.jsonl" in shown and len(shown.splitlines()) == 1
 
 
 WRONG: dict[str, tuple[list[str], str]] = {

@@ -10,7 +10,6 @@ import pytest
 from antiphon.engines.chains import Branch, Chain
 from antiphon.engines.closed_form import ClosedFormEngine, EngineRequest, Milestone
 from antiphon.engines.cluster import EngineGroup, EngineSpec
-from antiphon.engines.decode_run import GapHistogram
 from antiphon.policies.latency import DecodeCost, LatencyModel, LoadCost, PrefillCost, TransferCost
 
 PAGE = 10
@@ -64,20 +63,11 @@ class Bench:
 
 
 def make_bench(
-    *,
-    chunk: int = 0,
-    interval: int = 0,
-    pool_pages: int = 1000,
-    store_pages: int = 10_000,
-    running: int = 64,
+    *, chunk: int = 0, interval: int = 0, pool_pages: int = 1000, store_pages: int = 10_000, running: int = 64
 ) -> Bench:
+    tokens = pool_pages * PAGE, store_pages * PAGE
     group = EngineGroup(
-        count=1,
-        pool="decode",
-        profile="",
-        device_tokens=pool_pages * PAGE,
-        store_tokens=store_pages * PAGE,
-        link_bytes_per_s=1e9,
+        *(1, "decode", "", *tokens, 1e9),
         chunk_tokens=chunk,
         decode_interval=interval,
         max_running_requests=running,
@@ -225,6 +215,27 @@ def test_who_came_last_is_retracted() -> None:
     assert bench.engine.gaps.count == 80
 
 
+def test_who_just_came_is_retracted() -> None:
+    """Its stall and that of the others are gaps of one token each, also when it leaves before a step."""
+    bench = make_bench(pool_pages=14)
+    bench.submit(1.0, "a", 41, 11)
+    joined = 1.0 + 0.010 + 0.041 + 0.001681
+    # After nine steps a has KV for 50 tokens and promises nothing for its last; b takes all that is left.
+    nine = 9 * 0.011 + 1e-5 * (9 * 42 + 36)
+    bench.submit(joined + nine - 0.005, "b", 88, 2)
+    bench.run()
+    stall = 0.010 + 0.088 + 0.007744
+    assert bench.first("b") == at(joined + nine + stall)
+    last = 0.011 + 1e-5 * 51
+    assert bench.finished("a") == at(joined + nine + stall + last)
+    # Eighty tokens of b are still there.
+    again = 0.010 + 0.009 + 9 * 80e-6 + 81e-6
+    assert bench.finished("b") == at(bench.finished("a") + again)
+    gaps = bench.engine.gaps
+    assert gaps.count == 11
+    assert gaps.total_s == at(nine + stall + last + last + again)
+
+
 def test_admission_keeps_room() -> None:
     """Who would leave too little for what the others may still generate waits for one of them to end."""
     bench = make_bench(pool_pages=14)
@@ -341,7 +352,7 @@ def test_touch_keeps_a_chain_in_the_store() -> None:
 
 def test_chunk_below_a_page_is_an_error() -> None:
     """Chunks end at page boundaries, so none could be made."""
-    with pytest.raises(ValueError, match="less than a page"):
+    with pytest.raises(ValueError, match="chunk_tokens 5 < a page of 10"):
         make_bench(chunk=5)
 
 
@@ -380,20 +391,3 @@ def test_conservation(seed: int) -> None:
         assert engine.gaps.summary().mean * engine.gaps.count == pytest.approx(seconds, rel=1e-9)
     assert engine.totals.output_tokens >= wanted
     assert engine.totals.busy_s <= bench.now
-
-
-def test_gap_histogram() -> None:
-    """Quantiles are right to a quarter of a percent, the mean is exact, and two add up."""
-    gaps, more = GapHistogram(), GapHistogram()
-    assert gaps.summary().p99 == 0.0
-    for milliseconds in range(1, 101):
-        (gaps if milliseconds % 2 else more).add(milliseconds / 1000, 10)
-    more.add(0.0, 1)
-    gaps.merge(more)
-    summary = gaps.summary()
-    assert summary.count == 1001
-    assert summary.mean == pytest.approx(50.5 / 1001)
-    assert summary.p50 == pytest.approx(0.050, rel=0.0026)
-    assert summary.p90 == pytest.approx(0.090, rel=0.0026)
-    assert summary.p99 == pytest.approx(0.099, rel=0.0026)
-    assert gaps.quantile(0.0) == 0.0

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.traces.readers import BadLines, read_trace
-from antiphon.traces.schema import RoundTrace, SessionTrace, TraceError, session_fault
+from antiphon.traces.readers import FORMATS, BadLines, read_trace
+from antiphon.traces.schema import RECORDED_ROUND_SCHEMA, RoundTrace, SessionTrace, TraceError, session_fault
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -37,10 +37,10 @@ def rounds_of(tmp_path: Path, *rounds: dict[str, Any]) -> tuple[RoundTrace, ...]
 
 
 def shared_trace(name: str) -> Path:
-    """A file of the shared traces; skips the test, saying so, where they are not."""
+    """A file or folder of the shared traces; skips the test, saying so, where they are not."""
     beside = Path(__file__).resolve().parents[1] / ".." / "shared" / "traces"
     folder = Path(os.environ.get("ANTIPHON_TRACES") or beside)
-    if not (folder / name).is_file():
+    if not (folder / name).exists():
         pytest.skip(f"no {name}: set ANTIPHON_TRACES to the folder of the shared traces")
     return folder / name
 
@@ -211,7 +211,8 @@ json_values = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["session", "session_id", "rounds", "schema", "prompt", "out", "new", "cached", "t"]
+                "session session_id rounds schema prompt out new cached t timestamp input_length "
+                "output_length hash_ids delay turns requests id".split()
             )
             | st.text(max_size=5),
             inner,
@@ -233,8 +234,10 @@ almost_rounds = st.fixed_dictionaries(
         )
     },
 )
-any_line = st.binary(max_size=60) | st.builds(
-    lambda value: json.dumps(value).encode(), json_values | almost_rounds | st.just(GOOD)
+any_line = (
+    st.binary(max_size=60)
+    | st.just(b"TIMESTAMP,ContextTokens,GeneratedTokens")
+    | st.builds(lambda value: json.dumps(value).encode(), json_values | almost_rounds | st.just(GOOD))
 )
 
 
@@ -265,12 +268,71 @@ def test_any_bytes_give_sound_sessions_or_a_trace_error(
         ("tau_airline/rounds.jsonl.gz", 200, 2_454),
         ("lmcache_agent/miniswe_rounds.jsonl.gz", 20, 402),
         ("mooncake/conversation_sessions.jsonl.gz", 8_130, 12_031),
+        ("mooncake/conversation_trace.jsonl.gz", 8_130, 12_031),
+        ("aiperf_agentic_code", 1_205, 14_056),
+        ("weka/weka.tar.xz", 182, 6_823),
+        ("lmcache_agent", 20, 402),
     ],
 )
 def test_shared_traces_are_read_whole(name: str, sessions: int, rounds: int) -> None:
     """Every session and round of the shared traces is read, none is bad."""
     read = list(read_trace(shared_trace(name)))
     assert (len(read), sum(len(session.rounds) for session in read)) == (sessions, rounds)
+
+
+@pytest.mark.parametrize("name", ["weka", "mooncake"])
+def test_the_same_sessions_twice_in_a_folder_are_refused(name: str) -> None:
+    """A folder with original and derived form of the same sessions says to give one of them."""
+    folder = shared_trace(name)
+    with pytest.raises(TraceError, match="give one of them"):
+        list(read_trace(folder, BadLines()))
+
+
+def test_a_recording_is_read_as_one(tmp_path: Path) -> None:
+    """A folder of `serve --record` is joined over its files; one of them reads alone; faults are said."""
+    (tmp_path / "recording.json").write_text("{}")
+    turn = {"schema": RECORDED_ROUND_SCHEMA, "session": "s", "prompt_tokens": 9, "output_tokens": 4}
+    first = turn | {"round": 1, "round_id": "a", "arrived_s": 100.0, "ended_s": 101.0}
+    later = turn | {"round": 2, "round_id": "b", "arrived_s": 104.0, "ended_s": 105.0, "prompt_tokens": 20}
+    one = write(tmp_path / "rounds-1.jsonl", first)
+    other = write(tmp_path / "rounds-2.jsonl", later, "{}")
+    bad = BadLines()
+    (joined,) = read_trace(tmp_path, bad)
+    assert joined.rounds == (RoundTrace(9, 4), RoundTrace(20, 4, kept_tokens=13, gap_s=3.0))
+    assert bad.count == 1 and "rounds-2.jsonl, line 2" in bad.first[0]
+    (alone,) = read_trace(one)
+    assert (alone.session_id, alone.start_s, alone.rounds) == ("s", 0.0, (RoundTrace(9, 4),))
+    with pytest.raises(TraceError, match=r"rounds-2.jsonl, line 2"):
+        list(read_trace(other))
+    failed = write(tmp_path / "failed.jsonl", first | {"outcome": "failed"})
+    with pytest.raises(TraceError, match="no round of this recording was completed"):
+        list(read_trace(failed))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_document_may_span_lines(tmp_path: Path, indent: int | None) -> None:
+    """One JSON object a file is read however it is laid out, also of a format that has a session a line."""
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(GOOD, indent=indent))
+    assert [session.session_id for session in read_trace(path)] == ["good"]
+
+
+def test_every_format_has_a_name_of_its_own() -> None:
+    """Formats can be told apart by name, and none hides behind one that is asked before it."""
+    heads: list[dict[str, object]] = [
+        {"session_id": "s", "rounds": []},
+        {"schema": RECORDED_ROUND_SCHEMA},
+        {"session": 1, "rounds": []},
+        {"id": "s", "requests": [], "block_size": 64},
+        {"request_id": "r", "session_id": "s", "input_length": 1, "output_length": 1, "timestamp": 0},
+        {"chat_id": 1, "parent_chat_id": -1, "timestamp": 0, "input_length": 1, "output_length": 1},
+        {"session_id": "s", "turns": []},
+        {"session_id": "s", "input_length": 1, "output_length": 1, "timestamp": 0},
+        {"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [1]},
+        {"TIMESTAMP": None, "ContextTokens": None, "GeneratedTokens": None},
+    ]
+    asked = [next(form.name for form in FORMATS if form.matches(head)) for head in heads]
+    assert asked == [form.name for form in FORMATS] and len(set(asked)) == len(asked)
 
 
 def test_weka_mostly_extends_itself() -> None:

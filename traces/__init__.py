@@ -2,10 +2,16 @@
 
 Sessions as data (pure, but for reading the file)
     schema.py      SessionTrace, RoundTrace; one JSON line per session; what makes a session sound
-    readers.py     files to sessions, by content: our own form and the normalised `rounds` form
+    readers.py     traces to sessions: finds a file's format by its content; says whose line is bad
+    containers.py  what a trace lies in: a file, folder or archive, packed or not; its digest
+    formats.py     what a format is. One each: format_own.py, format_rounds.py, format_weka.py,
+                   format_agentic.py, format_bailian.py, format_aiperf.py, format_mooncake.py,
+                   format_mooncake_sessions.py, format_azure.py
+    blocks.py      what a prompt kept of hashed blocks; shared_blocks.py: which sessions begin alike
     format_weka.py, format_aiperf.py, format_bailian.py, format_agentic.py
                    other tools' formats, one module each; blocks.py: what a round kept, told by hashed blocks
-    writers.py     sessions to files: our own form, Mooncake's, with sessions, agentic
+    writers.py     sessions to files: our own form, Mooncake's, with sessions, agentic; losses.py: what
+                   such a format cannot say
     shape.py       scale lengths, cap gaps, fit a window
     arrivals.py    when sessions start: Poisson or as recorded, with a bound on live sessions
     profiles.py    kinds of agents as data (data/profiles.toml); generate.py makes seeded sessions of them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ WINDOWS_TOKENS = (32_768, 131_072)
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """One quantity over a trace. Percentiles are nearest ranks."""
+    """One quantity over a trace. Percentiles are linear between the two nearest ranks."""
 
     count: int
     mean: float
@@ -64,18 +65,25 @@ class Tally:
         """None where nothing was counted."""
         if not self.count:
             return None
-        ranks = {share: max(1, math.ceil(share * self.count)) for share in (0.5, 0.9, 0.99)}
-        found: dict[float, float] = {}
-        below = 0
+        p50, p90, p99 = self._percentiles(0.5, 0.9, 0.99)
+        mean = self._total / self.count
+        return Spread(self.count, mean, self.least, p50, p90, p99, self.most, self.exact)
+
+    def _percentiles(self, *shares: float) -> list[float]:
+        """As `results.percentile` of all values in order, without holding them all."""
+        values, last_ranks = [], []
+        rank = -1
         for value, count in self.items():
-            below += count
-            for share, rank in ranks.items():
-                if below >= rank and share not in found:
-                    found[share] = min(max(value, self.least), self.most)
-        return Spread(
-            self.count, self._total / self.count, self.least, found[0.5], found[0.9], found[0.99], self.most,
-            self.exact,
-        )  # fmt: skip
+            rank += count
+            values.append(min(max(value, self.least), self.most))
+            last_ranks.append(rank)
+        found = []
+        for share in shares:
+            place = share * (self.count - 1)
+            low = values[bisect_left(last_ranks, math.floor(place))]
+            high = values[bisect_left(last_ranks, math.ceil(place))]
+            found.append(low + (high - low) * (place - math.floor(place)))
+        return found
 
 
 def _rounded(value: float) -> float:
@@ -117,6 +125,8 @@ class TraceSummary(msgspec.Struct, frozen=True, kw_only=True):
     schema: str = INFO_SCHEMA
     path: str
     bad_lines: int
+    ignored: tuple[str, ...]
+    """Files of a folder or archive that are no trace, and why."""
     sessions: int
     rounds: int
     sub_agents: int
@@ -214,11 +224,12 @@ class TraceReport:
                 self._partly += turn.kept_tokens < before.total_tokens
             before = turn
 
-    def summary(self, path: str, bad_lines: int = 0) -> TraceSummary:
+    def summary(self, path: str, bad_lines: int = 0, ignored: tuple[str, ...] = ()) -> TraceSummary:
         names = Tallies.__dataclass_fields__
         return TraceSummary(
             path=path,
             bad_lines=bad_lines,
+            ignored=ignored,
             sessions=self._sessions,
             rounds=self._rounds,
             sub_agents=self._sub_agents,

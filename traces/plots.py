@@ -205,8 +205,6 @@ def _facts(summary: TraceSummary) -> Iterator[str]:
         yield f"sub-agents: {summary.sub_agents:,} sessions have a parent"
     if summary.tools:
         yield f"tools: {_tools(summary)}"
-    if summary.bad_lines:
-        yield f"skipped {summary.bad_lines} bad lines"
     if any(spread and not spread.exact for spread in _spreads(summary)):
         yield "percentiles are within 1 %: too many different values to keep all"
     for lack in summary.lacks:
