@@ -14,7 +14,7 @@ from typing import NamedTuple
 class Branch:
     """Content from page `fork_pages` on; below that it is its parent's. Compared by identity.
 
-    `fork_pages` is an absolute depth in pages, at least the parent's own; a root has no parent and forks at 0.
+    `fork_pages` is an absolute depth, at least the parent's own; a root has no parent and forks at 0.
     """
 
     __slots__ = ("fork_pages", "number", "parent")

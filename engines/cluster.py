@@ -120,6 +120,8 @@ def resolve_engines(cluster: Cluster, folder: Path = Path()) -> tuple[EngineSpec
                 f"cluster {cluster.name!r}: device_tokens below one page ({cluster.page_tokens})"
             )
         first = sum((s.group.name or s.group.pool) == (group.name or group.pool) for s in specs)
-        for number in range(first, first + group.count):
-            specs.append(EngineSpec(f"{group.name or group.pool}-{number}", group, latency))
+        specs += [
+            EngineSpec(f"{group.name or group.pool}-{number}", group, latency)
+            for number in range(first, first + group.count)
+        ]
     return tuple(specs)

@@ -3,7 +3,16 @@
 stack.py   start and stop a whole stack as child processes: Valkey, engines, gateway
 verify.py  teacher-forced check of a result's tokens with transformers
 demo.py    `make demo`: one command from nothing to a checked result
-bench.py   `make bench`: ratios measured in one run
+bench.py   `make bench`: ratios measured in one run; bench_simulation.py: the simulator's speed
+Simulating
+    simulate.py    `antiphon simulate`; simulation_plan.py what it is told, simulation_result.py what it found
+    load.py        engine-seconds of a session: `--load`, and what an idle fleet would attain
+    sweep.py       `antiphon sweep`; sweep_spec.py is its grid
+    counterfactual.py      `antiphon counterfactual`; recorded_fleet.py makes a cluster of a recording
+    cluster_toml.py        cluster files written
+Fidelity
+    calibrate.py   `antiphon calibrate`; probe.py times an engine, calibration.py fits what it measured
+    fidelity.py    `make fidelity`: live against simulated; gateway_cost.py: what an idle gateway costs
 Latency profiles (`policies/data`) and clusters (`clusters/*.toml`)
     fit.py         coefficients from points: the command; least_squares.py is the arithmetic
     fit_points.py  points from a file, or from AIConfigurator; aiconfigurator_query.py runs in its Python

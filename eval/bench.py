@@ -251,9 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--per-block", type=int, default=100)
     parser.add_argument("--trace", type=Path, help="for the simulator; default: generated sessions")
-    parser.add_argument(
-        "--dynamo", type=Path, help="a Python with ai-dynamo 1.6.1, to be measured beside"
-    )
+    parser.add_argument("--dynamo", type=Path, help="a Python with ai-dynamo 1.6.1, to be measured beside")
     options = parser.parse_args(arguments)
     latency = load_latency_model("tiny-cpu")
     rows = [*place_rows(8, latency), *place_rows(64, latency)]

@@ -47,9 +47,11 @@ class Workbench:
         """The largest batch of rounds of this context that meets the ITL target and fits; at least 1."""
         cost, group = self.decode.latency.decode, self.decode.group
         each_s = cost.per_request_s + context_tokens * cost.per_context_token_s
-        by_time = (slo_itl_s - cost.fixed_s - cost.experts_s) / each_s if each_s > 0 else float(group.max_running_requests)
         by_room = group.device_tokens / context_tokens
-        return max(1, int(min(by_time, by_room, group.max_running_requests)))
+        most = min(by_room, group.max_running_requests)
+        if each_s > 0:
+            most = min(most, (slo_itl_s - cost.fixed_s - cost.experts_s) / each_s)
+        return max(1, int(most))
 
     def session_seconds(self, session: SessionTrace, slo_itl_s: float) -> float:
         """Engine-seconds of a whole session whose history is always found."""

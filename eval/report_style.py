@@ -157,9 +157,11 @@ def seconds(value: float) -> str:
 
 
 def seconds_axis(axis: Any) -> None:
-    """Ticks of a logarithmic time axis in words: 10 ms, 1 s."""
+    """Ticks of a logarithmic time axis in words: 10 ms, 1 s. Call it when the limits stand."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(base=10.0, numticks=12))
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axis.set_major_locator(LogLocator(base=10.0, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value) if value > 0 else "0"))
     axis.set_minor_formatter(NullFormatter())

@@ -38,7 +38,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("pushing KV to the home", "#e69f00", "\\\\"),
     ("at the home, to the first token", "#56b4e9", ".."),
     ("decode", "#009e73", ""),
-    ("tool runs (no request)", "#eeeeee", ""),
+    ("tool runs (no request)", "#d4d4d4", ""),
 )
 
 
@@ -80,8 +80,8 @@ def arms_over_time_plot(scenario: Scenario, unread: list[str]) -> Plot | None:
     return Plot(
         "arms-over-time",
         "When does each policy use which arm?",
-        f"Completed rounds by the time at which they were sent, stacked by arm, {load_words(scenario, scenario.focus)}, "
-        f"seed {seed}. The outline is the rate of all rounds; policies that run a single arm are left out.",
+        "Completed rounds by the time at which they were sent, stacked by arm: the outline is the rate of all "
+        f"rounds. {load_words(scenario, scenario.focus)}, seed {seed}; policies with a single arm are left out.",
         png,
     )
 
@@ -131,10 +131,10 @@ def session_plot(scenario: Scenario, unread: list[str]) -> Plot | None:
     return Plot(
         "session",
         "What happens inside one session?",
-        f"Session {short(session.name, 40)} under {session.policy}, {load_words(scenario, scenario.focus)}; one row "
-        "for each round, named by its arm. Left, the session in time: each round starts when the tool between "
-        "them has ended. Right, the same rounds moved to a common start and stretched: what the wait for the "
-        "first token is made of. The dotted line is the target.",
+        f"Session {short(session.name, 40)} under {session.policy}, {load_words(scenario, scenario.focus)}; one "
+        "row for each round, named by its arm. Left, the session in time: a round begins when the tool before it "
+        "has ended. Right, the same rounds from a common start: what the wait for the first token is made of "
+        "(dotted line: target).",
         png,
     )
 

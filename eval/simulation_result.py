@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from antiphon.engines.closed_form import ClosedFormEngine
-from antiphon.engines.decode_run import GapHistogram
 from antiphon.engines.cluster import EngineSpec
+from antiphon.engines.decode_run import GapHistogram
 from antiphon.eval.simulation_plan import Prepared
 from antiphon.scheduler.messages import Outcome
 from antiphon.scheduler.simulation import RoundEnd, Simulation

@@ -103,7 +103,8 @@ def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
     traces = {name: _beside(folder, name) for name in spec.traces}
     hashes = {name: trace_sha256(path) for name, path in traces.items()}
     clusters = {name: _cluster(folder, name) for name in spec.clusters}
-    loads = [(load, None) for load in spec.loads] or [(None, rate) for rate in spec.session_rates]
+    loads: list[tuple[float | None, float | None]] = [(load, None) for load in spec.loads]
+    loads += [(None, rate) for rate in spec.session_rates]
     common = msgspec.json.encode(
         [spec.max_sessions, spec.max_gap_s, spec.slo_ttft_s, spec.slo_itl_s, spec.share_system, spec.skip_bad]
     )

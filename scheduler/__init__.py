@@ -8,10 +8,12 @@ Core (no clock, no I/O)
     sessions.py    what is remembered of sessions between rounds
     books.py       fleet, sessions and residency in one place: views, reservations, beliefs
     receipts.py    a round's receipt, from its record
-    core.py        Scheduler.receive(event, now) -> commands
+    core.py        Scheduler.receive(event, now) -> commands; core_config.py is what it can be told
     checks.py      check_invariants(): do the books contradict each other
-Driver and state
+Drivers and state
     runtime.py     asyncio driver: commands -> engine and ledger calls, results -> events
+    simulation.py  heap driver: the same core in simulated time, on closed-form engines
+    simulated_sessions.py  its clients: what they send, when, and which pages their prompts share
     engine_calls.py  the calls on engines that answer once
     rounds.py      a round as the gateway sees it: its request, its stream to the client
     recorder.py    the driver's calls to the ledger: claim, record, publish reservations
@@ -21,6 +23,8 @@ Driver and state
     ledger_connection.py  one connection to it: deadlines, errors, names of keys
     ledger_views.py       reading it: sessions, receipts, counters
     receipt_log.py the latest receipts of this replica
+    round_log.py   `serve --record`: every round as a line of lengths and times
+    known_prefixes.py      how much of a prompt was there before; recorded_facts.py: the fleet at that time
     valkey.py      the embedded Valkey
 Doors
     gateway.py     ASGI app: routes, health, metrics, receipts
@@ -34,7 +38,7 @@ Doors
     config.py      antiphon.toml -> frozen config
     fleet_key.py   the key that scheduler and engines prove to each other
     metrics.py, logs.py, errors.py
-    cli.py         the `antiphon` command; doctor.py proves an installation
+    cli.py         the `antiphon` command; cli_evaluation.py, cli_trace.py: its other commands; doctor.py proves an installation
     cli_trace.py   `antiphon trace`: info, convert, generate
     sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

@@ -179,7 +179,7 @@ Event = (
 class Claim(Struct, frozen=True, gc=False):
     """Ask the ledger for lease, session record, the others' totals, and who holds how much of the prompt.
 
-    At which places of the prompt's chain to ask is told by `Scheduler.checkpoints`, to a driver with a ledger.
+    At which places of the prompt's chain to ask: `Scheduler.checkpoints`, for a driver with a ledger.
     """
 
     round_id: str

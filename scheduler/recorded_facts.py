@@ -1,4 +1,4 @@
-"""What a recording says of the replica that made it: `replica-*.json`, rewritten when an engine comes or goes."""
+"""What a recording says of the replica that made it: `replica-*.json`, rewritten as engines come and go."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ checkpoint holds all below it, so that a look-up bisects over the strides. A bel
 evict): that costs a recomputation, never a wrong token.
 
 Memory: at most `checkpoints_per_engine` per engine. Only a checkpoint with none above it is ever dropped, the
-least recently recorded first. What it stood on then goes next, so that a chain that nobody uses is dropped from its
-end on; but if it was recorded as an end itself while others stood on it, it counts as recorded now.
+least recently recorded first. What it stood on then goes next, so that a chain that nobody uses is dropped
+from its end on; but if it was recorded as an end itself while others stood on it, it counts as recorded now.
 
 Written only by the core, on one thread. Engines are bits of an integer. Costs: recording, what is new;
 a look-up, the logarithm of the length for every length at which beliefs end, and less than a stride of pages.

@@ -211,8 +211,10 @@ json_values = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                "session session_id rounds schema prompt out new cached t timestamp input_length "
-                "output_length hash_ids delay turns requests id".split()
+                [
+                    *("session", "session_id", "rounds", "schema", "prompt", "out", "new", "cached", "t"),
+                    *("timestamp", "input_length", "output_length", "hash_ids", "delay", "turns", "id"),
+                ]
             )
             | st.text(max_size=5),
             inner,
