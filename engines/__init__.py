@@ -35,7 +35,7 @@ Simulated engines (the same protocols, virtual KV)
     simulated_loop.py    its batch loop; simulated_request.py one request in it
     virtual_kv.py  pages without bytes; virtual_directory.py serves them
     scripts.py, faults.py  what it answers, and what it does wrong, on command
-Simulated time (no process, no tokens, no clock: driven by scheduler/simulation.py)
+Simulated time (no process, no tokens, no clock: the scheduler's heap driver moves it)
     cluster.py     cluster files: engines, links, targets, prices
     chains.py      names of KV without hashes: branches and chains
     closed_form.py the batch loop of simulated_loop.py in closed form; closed_form_request.py one request

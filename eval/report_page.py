@@ -1,4 +1,4 @@
-"""The report as one HTML page that stands alone: sections of texts, tables and pictures. jinja2 escapes them."""
+"""The report as one HTML page that stands alone: sections of texts, tables and pictures, all escaped."""
 
 from __future__ import annotations
 

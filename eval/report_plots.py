@@ -27,6 +27,7 @@ from antiphon.eval.report_style import (
     legend_outside,
     panels,
     png_of,
+    seconds,
     seconds_axis,
     series_look,
     short,
@@ -66,6 +67,14 @@ def seeds_words(scenario: Scenario) -> str:
     return f"Points are means of {most} seeds; the band reaches from the lowest seed to the highest."
 
 
+def targets_words(scenario: Scenario) -> str:
+    """Such as: its first token within 2 s and its mean ITL within 50 ms."""
+    slo = scenario.first.slo
+    named = (("its first token", slo.get("ttft_s")), ("its mean time between tokens", slo.get("itl_s")))
+    said = [f"{name} within {seconds(value)}" for name, value in named if value is not None]
+    return " and ".join(said) or "the targets met that its session brings"
+
+
 # ---------------------------------------------------------------- against load
 
 
@@ -75,7 +84,7 @@ def attainment_plot(scenario: Scenario) -> Plot | None:
         return None
     wanted = [
         ("rounds that attain", rounds_attained),
-        ("sessions whose rounds all attain", sessions_attained),
+        ("sessions that attain whole", sessions_attained),
     ]
     ceiling = max((run.result.attainable or 0.0 for run in scenario.runs), default=0.0)
     with drawing(3.5) as figure:
@@ -87,26 +96,24 @@ def attainment_plot(scenario: Scenario) -> Plot | None:
         if ceiling:
             axes[0].axhline(ceiling, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
             axes[0].annotate(
-                "attainable on an idle fleet", (1.0, ceiling), xycoords=("axes fraction", "data"), fontsize=7.5,
-                color=QUIET, ha="right", va="bottom", xytext=(0, 1.5), textcoords="offset points",
+                "attainable on an idle fleet", (1.0, ceiling), xycoords=("axes fraction", "data"), ha="right",
+                va="bottom", fontsize=7.5, color=QUIET, xytext=(0, 1.5), textcoords="offset points",
             )  # fmt: skip
         for axis in axes:
             _share_limits(axis)
         handles, labels = axes[0].get_legend_handles_labels()
         legend_outside(figure, handles, labels, "policy")
         png = png_of(figure)
-    slo = scenario.first.slo
-    targets = " and ".join(
-        f"{words} within {value:g} s"
-        for words, value in (("the first token", slo.get("ttft_s")), ("the mean gap of tokens", slo.get("itl_s")))
-        if value is not None
-    )  # fmt: skip
+    above = (
+        " The dashed line is the share of rounds whose first token an idle fleet would bring in time: no "
+        "policy can be above it."
+    )
     return Plot(
         "attainment",
-        "Which policy keeps its promise as the load grows?",
-        f"A round attains when it completes with {targets or 'its targets met'}. Higher is better. "
-        f"{seeds_words(scenario)} The share axis shows only the range that occurs. The dashed line is the share "
-        "of rounds whose first token an idle fleet would bring in time: no policy can be above it.",
+        "Which policy meets its targets as the load grows?",
+        f"A round attains when it completes with {targets_words(scenario)}; a session, when all its rounds "
+        f"do. Higher is better; the axis shows only the range that occurs. {seeds_words(scenario)}"
+        f"{above if ceiling else ''}",
         png,
     )
 
@@ -121,17 +128,18 @@ def latency_plot(scenario: Scenario) -> Plot | None:
             _against_load(axis, scenario, quantile(metric, "p90"))
             axis.set_title(f"{name}, 90th percentile")
             axis.set_yscale("log")
-            _log_limits(axis)
+            target_s = scenario.first.slo.get(metric)
+            _log_limits(axis, target_s)
             seconds_axis(axis.yaxis)
-            _target(axis, scenario.first.slo.get(metric), vertical=False)
+            _target(axis, target_s, vertical=False)
         handles, labels = axes[0].get_legend_handles_labels()
         legend_outside(figure, handles, labels, "policy")
         png = png_of(figure)
     return Plot(
         "latency",
         "How do the slow rounds grow with the load?",
-        "Nine of ten rounds are at or below the line: TTFT is the time to a round's first token, ITL its mean "
-        f"time between tokens. Lower is better; the axes are logarithmic. {seeds_words(scenario)}",
+        "Nine of ten rounds are at or below the line. TTFT is the time to a round's first token, ITL its "
+        f"mean time between tokens; lower is better, the axes are logarithmic. {seeds_words(scenario)}",
         png,
     )
 
@@ -176,16 +184,20 @@ def _share_limits(axis: Axes) -> None:
     axis.set_ylim(max(-0.01, low - room), min(1.01, high + room))
 
 
-def _log_limits(axis: Axes) -> None:
-    """At least a factor of four, so that a flat line looks flat."""
+def _log_limits(axis: Axes, target_s: float | None) -> None:
+    """At least a factor of four, so that a flat line looks flat; with the target, if it is not far."""
     low, high = axis.get_ylim()
+    if target_s is not None and low / 10 < target_s < high * 10:
+        low, high = min(low, target_s * 0.8), max(high, target_s * 1.25)
+        axis.set_ylim(low, high)
     if low > 0 and high / low < 4:
         middle = (low * high) ** 0.5
         axis.set_ylim(middle / 2, middle * 2)
 
 
 def _target(axis: Axes, value: float | None, *, vertical: bool) -> None:
-    if value is None:
+    low, high = axis.get_xlim() if vertical else axis.get_ylim()
+    if value is None or not low <= value <= high:
         return
     line = axis.axvline if vertical else axis.axhline
     line(value, color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
@@ -221,6 +233,7 @@ def distribution_plot(scenario: Scenario, unread: list[str]) -> Plot:
                 _curve(axis, cell, metric, values, looks[cell.series])
         for axis, (name, metric) in zip(axes, (("TTFT", "ttft_s"), ("ITL", "itl_s")), strict=True):
             axis.set_xscale("log")
+            _room_for(axis, scenario.first.slo.get(metric))
             seconds_axis(axis.xaxis)
             axis.set_xlabel(f"{name} of a round (logarithmic)")
             axis.set_ylim(0, 1.02)
@@ -234,11 +247,18 @@ def distribution_plot(scenario: Scenario, unread: list[str]) -> Plot:
     return Plot(
         "distributions",
         f"How long do rounds take at {load_words(scenario, scenario.focus)}?",
-        "Each curve says which share of the completed rounds, of all seeds, had their first token (left) or "
-        "their mean gap between tokens (right) within that time: a curve further left is faster, and where it "
-        f"crosses the dotted target is the share that meets it.{points if coarse else ''}",
+        "Each curve says which share of the completed rounds, of all seeds, had their first token (left) "
+        "or their mean time between tokens (right) within that time: a curve further left is faster, and "
+        f"where it crosses the dotted target is the share that meets it.{points if coarse else ''}",
         png,
     )
+
+
+def _room_for(axis: Axes, target_s: float | None) -> None:
+    """Show the target, unless it is so far that the curves would become one line."""
+    low, high = axis.get_xlim()
+    if target_s is not None and low / 30 < target_s < high * 30:
+        axis.set_xlim(min(low, target_s * 0.8), max(high, target_s * 1.25))
 
 
 def _curve(axis: Axes, cell: Cell, metric: str, values: Sequence[float], look: dict[str, Any]) -> None:
@@ -274,10 +294,10 @@ def arms_plot(scenario: Scenario) -> Plot:
     return Plot(
         "arms",
         f"Where is the prompt computed, and what does it move, at {load_words(scenario, scenario.focus)}?",
-        "Left, the share of completed rounds that ran each arm: local = computed at the session's home; "
-        "remote_pull = elsewhere, which pulled the history from the home first; remote_recompute = elsewhere, "
-        "without it. Right, the KV cache moved over the network, per completed round, to the prefill engine and "
-        "back. Means over the seeds.",
+        "Left, the share of completed rounds that ran each arm. local: the session's home computes the "
+        "prompt; remote_pull: a prefill engine does, and pulls the history from the home first; "
+        "remote_recompute: a prefill engine does, with what it has. Right, the KV cache that crossed the "
+        "network for one completed round, to the prefill engine and back. All seeds together.",
         png,
     )
 
@@ -297,8 +317,8 @@ def _arm_bars(axis: Axes, cells: Sequence[Cell]) -> None:
 def _byte_bars(axis: Axes, cells: Sequence[Cell]) -> None:
     starts = [0.0] * len(cells)
     ways = (
-        ("to prefill (pull)", "bytes_decode_to_prefill", "#777777", ""),
-        ("to decode (push)", "bytes_prefill_to_decode", "#cccccc", "\\\\"),
+        ("moved to prefill (pull)", "bytes_decode_to_prefill", "#777777", ""),
+        ("moved to decode (push)", "bytes_prefill_to_decode", "#cccccc", "\\\\"),
     )
     for name, field_name, colour, hatch in ways:
         spans = [cell.span(per_round(field_name)) for cell in cells]

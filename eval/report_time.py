@@ -80,8 +80,9 @@ def arms_over_time_plot(scenario: Scenario, unread: list[str]) -> Plot | None:
     return Plot(
         "arms-over-time",
         "When does each policy use which arm?",
-        "Completed rounds by the time at which they were sent, stacked by arm: the outline is the rate of all "
-        f"rounds. {load_words(scenario, scenario.focus)}, seed {seed}; policies with a single arm are left out.",
+        "Completed rounds by the time at which they were sent, stacked by arm: the outline is the rate of "
+        f"all rounds ({load_words(scenario, scenario.focus)}, seed {seed}). Policies that run a single arm "
+        "are left out.",
         png,
     )
 
@@ -131,10 +132,10 @@ def session_plot(scenario: Scenario, unread: list[str]) -> Plot | None:
     return Plot(
         "session",
         "What happens inside one session?",
-        f"Session {short(session.name, 40)} under {session.policy}, {load_words(scenario, scenario.focus)}; one "
-        "row for each round, named by its arm. Left, the session in time: a round begins when the tool before it "
-        "has ended. Right, the same rounds from a common start: what the wait for the first token is made of "
-        "(dotted line: target).",
+        f"Session {short(session.name, 40)} under {session.policy}, {load_words(scenario, scenario.focus)}: "
+        "one row for each round, named by its arm. Left, the session in time: a round begins when the tool "
+        "before it has ended. Right, the same rounds from a common start: what the wait for the first token "
+        "is made of (dotted line: target).",
         png,
     )
 

@@ -38,7 +38,7 @@ Doors
     config.py      antiphon.toml -> frozen config
     fleet_key.py   the key that scheduler and engines prove to each other
     metrics.py, logs.py, errors.py
-    cli.py         the `antiphon` command; cli_evaluation.py, cli_trace.py: its other commands; doctor.py proves an installation
-    cli_trace.py   `antiphon trace`: info, convert, generate
+    cli.py         the `antiphon` command; doctor.py proves an installation
+    cli_evaluation.py      simulate, sweep, report, ...; cli_trace.py: `antiphon trace` info, convert, generate
     sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

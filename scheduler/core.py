@@ -142,8 +142,8 @@ class Scheduler:
         self._place(round, now)
 
     def _on_prefetch_done(self, round: Round, event: PrefetchDone, now: float) -> None:
+        """What came is not recorded here: the call that follows leaves more of it there, and that is."""
         elapsed_s = now - round.entered_s
-        self.books.hold(round, event.engine_id, event.pages)
         if event.reason:
             round.notes.append(f"{round.phase.value} on {event.engine_id}: {event.reason}")
         if round.phase is Phase.PULLING:

@@ -206,7 +206,7 @@ class ResidencyIndex:
     def _ends(self, hashes: Sequence[bytes], stride: int) -> list[tuple[int, int]]:
         """(pages, bits of the engines whose belief ends there), every engine at most once, 0 pages left out.
 
-        Who holds a stride only gets fewer from stride to stride: intervals with equal ends are not looked into.
+        Who holds a stride only gets fewer from one to the next: intervals with equal ends are skipped.
         """
         get = self._masks.get
         ends: list[tuple[int, int]] = []

@@ -180,7 +180,7 @@ class NaiveEngine:
             self.drop()
 
     def drop(self) -> None:
-        """The oldest end goes. What it stood on is the oldest now, unless it was an end that was built upon."""
+        """The oldest end goes. What it stood on is the oldest now, unless it was an end itself."""
         standing = set(self.below.values())
         oldest = next(page for page in self.recorded if page not in standing)
         self.recorded.remove(oldest)

@@ -66,8 +66,7 @@ def summarise(
 ) -> RunResult:
     """Adds up `records` in one pass; `session_rounds` says how many rounds each session was to have.
 
-    `attainable` is taken from the records' `unloaded_ttft_s` if it is not given; the two prefill figures
-    from prompt and cached tokens.
+    What is not given of attainable and the prefill figures is taken from the records.
     """
     sums = _Sums()
     sums.add(records)

@@ -50,7 +50,7 @@ class SessionTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     """Recorded start, where the source has one."""
     parent: str | None = None
     after_round: Annotated[int, Meta(ge=0)] = 0
-    """With a parent in the same trace: starts when that round of the parent has ended (0 = with its first)."""
+    """With a parent in the same trace: starts when that round of the parent ended (0 = with its first)."""
     shared_prefix: str = ""
     """Sessions with the same id share their first `shared_tokens` tokens."""
     shared_tokens: Tokens = 0
