@@ -1,4 +1,4 @@
-"""`antiphon report`: one HTML page that stands alone, and its plots as PNG files, from a folder of results."""
+"""`antiphon report`: one HTML page that stands alone, and its plots as PNGs, from a folder of results."""
 
 from __future__ import annotations
 
@@ -33,30 +33,32 @@ from antiphon.eval.report_time import arms_over_time_plot, session_plot
 
 TITLE = "Antiphon: evaluation report"
 FIDELITY_MEASURED = (
-    "One trace was replayed on live engines, and simulated with a profile that was measured on those engines. The "
-    "error is simulated / live - 1; the goal is 10 %. What the simulations above say of other hardware rests on "
+    "One trace was replayed on live engines, and simulated with a profile that was measured on those engines. "
+    "The error is simulated / live - 1; the goal is 10 %. What simulations say of other hardware rests on "
     "profiles from other measurements: their source and error stand in the profile files."
 )
 FIDELITY_MISSING = (
-    "No fidelity was measured for this report: nobody has compared these simulations with live engines here. Run "
-    "`make fidelity` and put its fidelity.json beside the results. Until then, trust the differences between "
-    "policies more than the times themselves."
+    "No fidelity was measured for this report: nobody has compared these simulations with live engines here. "
+    "Run `make fidelity` and put its fidelity.json beside the results. Until then, trust the differences "
+    "between policies more than the times themselves."
 )
-FIDELITY_LIVE = "All results of this report were measured on live engines: nothing in it is simulated."
+FIDELITY_LIVE = (
+    "No fidelity was measured for this report, and it needs none: all of its results come from live engines."
+)
 WORDS = (
-    ("round", "one request of a session: the prompt's new part is computed (prefill), then tokens are decoded"),
+    ("round", "one request of a session: what is new in the prompt is computed, then tokens are decoded"),
     ("TTFT", "time to first token of a round, from its request"),
     ("ITL", "mean time between the tokens of a round; a round of one token has none, and meets its target"),
-    ("token gap", "time between two single tokens, over all rounds: short stalls show here and not in the ITL"),
-    ("attains", "the round completed, with TTFT and ITL both within their targets; refused and failed ones do not"),
+    ("token gap", "time between two single tokens, over all rounds: short stalls show here, not in the ITL"),
+    ("attains", "the round completed, TTFT and ITL both within target; refused and failed rounds do not"),
     ("attainable", "share of rounds whose TTFT in an idle fleet would be within its target"),
-    ("rho", "share of the fleet's engine-seconds that the arriving sessions ask for; from 1 on, it is lost"),
+    ("rho", "share of the fleet's engine-seconds that the arriving sessions ask for; 1 = all of them"),
     ("home", "the engine that decodes a session and holds its KV cache"),
     ("local", "arm: the home computes the prompt itself, between its decode steps"),
     ("remote_pull", "arm: a prefill engine first pulls the history from the home, then computes what is new"),
     ("remote_recompute", "arm: a prefill engine computes all of the prompt that it does not hold itself"),
     ("reused", "prompt tokens that no engine computed for this round: their KV cache was found or moved"),
-)  # fmt: skip
+)
 
 
 def run_report(directory: Path, out: Path | None = None, console: Console | None = None) -> int:

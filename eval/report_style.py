@@ -92,7 +92,8 @@ def drawing(height_inches: float) -> Iterator[Figure]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(dict(STYLE)):
+    settings: Any = dict(STYLE)
+    with rc_context(settings):
         yield Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
 
 

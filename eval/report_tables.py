@@ -25,7 +25,7 @@ from antiphon.eval.report_plots import load_words
 from antiphon.eval.report_style import arm_order, seconds
 from antiphon.traces.result_types import RunResult
 
-NOTHING = "–"
+NOTHING = "\N{EN DASH}"
 FIDELITY_GOAL = 0.10
 
 Column = tuple[str, Figure, Callable[[float], str]]
