@@ -8,7 +8,8 @@ evicts while the device has it is not offered again.
 from __future__ import annotations
 
 from antiphon.engines.closed_form_request import EngineRequest
-from antiphon.engines.tiers import Held, Tier
+from antiphon.engines.held import Held
+from antiphon.engines.tiers import Tier
 
 
 class ClosedFormKv:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import Any
 
 from antiphon.engines.chains import Chain
-from antiphon.engines.tiers import Held
+from antiphon.engines.held import Held
 
 NEVER = float("inf")
 _NOT_YET = float("nan")

@@ -15,7 +15,7 @@ from typing import Any
 
 from antiphon.engines.chains import Branch, Chain
 from antiphon.engines.closed_form import ClosedFormEngine
-from antiphon.engines.tiers import Held
+from antiphon.engines.held import Held
 from antiphon.engines.transfer import SEGMENT_BYTES
 
 NEVER = float("inf")

@@ -1,8 +1,8 @@
-"""A tier of KV in simulated time: device pool or page store, as a tree of branches instead of pages.
+"""A tier of KV in simulated time: device pool or page store, as a tree of stretches instead of pages.
 
-Per branch a tier keeps one number: how deep it is held. A branch that is held beyond its fork implies that
-its parent is held up to that fork, so only leaves are evicted, tail pages first, least recently used first.
-Nothing here costs time per page: matching, locking and evicting walk branches.
+What is held of a branch is a stretch of its chain (`held.py`). A stretch that is held beyond its fork implies
+that its parent is held up to that fork, so only leaves are evicted, tail pages first, least recently used
+first. Nothing here costs time per page, and nothing costs time per round of a session.
 
 Use is marked at the tip only, so marking costs the same at any depth. What lies below a marked page cannot go
 before it, and when the page went, whatever else is left was used later: so what was below it is next.
@@ -10,49 +10,19 @@ before it, and when the page went, whatever else is left was used later: so what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from heapq import heappop, heappush, heapreplace
 
 from antiphon.engines.chains import Branch, Chain
-
-
-class Held:
-    """What a tier holds of one branch: its pages `fork` to `held` (absolute depths)."""
-
-    __slots__ = ("branch", "fork", "held", "kids", "locked", "locks", "older", "parent", "queued", "used")
-
-    def __init__(self, branch: Branch, parent: Held | None) -> None:
-        self.branch = branch
-        self.parent = parent
-        self.fork = branch.fork_pages
-        self.held = self.locked = self.fork
-        self.locks: dict[int, int] = {}
-        """Depth -> locks up to there. A branch with any lock holds one on its parent, up to the fork."""
-        self.kids: dict[int, int] = {}
-        """Fork -> held branches that fork off there."""
-        self.used = 0
-        """When its pages were last used, from the fork on up to the first of `older`."""
-        self.older: list[tuple[int, int]] | None = None
-        """(depth, last use) of deeper pages, used longer ago the deeper they are."""
-        self.queued = False
-        """It has an entry in the eviction heap."""
-
-    def __lt__(self, other: Held) -> bool:
-        return self.branch.number < other.branch.number
-
-    def mark(self, depth: int, use: int) -> None:
-        """The pages up to `depth` were used just now, those behind it were not."""
-        older = [(0, self.used), *(self.older or ())]
-        above = [its_use for start, its_use in older if start <= depth][-1]
-        self.older = [(depth, above), *(entry for entry in older if entry[0] > depth)]
-        self.used = use
+from antiphon.engines.held import Held
 
 
 class Tier:
     """`capacity_pages` pages: branches, and private pages of requests that no branch holds yet."""
 
-    __slots__ = ("_heap", "_records", "_uses", "capacity_pages", "evicted_pages", "locked_pages",
-                 "private_pages", "tree_pages")  # fmt: skip
+    __slots__ = (
+        "_ends", "_heap", "_records", "_uses", "capacity_pages", "evicted_pages", "locked_pages",
+        "private_pages", "tree_pages",
+    )  # fmt: skip
 
     def __init__(self, capacity_pages: int) -> None:
         self.capacity_pages = capacity_pages
@@ -64,6 +34,9 @@ class Tier:
         self.evicted_pages = 0
         """Since the start."""
         self._records: dict[Branch, Held] = {}
+        """The stretch with the deepest pages that are held of a branch, if it has any of its own."""
+        self._ends: dict[Branch, int] = {}
+        """How far an alias goes."""
         self._heap: list[tuple[int, Held]] = []
         """(last use of its deepest pages when queued, branch); checked when popped."""
         self._uses = 0
@@ -85,23 +58,25 @@ class Tier:
         return self.find(chain.branch, chain.pages)[1]
 
     def find(self, branch: Branch, pages: int) -> tuple[Held | None, int]:
-        """The deepest held branch on the way to the first `pages` pages, and how many of them are held."""
+        """The stretch that ends what is held of the first `pages` pages along a branch, and how many that is."""
         records = self._records
         record = records.get(branch)
-        if record is not None and pages > record.fork:  # by far the most frequent case
-            held = record.held
-            return record, pages if pages < held else held
-        at: Branch | None = branch
-        while at is not None:
-            fork = at.fork_pages
-            if pages > fork:
-                record = records.get(at)
-                if record is not None:
-                    held = record.held
-                    return record, pages if pages < held else held
-                pages = fork
+        at = branch
+        while record is None:
+            if pages > at.fork_pages:
+                pages = at.fork_pages
+            if at.parent is None:
+                return None, 0
             at = at.parent
-        return None, 0
+            record = records.get(at)
+        if record.branch is not at and pages > self._ends[at]:
+            pages = self._ends[at]
+        while pages <= record.fork:
+            if record.parent is None:
+                return None, 0
+            record = record.parent
+        held = record.held
+        return record, pages if pages < held else held
 
     # ------------------------------------------------------------ use
 
@@ -260,31 +235,59 @@ class Tier:
         return evicted
 
     def _grow(self, branch: Branch, pages: int) -> Held:
-        """The record of the branch that ends `pages` deep, held that deep, and so are its parents."""
+        """Hold the first `pages` along a branch; returns the stretch that they end in."""
         records = self._records
-        missing = []
-        depth = pages
-        at = branch
+        missing: list[tuple[Branch, int]] = []
+        at, depth = branch, pages
         while True:
             while depth <= at.fork_pages and at.parent is not None:
                 at = at.parent
             record = records.get(at)
             if record is not None:
+                if record.branch is at or depth <= self._ends[at]:
+                    break
+                missing.append((at, depth))
+                depth = self._ends[at]
                 break
             missing.append((at, depth))
             if at.parent is None:
                 break
-            depth = at.fork_pages
-        if record is not None and record.held < depth:
-            self.tree_pages += depth - record.held
-            record.held = depth
-        for at, depth in reversed(missing):
-            if record is not None:
-                record.kids[at.fork_pages] = record.kids.get(at.fork_pages, 0) + 1
-            record = records[at] = Held(at, record)
-            self.tree_pages += depth - record.fork
-            record.held = depth
+            depth, at = at.fork_pages, at.parent
+        if record is not None:
+            if record.held < depth:
+                self.tree_pages += depth - record.held
+                record.held = depth
+            while depth <= record.fork and record.parent is not None:
+                record = record.parent
+        for at, further in reversed(missing):
+            record = self._attach(at, record, depth if record is not None else 0)
+            self.tree_pages += further - record.held
+            record.held = depth = further
         assert record is not None
+        return record
+
+    def _attach(self, branch: Branch, below: Held | None, fork: int) -> Held:
+        """The stretch, held up to `fork` so far, on which a branch goes on: `below` itself if it can."""
+        if below is None:
+            record = Held(branch, None, 0)
+        elif below.held == fork:
+            record = below
+            record.aliases.append((fork, record.branch))
+            self._ends[record.branch] = fork
+            record.branch = branch
+        elif below.locked <= fork and (not below.kids or max(below.kids) <= fork):
+            # What was there becomes the side branch: the new one is in use.
+            record = below
+            tail = below.split(fork)
+            for _, alias in (*tail.aliases, (0, tail.branch)):
+                self._records[alias] = tail
+            self._queue(tail)
+            record.branch = branch
+        else:
+            record = Held(branch, below, fork)
+            below.kids[fork] = below.kids.get(fork, 0) + 1
+        self._records[branch] = record
+        self._ends.pop(branch, None)
         return record
 
     # ------------------------------------------------------------ eviction
@@ -338,8 +341,12 @@ class Tier:
         heappush(self._heap, (older[-1][1] if older else record.used, record))
 
     def _remove(self, record: Held) -> None:
-        """Nothing is left of a branch: its parent may be a leaf now."""
-        del self._records[record.branch]
+        """Nothing is left of a stretch: its parent may be a leaf now."""
+        records = self._records
+        del records[record.branch]
+        for _, alias in record.aliases:
+            if records.get(alias) is record:
+                del records[alias], self._ends[alias]
         parent = record.parent
         if parent is None:
             return
@@ -353,31 +360,31 @@ class Tier:
 
     # ------------------------------------------------------------ checks
 
-    def held(self) -> Iterator[tuple[Branch, int]]:
-        """Every branch of which something is held, and how deep."""
-        return ((branch, record.held) for branch, record in self._records.items())
-
     def check_invariants(self) -> None:
         """Raise AssertionError if the books contradict themselves. For tests."""
         tree = locked = 0
         queued = [record for _, record in self._heap]
-        assert len(set(map(id, queued))) == len(queued), "a branch is queued twice"
-        kids: dict[Held, dict[int, int]] = {}
+        assert len(set(map(id, queued))) == len(queued), "a stretch is queued twice"
+        stretches = {record for branch, record in self._records.items() if record.branch is branch}
+        kids: dict[Held, dict[int, int]] = {record: {} for record in stretches}
         for branch, record in self._records.items():
-            assert record.branch is branch and record.fork < record.held
-            assert record.fork <= record.locked <= record.held
+            assert record in stretches, "an alias of nothing"
+            assert (record.branch is branch) == (branch not in self._ends)
+            assert record.branch is branch or (self._ends[branch], branch) in record.aliases
+        for record in stretches:
+            assert record.fork <= record.locked <= record.held > record.fork
             assert record.locked == max(record.locks, default=record.fork)
-            parent = record.parent
-            assert (parent is None) == (branch.parent is None)
-            if parent is not None:
-                assert self._records[parent.branch] is parent and parent.held >= record.fork
-                assert not record.locks or record.fork in parent.locks, "locked without its parent"
-                counts = kids.setdefault(parent, {})
+            assert sorted(depth for depth, _ in record.aliases) == [depth for depth, _ in record.aliases]
+            if record.parent is not None:
+                assert record.parent.held >= record.fork > record.parent.fork
+                assert not record.locks or record.fork in record.parent.locks, "locked without its parent"
+                counts = kids[record.parent]
                 counts[record.fork] = counts.get(record.fork, 0) + 1
             tree += record.held - record.fork
             locked += record.locked - record.fork
-        for record in self._records.values():
-            assert record.kids == kids.get(record, {}), "kids"
+        assert len(self._ends) + len(stretches) == len(self._records)
+        for record in stretches:
+            assert record.kids == kids[record], "kids"
             assert record.queued == any(record is other for other in queued), "queue marks"
             floor = max(record.locked, max(record.kids, default=0))
             assert record.queued or record.held <= floor, "a leaf that cannot be evicted"

@@ -33,9 +33,9 @@ from antiphon.eval.report_time import arms_over_time_plot, session_plot
 
 TITLE = "Antiphon: evaluation report"
 FIDELITY_MEASURED = (
-    "One trace was replayed on live engines, and simulated with a profile that was measured on those engines. "
-    "The error is simulated / live - 1; the goal is 10 %. What simulations say of other hardware rests on "
-    "profiles from other measurements: their source and error stand in the profile files."
+    "One trace was replayed on live engines, and simulated with a profile that was measured on those "
+    "engines. The error is simulated / live - 1; the goal is 10 %. What simulations say of other hardware "
+    "rests on profiles from other measurements: their source and error stand in the profile files."
 )
 FIDELITY_MISSING = (
     "No fidelity was measured for this report: nobody has compared these simulations with live engines here. "
@@ -109,7 +109,7 @@ def _conditions(found: ReportInput) -> Section:
     written = sorted(run.path.stat().st_mtime for run in found.runs)
     dates = [datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M") for at in (written[0], written[-1])]
     rows.append(["files written", f"{dates[0]} to {dates[1]} UTC"])
-    section = Section("What was run", "conditions", items=[Table("", ["", ""], rows, left=2)])
+    section = Section("What was run", "conditions", items=[Table("", [], rows, left=2)])
     section.items.append(runs_table(found.scenarios))
     clusters = clusters_table(found.runs)
     if clusters is not None:
@@ -118,7 +118,7 @@ def _conditions(found: ReportInput) -> Section:
 
 
 def _scenario(scenario: Scenario, number: int, images: Path, unread: list[str]) -> Section:
-    section = Section(scenario.title, f"scenario-{number}", [finding(scenario)])
+    section = Section(scenario.title, f"scenario-{number}")
 
     def show(plot: Plot | None) -> None:
         if plot is not None:

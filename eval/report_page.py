@@ -20,7 +20,7 @@ class Strong(str):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells are texts; the first column is left-aligned, and so are those named in `left`."""
+    """Cells are texts. Without column names it has no head."""
 
     title: str
     columns: Sequence[str]

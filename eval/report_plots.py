@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CURVE_POINTS = 400
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 LOAD_WORDS = {
-    "rho": "load rho (share of the fleet's time that is asked for)",
+    "rho": "load rho (share of the fleet's time)",
     "session_rate": "sessions that start per second",
     "concurrency": "sessions that are live at once",
 }
@@ -100,7 +100,7 @@ def attainment_plot(scenario: Scenario) -> Plot | None:
                 va="bottom", fontsize=7.5, color=QUIET, xytext=(0, 1.5), textcoords="offset points",
             )  # fmt: skip
         for axis in axes:
-            _share_limits(axis)
+            _share_limits(axis, ceiling if axis is axes[0] else 0.0)
         handles, labels = axes[0].get_legend_handles_labels()
         legend_outside(figure, handles, labels, "policy")
         png = png_of(figure)
@@ -177,11 +177,13 @@ def _line(axis: Axes, x: Sequence[float], spans: Sequence[Span], look: dict[str,
         axis.errorbar(x, means, yerr=[[below], [above]], color=look["color"], capsize=3, zorder=2)
 
 
-def _share_limits(axis: Axes) -> None:
-    """The range that occurs, with some room, inside 0 to 1."""
+def _share_limits(axis: Axes, ceiling: float) -> None:
+    """The range that occurs, with some room; above the ceiling there is room for its label."""
     low, high = axis.get_ylim()
-    room = max(0.01, 0.06 * (high - low))
-    axis.set_ylim(max(-0.01, low - room), min(1.01, high + room))
+    room = max(0.01, 0.07 * (high - low))
+    top = max(min(1.01, high + room), ceiling + room if ceiling else 0.0)
+    axis.set_ylim(max(-0.01, low - room), top)
+    axis.set_yticks([tick for tick in axis.get_yticks() if max(0.0, low - room) <= tick <= min(1.001, top)])
 
 
 def _log_limits(axis: Axes, target_s: float | None) -> None:

@@ -134,8 +134,11 @@ def arm_order(arms: Sequence[str]) -> list[str]:
 
 
 def short(text: str, characters: int = LABEL_CHARACTERS) -> str:
-    """Fits a label."""
-    return text if len(text) <= characters else f"{text[: characters - 1]}…"
+    """Fits a label; the end stays, since that is where names differ."""
+    if len(text) <= characters:
+        return text
+    end = characters // 3
+    return f"{text[: characters - end - 1]}…{text[-end:]}"
 
 
 def legend_outside(figure: Figure, handles: Sequence[Any], labels: Sequence[str], title: str = "") -> None:

@@ -135,7 +135,7 @@ def session_plot(scenario: Scenario, unread: list[str]) -> Plot | None:
         f"Session {short(session.name, 40)} under {session.policy}, {load_words(scenario, scenario.focus)}: "
         "one row for each round, named by its arm. Left, the session in time: a round begins when the tool "
         "before it has ended. Right, the same rounds from a common start: what the wait for the first token "
-        "is made of (dotted line: target).",
+        "is made of; a dotted line is the target.",
         png,
     )
 
@@ -181,24 +181,24 @@ def _bar(axis: Axes, row: int, start_s: float, length_s: float, phase: int, heig
 
 
 def _whole(axis: Axes, row: int, record: RoundRecord, before: RoundRecord | None, began_s: float) -> None:
-    """The tool before the round, its wait for the first token, its decode."""
+    """The tool that ran before the round, its way to the first token, its decode."""
     sent_s, ttft_s, e2e_s = record.sent_s - began_s, record.ttft_s or 0.0, record.e2e_s or 0.0
     if before is not None:
         ended_s = before.sent_s + (before.e2e_s or 0.0) - began_s
         _bar(axis, row, ended_s, sent_s - ended_s, 6, 0.3)
-    _bar(axis, row, sent_s, ttft_s, 2)
+    _to_first_token(axis, row, record, sent_s)
     _bar(axis, row, sent_s + ttft_s, e2e_s - ttft_s, 5)
 
 
-def _to_first_token(axis: Axes, row: int, record: RoundRecord) -> None:
+def _to_first_token(axis: Axes, row: int, record: RoundRecord, start_s: float = 0.0) -> None:
     """Waiting, pull, prefill, push, and what is left until the first token."""
-    ttft_s, start_s = record.ttft_s or 0.0, 0.0
+    end_s = start_s + (record.ttft_s or 0.0)
     parts = (record.queue_s, record.pull_s, record.prefill_s, record.push_s)
     for phase, part in enumerate(parts):
-        length_s = min(part or 0.0, ttft_s - start_s)
+        length_s = min(part or 0.0, end_s - start_s)
         _bar(axis, row, start_s, length_s, phase)
         start_s += length_s
-    _bar(axis, row, start_s, ttft_s - start_s, 4)
+    _bar(axis, row, start_s, end_s - start_s, 4)
 
 
 def _session_target(axis: Axes, rounds: Sequence[RoundRecord]) -> None:

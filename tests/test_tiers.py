@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from antiphon.engines.chains import Branch, Chain
-from antiphon.engines.tiers import Held, Tier
+from antiphon.engines.held import Held
+from antiphon.engines.tiers import Tier
 
 Page = tuple[int, int]
 """(number of the branch whose content it is, depth)."""
