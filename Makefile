@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP = $(VENV)/.antiphon-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench wheel
+.PHONY: help setup demo serve test check bench fidelity wheel
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,5 +35,8 @@ demo: $(STAMP) ## real engines serve a small agent trace; checked token by token
 serve: $(STAMP) ## the demo's stack, left up, with a curl line that works
 	$(PY) -m antiphon.eval.demo --serve
 
-bench: $(STAMP) ## ratios measured in one run
-	$(PY) -m antiphon.eval.bench
+bench: $(STAMP) ## ratios measured in one run; TRACE=file, DYNAMO=python with ai-dynamo
+	$(PY) -m antiphon.eval.bench $(if $(TRACE),--trace $(TRACE)) $(if $(DYNAMO),--dynamo $(DYNAMO))
+
+fidelity: $(STAMP) ## live engines against the simulator: how far off it is
+	$(PY) -m antiphon.eval.fidelity

@@ -42,6 +42,8 @@ POOL_SHARE = 0.5
 """Of the device, that one point may fill."""
 MAX_REPEATS = 5
 CROWDED_SAMPLES = 7
+PAUSE_S = 0.05
+"""Before a prefill: on a CPU a pass after a pause takes some percent longer, and traffic has pauses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,10 @@ class Sampler:
         if self._peer is not None:
             await self._peer.pull_s(self._probe.record, first)
 
+    def drop_peer(self) -> None:
+        """No more pulls: the peer is going away."""
+        self._peer = None
+
     async def round(self) -> None:
         """Every point once."""
         info, most = self._probe.info, self._options.most_tokens
@@ -238,7 +244,7 @@ class Sampler:
                 await self._load_and_pull(tokens)
 
     async def crowded_slowdown(self) -> float:
-        """Time of a prefill while the peer prefills too, over its time alone: above 1 where they share cores."""
+        """Time of a prefill while the peer prefills too, over its time alone: > 1 where they share cores."""
         probe, peer = self._probe, self._peer
         if peer is None:
             raise ProbeError("without a peer nothing crowds the engine")
@@ -284,6 +290,7 @@ class Sampler:
                 prefixes[cached] = probe.fresh(cached)
                 if cached:
                     await probe.prefill(prefixes[cached])
+            await asyncio.sleep(PAUSE_S)
             done = await probe.prefill([*prefixes[cached], *probe.fresh(new)])
             if done.cached_tokens == cached:  # else it was evicted meanwhile, and this is another point
                 self._prefill[new, cached].append(done.seconds)

@@ -1,9 +1,9 @@
 """`make fidelity`: one trace live on real engines and in the simulator, and how far the two are apart.
 
 1. the demo's stack starts: one prefill and one decode engine, SGLang with a tiny model on this CPU
-2. `calibrate` measures one of them, and what a request costs on its way through the gateway
-3. the gateway starts with that profile; the trace is replayed against it, several times
-4. the same trace is simulated with that profile and the live settings, in a cluster file written for it
+2. the decode engine is measured as `calibrate` does, and the gateway starts with what was found
+3. the trace is replayed against it in several ways, and measurements go on in between, for speed drifts
+4. the same trace is simulated with all that was measured and the live settings, in cluster files made of them
 5. TTFT and ITL, p50 and p90, live against simulated: printed, and written as fidelity.json
 """
 
@@ -15,12 +15,10 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 from rich.console import Console
@@ -28,20 +26,17 @@ from rich.table import Table
 
 from antiphon.engines.cluster import Cluster, EngineGroup, Slo
 from antiphon.engines.launch_options import LaunchError
-from antiphon.engines.tiny_model import write_tiny_model
-from antiphon.eval.calibrate import CalibrateOptions, Sampler, sampling
-from antiphon.eval.calibration import Calibration, summary
+from antiphon.eval.calibration import summary
 from antiphon.eval.cluster_toml import PROFILE_FILE, write_cluster
-from antiphon.eval.demo import BUNDLED_TRACE, DemoError, free_ports, lock_directory
-from antiphon.eval.gateway_cost import GatewayCost, measure_gateway
+from antiphon.eval.demo import DemoError, lock_directory
+from antiphon.eval.fidelity_live import Case, FidelityError, FidelityOptions, Live, measure_live
 from antiphon.eval.least_squares import FitFailed
 from antiphon.eval.probe import ProbeError
 from antiphon.eval.simulate import SimulateOptions, run_simulation
-from antiphon.eval.stack import EngineSpec, Stack, StackError
+from antiphon.eval.stack import StackError
 from antiphon.policies.latency import LatencyModel
 from antiphon.traces.provenance import commit
-from antiphon.traces.readers import read_trace
-from antiphon.traces.replay import ReplayError, ReplayOptions, replay
+from antiphon.traces.replay import ReplayError
 from antiphon.traces.result_types import RoundRecord
 from antiphon.traces.results import percentile
 from antiphon.traces.schema import TraceError
@@ -50,45 +45,6 @@ FIDELITY_SCHEMA = "antiphon.fidelity/1"
 GOAL = 0.10
 METRICS = ("ttft_s", "itl_s")
 QUANTILES = {"p50": 0.5, "p90": 0.9}
-PREFILL_ENGINE, DECODE_ENGINE = "p0", "d0"
-
-
-class FidelityError(Exception):
-    """The comparison cannot be made: what failed."""
-
-
-class Case(NamedTuple):
-    """One way to run the trace: the same live and simulated."""
-
-    name: str
-    policy: str
-    concurrency: int
-    """Live sessions: a closed loop."""
-
-
-CASES = (
-    Case("two sessions", "ampd", 2),
-    Case("one session", "ampd", 1),
-    Case("four sessions, all local", "local", 4),
-)
-"""The first is the comparison that reports carry; the others show where its error comes from. With one session
-nothing overlaps; with local rounds engines batch and wait, and nothing is transferred."""
-
-
-@dataclass(frozen=True, slots=True)
-class FidelityOptions:
-    """What `make fidelity` can be told."""
-
-    directory: Path = Path("build/fidelity")
-    trace: Path = BUNDLED_TRACE
-    cases: tuple[Case, ...] = CASES
-    max_gap_s: float = 60.0
-    repeats: int = 3
-    """Replays of each case, each with tokens of its own, and measurements after each; all rounds count."""
-    slo_ttft_s: float = 1.0
-    slo_itl_s: float = 0.1
-    most_tokens: int = 2100
-    """Longest prompt of the calibration: about the longest of the trace."""
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -107,6 +63,7 @@ class CaseResult(msgspec.Struct, frozen=True):
     case: str
     policy: str
     concurrency: int
+    engines: int
     rows: list[Row]
     details: dict[str, Any]
 
@@ -121,40 +78,11 @@ class Fidelity(msgspec.Struct, frozen=True):
     schema: str = FIDELITY_SCHEMA
 
 
-class LiveRun(NamedTuple):
-    """All replays of one case."""
-
-    rounds: list[RoundRecord]
-    window_tokens: int
-
-
-class Live(NamedTuple):
-    """Everything that was measured on the live stack."""
-
-    found: Calibration
-    cost: GatewayCost
-    slowdown: float
-    """Time of a prefill while the other engine prefills too, over its time alone: what shared cores cost."""
-    runs: dict[Case, LiveRun]
-    seconds: float
-
-
 async def run_fidelity(options: FidelityOptions, console: Console) -> Fidelity:
-    """All five steps. Raises `FidelityError`, `StackError`, `DemoError`, `ProbeError`, `FitFailed`."""
+    """All five steps. Raises what `measure_live` does, `FidelityError` and `DemoError`."""
     with lock_directory(options.directory):
         shutil.rmtree(options.directory, ignore_errors=True)
-        model = options.directory / "model"
-        write_tiny_model(model)
-        async with Stack(options.directory) as stack:
-            console.print("starting one prefill and one decode engine (about a minute) ...")
-            ports = free_ports(2)
-            specs = [
-                EngineSpec(PREFILL_ENGINE, "prefill", ports[0]),
-                EngineSpec(DECODE_ENGINE, "decode", ports[1]),
-            ]
-            await stack.start_engines(model, specs)
-            async with sampling(_calibration_options(stack, options)) as sampler:
-                live = await _measure(stack, sampler, options, console)
+        live = await measure_live(options, console)
     console.print(summary(live.found), markup=False, highlight=False, soft_wrap=True)
     cases = [simulate_case(case, live, options) for case in options.cases]
     result = Fidelity(conditions(live, cases, options), cases[0].rows, cases, live.found.profile)
@@ -164,96 +92,12 @@ async def run_fidelity(options: FidelityOptions, console: Console) -> Fidelity:
     return result
 
 
-# ---------------------------------------------------------------- live
-
-
-def _calibration_options(stack: Stack, options: FidelityOptions) -> CalibrateOptions:
-    return CalibrateOptions(
-        url=stack.engines[DECODE_ENGINE].url,
-        ledger=stack.ledger_url,
-        fleet=stack.fleet,
-        peer=PREFILL_ENGINE,
-        state_dir=str(stack.state_dir),
-        name="fidelity",
-        most_tokens=options.most_tokens,
-    )
-
-
-async def _measure(stack: Stack, sampler: Sampler, options: FidelityOptions, console: Console) -> Live:
-    """Measurements and replays by turns: a machine's speed drifts, and both must see the same of it."""
-    console.print("measuring ...")
-    began = time.monotonic()
-    await sampler.round()
-    profile = options.directory / "first-profile.json"
-    profile.write_bytes(msgspec.json.encode(sampler.fit().profile))
-    prompts = [turn.prompt_tokens for session in read_trace(options.trace) for turn in session.rounds]
-    costs, slowdowns = [], []
-    runs: dict[Case, LiveRun] = {}
-    for policy in dict.fromkeys(case.policy for case in options.cases):
-        await _start_gateway(stack, policy, profile, options)
-        for repeat in range(options.repeats):
-            for case in (case for case in options.cases if case.policy == policy):
-                costs.append(
-                    await measure_gateway(stack.gateway_url, "model", round(statistics.median(prompts)))
-                )
-                run = await _replay(stack, case, repeat, options, console)
-                before = runs[case].rounds if case in runs else []
-                runs[case] = LiveRun(before + run.rounds, run.window_tokens)
-                await sampler.round()
-                slowdowns.append(await sampler.crowded_slowdown())
-        await stack.stop(policy)
-    return Live(
-        found=sampler.fit(),
-        cost=GatewayCost(*(statistics.median(values) for values in zip(*costs, strict=True))),
-        slowdown=statistics.median(slowdowns),
-        runs=runs,
-        seconds=time.monotonic() - began,
-    )
-
-
-async def _start_gateway(stack: Stack, policy: str, profile: Path, options: FidelityOptions) -> None:
-    (port,) = free_ports(1)
-    await stack.start_gateway(
-        *("--policy", policy, "--profile", str(profile)),
-        *("--slo-ttft", f"{options.slo_ttft_s}", "--slo-itl", f"{options.slo_itl_s}"),
-        *("--record", str(options.directory / f"recording-{policy}")),
-        port=port,
-        name=policy,
-        engines=2,
-    )
-
-
-async def _replay(
-    stack: Stack, case: Case, repeat: int, options: FidelityOptions, console: Console
-) -> LiveRun:
-    result = await replay(
-        ReplayOptions(
-            options.trace,
-            stack.gateway_url,
-            concurrency=case.concurrency,
-            max_gap_s=options.max_gap_s,
-            # Other tokens each time: nothing of an earlier replay is cached.
-            seed=100 * options.cases.index(case) + repeat,
-            slo_ttft_s=options.slo_ttft_s,
-            slo_itl_s=options.slo_itl_s,
-        ),
-        lambda record: None,
-    )
-    done, total = result.rounds_completed, result.rounds_total
-    if done != total:
-        raise FidelityError(f"{case.name}: only {done} of {total} rounds completed live")
-    console.print(
-        f"{case.name}, replay {repeat + 1} of {options.repeats}: {result.wall_s:.0f} s, {result.arms}"
-    )
-    return LiveRun(result.rounds, result.conditions.window_tokens or 0)
-
-
 # ---------------------------------------------------------------- simulated
 
 
 def simulate_case(case: Case, live: Live, options: FidelityOptions) -> CaseResult:
     """The case in the simulator, beside what it was live."""
-    folder = options.directory / f"simulated-{case.policy}-{case.concurrency}"
+    folder = options.directory / f"simulated-{options.cases.index(case) + 1}"
     path = write_cluster(folder, live_cluster(live, case, options), live.found.profile)
     simulated = run_simulation(
         SimulateOptions(
@@ -293,7 +137,7 @@ def live_cluster(live: Live, case: Case, options: FidelityOptions) -> Cluster:
         name="fidelity",
         description="the live stack, as calibrated",
         slo=Slo(options.slo_ttft_s, options.slo_itl_s),
-        engines=(group("p", "prefill"), group("d", "decode")),
+        engines=(group("p", "prefill"), group("d", "decode"))[-case.engines :],
         page_tokens=info.page_tokens,
         window_tokens=live.runs[case].window_tokens or info.window_tokens,
         claim_s=live.cost.seconds,
@@ -320,7 +164,7 @@ def compare(case: Case, live: Sequence[RoundRecord], simulated: Sequence[RoundRe
         "by_arm": _by_arm(live, simulated),
         "median_round_error": _round_errors(live, simulated),
     }
-    return CaseResult(*case, rows, details)
+    return CaseResult(case.name, case.policy, case.concurrency, case.engines, rows, details)
 
 
 def _by_arm(live: Sequence[RoundRecord], simulated: Sequence[RoundRecord]) -> dict[str, Any]:
@@ -376,7 +220,7 @@ def conditions(live: Live, cases: Sequence[CaseResult], options: FidelityOptions
         "request_fixed_s": round(live.found.request_fixed_s, 5),
         "gateway_http_s": round(live.cost.http_s, 5),
         "gateway_claim_s": round(live.cost.claim_s, 5),
-        "shared_cores_slowdown": round(live.slowdown, 2),
+        "shared_cores_slowdown": live.slowdown and round(live.slowdown, 2),
         "live_s": round(live.seconds),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
@@ -385,17 +229,13 @@ def conditions(live: Live, cases: Sequence[CaseResult], options: FidelityOptions
 
 def why(live: Live, cases: Sequence[CaseResult]) -> str:
     """What the other cases and the measured slowdown say of the first case's error."""
-    said = [
-        f"{case.case}: " + ", ".join(f"{_label(row)} {row.error:+.0%}" for row in case.rows)
-        for case in cases[1:]
-    ]
-    return "; ".join(
-        [
-            f"engines, gateway and client share {os.cpu_count()} cores, which is not simulated: a prefill takes "
-            f"{live.slowdown:.2f} times as long while the other engine prefills",
-            *said,
-        ]
-    )
+    said = [f"engines, gateway and client share {os.cpu_count()} cores, and that is not simulated"]
+    if live.slowdown is not None:
+        said.append(f"a prefill takes {live.slowdown:.2f} times as long while the other engine prefills")
+    for case in cases[1:]:
+        errors = ", ".join(f"{_label(row)} {row.error:+.0%}" for row in case.rows)
+        said.append(f"{case.case}: {errors}")
+    return "; ".join(said)
 
 
 def _label(row: Row) -> str:

@@ -110,7 +110,7 @@ def attainment_plot(scenario: Scenario) -> Plot | None:
     )
     return Plot(
         "attainment",
-        "Which policy meets its targets as the load grows?",
+        f"Which policy meets its targets{' as the load grows' if len(scenario.loads) > 1 else ''}?",
         f"A round attains when it completes with {targets_words(scenario)}; a session, when all its rounds "
         f"do. Higher is better; the axis shows only the range that occurs. {seeds_words(scenario)}"
         f"{above if ceiling else ''}",
@@ -213,9 +213,9 @@ def _target(axis: Axes, value: float | None, *, vertical: bool) -> None:
 
 
 def _percent() -> Any:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    return PercentFormatter(1.0)
+    return FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
 
 
 # ---------------------------------------------------------------- distributions

@@ -37,10 +37,10 @@ def run_simulation(options: SimulateOptions, prepared: Prepared | None = None) -
     starts = iter(schedule(tops, ready.arrivals))
     wall_s = _timed(simulation, starts, children)
     result = result_of(ready, simulation, records.rows, wall_s)
-    if options.json_path is not None:
-        write_result(result, options.json_path)
     if options.rounds_path is not None:
         write_rounds(result.rounds, options.rounds_path)
+    if options.json_path is not None:
+        write_result(result, options.json_path)  # last: where it is, the rounds are too
     return result
 
 

@@ -20,9 +20,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from antiphon.engines.cluster import ClusterError
+from antiphon.engines.cluster import ClusterError, load_cluster, resolve_engines
 from antiphon.eval.cluster_files import find_cluster
 from antiphon.eval.simulation_plan import SimulateOptions, SimulationError
+from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.traces.readers import trace_sha256
 
 Some = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -92,17 +93,25 @@ def read_spec(path: Path) -> SweepSpec:
         raise SimulationError(f"{path}: {error}") from error
     if bool(spec.loads) == bool(spec.session_rates):
         raise SimulationError(f"{path}: give either loads or session_rates")
+    try:
+        for name in spec.policies:
+            make_policy(name)
+        for name in spec.orderings:
+            make_ordering(name)
+    except ValueError as error:
+        raise SimulationError(f"{path}: {error}") from error
     return spec
 
 
 def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
-    """Every cell, in the order of the lists. Reads the traces' and clusters' bytes for the names.
+    """Every cell, in the order of the lists. Names hold traces, clusters and latency profiles by content.
 
     Raises `ClusterError`, and `TraceError` for a trace that is not there.
     """
     traces = {name: _beside(folder, name) for name in spec.traces}
     hashes = {name: trace_sha256(path) for name, path in traces.items()}
     clusters = {name: _cluster(folder, name) for name in spec.clusters}
+    contents = {name: _content(path) for name, path in clusters.items()}
     loads: list[tuple[float | None, float | None]] = [(load, None) for load in spec.loads]
     loads += [(None, rate) for rate in spec.session_rates]
     common = msgspec.json.encode(
@@ -113,7 +122,7 @@ def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
         spec.traces, spec.clusters, spec.policies, spec.orderings, loads, spec.seeds
     ):
         what = [hashes[trace], policy, ordering, load, rate, seed]
-        content = clusters[cluster].read_bytes() + common + msgspec.json.encode(what)
+        content = contents[cluster] + common + msgspec.json.encode(what)
         digest = hashlib.sha256(content).hexdigest()[:10]
         amount = f"rho{load:g}" if load is not None else f"rate{rate:g}"
         stem = Path(trace).name.split(".")[0]
@@ -130,6 +139,12 @@ def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
             )
         )
     return cells
+
+
+def _content(cluster: Path) -> bytes:
+    """The file, and the coefficients that it names."""
+    specs = resolve_engines(load_cluster(cluster), cluster.parent)
+    return cluster.read_bytes() + b"".join(msgspec.json.encode(spec.latency) for spec in specs)
 
 
 def _beside(folder: Path, name: str) -> Path:

@@ -216,53 +216,6 @@ def receipts(
 
 
 @app.command()
-def replay(
-    trace: Path,
-    url: Url = DEFAULT_URL,
-    model: Annotated[str | None, typer.Option(help="Default: the first that the gateway lists.")] = None,
-    session_rate: Annotated[float | None, typer.Option(help="Poisson session starts per second.")] = None,
-    as_recorded: Annotated[bool, typer.Option(help="Sessions start as recorded.")] = False,
-    concurrency: Annotated[int | None, typer.Option(help="Most live sessions.")] = None,
-    max_sessions: Annotated[int | None, typer.Option(help="Only the first so many sessions.")] = None,
-    divide: Annotated[int, typer.Option(help="Divide all lengths by this.")] = 1,
-    max_gap_s: Annotated[float, typer.Option("--max-gap", help="Cap of the recorded gaps.")] = 60.0,
-    window_tokens: Annotated[int | None, typer.Option(help="Default: what the gateway says.")] = None,
-    seed: int = 0,
-    slo_ttft_s: Annotated[float | None, typer.Option("--slo-ttft")] = None,
-    slo_itl_s: Annotated[float | None, typer.Option("--slo-itl")] = None,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="For one try of a round.")] = 120.0,
-    retries: int = 1,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out lines that cannot be read.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
-    verify_log: Annotated[Path | None, typer.Option(help="Write every round's token ids there.")] = None,
-) -> None:
-    """Drive a session trace against a gateway and measure."""
-    from antiphon.traces.replay import ReplayOptions, run_replay
-
-    options = ReplayOptions(
-        trace=trace,
-        url=url,
-        model=model,
-        session_rate=session_rate,
-        as_recorded=as_recorded,
-        concurrency=concurrency,
-        max_sessions=max_sessions,
-        divide=divide,
-        max_gap_s=max_gap_s,
-        window_tokens=window_tokens,
-        seed=seed,
-        slo_ttft_s=slo_ttft_s,
-        slo_itl_s=slo_itl_s,
-        timeout_s=timeout_s,
-        retries=retries,
-        skip_bad=skip_bad,
-        json_path=json_path,
-        verify_log=verify_log,
-    )
-    raise typer.Exit(run_replay(options))
-
-
-@app.command()
 def doctor(
     config: ConfigFile = None,
     ledger: Annotated[str | None, typer.Option(help="Redis URL; default: as `antiphon serve`.")] = None,

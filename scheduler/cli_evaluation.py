@@ -1,4 +1,4 @@
-"""The commands that evaluate: simulate, sweep, report, counterfactual, calibrate."""
+"""The commands that evaluate: replay, simulate, sweep, report, counterfactual, calibrate."""
 
 from __future__ import annotations
 
@@ -9,18 +9,70 @@ import typer
 
 from antiphon.scheduler.errors import UserError
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+
 Trace = Annotated[Path, typer.Argument(help="A file, a folder, or a .tar, .gz or .xz of them.")]
 SloTtft = Annotated[float | None, typer.Option("--slo-ttft", help="TTFT target in seconds, for all rounds.")]
 SloItl = Annotated[float | None, typer.Option("--slo-itl", help="ITL target in seconds, for all rounds.")]
 MaxGap = Annotated[float, typer.Option("--max-gap", help="Cap of the recorded gaps, in seconds.")]
 SkipBad = Annotated[bool, typer.Option(help="Leave out lines that cannot be read, and count them.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result there.")]
+RoundsPath = Annotated[Path | None, typer.Option("--rounds", help="Write every round there (.gz: packed).")]
 ShareSystem = Annotated[bool, typer.Option(help="Weka: sessions share tools and system prompt.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the `antiphon` app."""
-    for command in (simulate, sweep, report, counterfactual, calibrate):
+    for command in (replay, simulate, sweep, report, counterfactual, calibrate):
         app.command()(command)
+
+
+def replay(
+    trace: Trace,
+    url: Annotated[str, typer.Option(envvar="ANTIPHON_URL", help="The gateway.")] = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option(help="Default: the first that the gateway lists.")] = None,
+    session_rate: Annotated[float | None, typer.Option(help="Poisson session starts per second.")] = None,
+    as_recorded: Annotated[bool, typer.Option(help="Sessions start as recorded.")] = False,
+    concurrency: Annotated[int | None, typer.Option(help="Most live sessions.")] = None,
+    max_sessions: Annotated[int | None, typer.Option(help="Only the first so many sessions.")] = None,
+    divide: Annotated[int, typer.Option(help="Divide all lengths by this.")] = 1,
+    max_gap_s: MaxGap = 60.0,
+    window_tokens: Annotated[int | None, typer.Option(help="Default: what the gateway says.")] = None,
+    seed: int = 0,
+    slo_ttft_s: SloTtft = None,
+    slo_itl_s: SloItl = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="For one try of a round.")] = 120.0,
+    retries: int = 1,
+    skip_bad: SkipBad = False,
+    json_path: JsonPath = None,
+    rounds_path: RoundsPath = None,
+    verify_log: Annotated[Path | None, typer.Option(help="Write every round's token ids there.")] = None,
+) -> None:
+    """Drive a session trace against a gateway and measure."""
+    from antiphon.traces.replay import ReplayOptions, run_replay
+
+    options = ReplayOptions(
+        trace=trace,
+        url=url,
+        model=model,
+        session_rate=session_rate,
+        as_recorded=as_recorded,
+        concurrency=concurrency,
+        max_sessions=max_sessions,
+        divide=divide,
+        max_gap_s=max_gap_s,
+        window_tokens=window_tokens,
+        seed=seed,
+        slo_ttft_s=slo_ttft_s,
+        slo_itl_s=slo_itl_s,
+        timeout_s=timeout_s,
+        retries=retries,
+        skip_bad=skip_bad,
+        json_path=json_path,
+        rounds_path=rounds_path,
+        verify_log=verify_log,
+    )
+    raise typer.Exit(run_replay(options))
 
 
 def simulate(
@@ -38,8 +90,8 @@ def simulate(
     slo_ttft_s: SloTtft = None,
     slo_itl_s: SloItl = None,
     seed: int = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
-    rounds_path: Annotated[Path | None, typer.Option("--rounds", help="Write every round there.")] = None,
+    json_path: JsonPath = None,
+    rounds_path: RoundsPath = None,
     share_system: ShareSystem = False,
     skip_bad: SkipBad = False,
 ) -> None:
