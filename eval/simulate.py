@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from antiphon.eval.simulation_plan import Prepared, SimulateOptions, SimulationError, prepare
-from antiphon.eval.simulation_result import Records, result_of
+from antiphon.eval.simulation_result import records_of, result_of
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.simulated_sessions import split_children
-from antiphon.scheduler.simulation import Simulation
+from antiphon.scheduler.simulation import RoundEnd, Simulation
 from antiphon.traces.arrivals import schedule
 from antiphon.traces.result_types import RunResult
 from antiphon.traces.results import write_result, write_rounds
@@ -31,12 +31,12 @@ def run_simulation(options: SimulateOptions, prepared: Prepared | None = None) -
     policy = _make(make_policy, options.policy, options.policy_parameters)
     ordering = _make(make_ordering, options.ordering, {})
     core = Scheduler(policy, ordering, ready.bench.decode.latency, CoreConfig(publish=False))
-    records = Records(ready)
-    simulation = Simulation(core, ready.cluster, ready.specs, ready.targets, records.add, options.concurrency)
+    ends: list[RoundEnd] = []
+    simulation = Simulation(core, ready.cluster, ready.specs, ready.targets, ends.append, options.concurrency)
     tops, children = split_children(ready.sessions)
     starts = iter(schedule(tops, ready.arrivals))
     wall_s = _timed(simulation, starts, children)
-    result = result_of(ready, simulation, records.rows, wall_s)
+    result = result_of(ready, simulation, list(records_of(ready, ends)), wall_s)
     if options.rounds_path is not None:
         write_rounds(result.rounds, options.rounds_path)
     if options.json_path is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from antiphon.engines.closed_form import ClosedFormEngine
@@ -16,58 +16,50 @@ from antiphon.traces.result_types import ClusterInfo, Conditions, Distribution, 
 from antiphon.traces.results import summarise
 
 
-class Records:
-    """Round ends as records of the result."""
-
-    def __init__(self, ready: Prepared) -> None:
-        self.rows: list[RoundRecord] = []
-        self._bench = ready.bench
-        self._targets = ready.targets
-
-    def add(self, end: RoundEnd) -> None:
+def records_of(ready: Prepared, ends: Iterable[RoundEnd]) -> Iterator[RoundRecord]:
+    """Round ends as records of the result, in their order."""
+    for end in ends:
         session, number, receipt = end.session, end.number, end.receipt
         turn = session.rounds[number - 1]
-        slo_ttft_s, slo_itl_s = self._targets.of(session)
+        slo_ttft_s, slo_itl_s = ready.targets.of(session)
         cached = turn.kept_tokens if number > 1 else session.shared_tokens
         done = receipt.outcome is Outcome.COMPLETED
-        self.rows.append(
-            RoundRecord(
-                session=session.session_id,
-                round=number,
-                prompt_tokens=turn.prompt_tokens,
-                kept_tokens=turn.kept_tokens,
-                status=STATUS[receipt.outcome],
-                message="" if done else "; ".join(attempt.failure for attempt in receipt.tries),
-                tries=1,
-                round_id=receipt.round_id,
-                session_round=receipt.round_number,
-                arm=receipt.arm.value if receipt.arm else "",
-                tool=turn.tool,
-                gap_s=turn.gap_s,
-                sent_s=end.sent_s,
-                ttft_s=receipt.ttft_s,
-                itl_s=receipt.itl_s,
-                e2e_s=end.ended_s - end.sent_s if done else None,
-                output_tokens=receipt.completion_tokens,
-                cached_tokens=receipt.cached_tokens,
-                slo_ttft_s=slo_ttft_s,
-                slo_itl_s=slo_itl_s,
-                unloaded_ttft_s=self._bench.unloaded_ttft_s(turn, cached),
-                receipt=True,
-                bytes_decode_to_prefill=receipt.bytes_decode_to_prefill,
-                bytes_prefill_to_decode=receipt.bytes_prefill_to_decode,
-                pulled_tokens=receipt.pulled_tokens,
-                predicted_ttft_s=receipt.predicted_ttft_s,
-                gateway_ttft_s=receipt.ttft_s,
-                queue_s=receipt.queue_s,
-                pull_s=receipt.pull_s,
-                prefill_s=receipt.prefill_s,
-                push_s=receipt.push_s,
-                home=receipt.home,
-                prefill_engine=receipt.prefill_engine,
-                reason=receipt.reason,
-                degraded=receipt.degraded,
-            )
+        yield RoundRecord(
+            session=session.session_id,
+            round=number,
+            prompt_tokens=turn.prompt_tokens,
+            kept_tokens=turn.kept_tokens,
+            status=STATUS[receipt.outcome],
+            message="" if done else "; ".join(attempt.failure for attempt in receipt.tries),
+            tries=1,
+            round_id=receipt.round_id,
+            session_round=receipt.round_number,
+            arm=receipt.arm.value if receipt.arm else "",
+            tool=turn.tool,
+            gap_s=turn.gap_s,
+            sent_s=end.sent_s,
+            ttft_s=receipt.ttft_s,
+            itl_s=receipt.itl_s,
+            e2e_s=end.ended_s - end.sent_s if done else None,
+            output_tokens=receipt.completion_tokens,
+            cached_tokens=receipt.cached_tokens,
+            slo_ttft_s=slo_ttft_s,
+            slo_itl_s=slo_itl_s,
+            unloaded_ttft_s=ready.bench.unloaded_ttft_s(turn, cached),
+            receipt=True,
+            bytes_decode_to_prefill=receipt.bytes_decode_to_prefill,
+            bytes_prefill_to_decode=receipt.bytes_prefill_to_decode,
+            pulled_tokens=receipt.pulled_tokens,
+            predicted_ttft_s=receipt.predicted_ttft_s,
+            gateway_ttft_s=receipt.ttft_s,
+            queue_s=receipt.queue_s,
+            pull_s=receipt.pull_s,
+            prefill_s=receipt.prefill_s,
+            push_s=receipt.push_s,
+            home=receipt.home,
+            prefill_engine=receipt.prefill_engine,
+            reason=receipt.reason,
+            degraded=receipt.degraded,
         )
 
 

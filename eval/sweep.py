@@ -82,8 +82,8 @@ def _run_all(
 ) -> Iterator[tuple[Cell, str]]:
     """(cell, "" or its traceback) as cells end. An interrupt waits for those that run, starts no other.
 
-    A process that dies takes its pool with it, and nobody can say which cell it was: whatever that cut off runs
-    again, each cell in a process of its own.
+    A process that dies takes its pool with it, and nobody can say which cell it was: whatever that cut off
+    runs again, each cell in a process of its own.
     """
     cut_off: list[Cell] = []
     with _pool(processes) as pool:

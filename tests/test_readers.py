@@ -23,7 +23,7 @@ from antiphon.traces.schema import RECORDED_ROUND_SCHEMA, RoundTrace, SessionTra
 def write(path: Path, *lines: Any) -> Path:
     """A JSON-lines file; strings go in as they are."""
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    path.write_text(text + "\n")
+    path.write_bytes(text.encode(errors="surrogateescape") + b"\n")
     return path
 
 
@@ -142,6 +142,7 @@ GOOD = own("good", {"prompt_tokens": 5, "output_tokens": 2})
 ROUND = {"prompt_tokens": 5, "output_tokens": 2}
 FAULTS = [
     ("{", "truncated"),
+    ('{"schema": "antiphon.trace/1", "session_id": "\udcff", "rounds": []}', "can't decode byte 0xff"),
     (own("x", ROUND | {"prompt_tokens": -5}), "rounds[0].prompt_tokens"),
     (own("x", ROUND | {"extra": 1}), "extra"),
     (own("x"), "at least one round"),
@@ -171,7 +172,7 @@ def test_bad_line_is_named_or_counted(tmp_path: Path, line: Any, fault: str) -> 
     assert "line 3" in bad.first[0]
 
 
-@pytest.mark.parametrize("line", ["# made by hand", "[]", '{"deep":' + "[" * 100_000])
+@pytest.mark.parametrize("line", ["# made by hand", "[]", '{"a": "\udcff"}', '{"deep":' + "[" * 100_000])
 def test_bad_first_lines_do_not_hide_the_format(tmp_path: Path, line: str) -> None:
     """The format is told by the first line that is a JSON object; what came before is a bad line."""
     path = write(tmp_path / "t.jsonl", line, GOOD)

@@ -102,7 +102,9 @@ def read_trace(
             left_out.append(str(error))
             continue
         used = True
-        yield from _sessions(part, form.name, _read(part, form, content, options), seen, bad_lines)
+        yield from _sessions(
+            part, form.name, _read(part, form, _utf8(part, content, bad_lines), options), seen, bad_lines
+        )
     if not used:
         shown = "; ".join(left_out[:BAD_LINES_SHOWN]) or "it has no files"
         raise TraceError(f"{path}: holds no session: no file of a known trace format in it ({shown})")
@@ -114,6 +116,17 @@ def _of_recording(path: Path, bad_lines: BadLines | None) -> Iterator[SessionTra
             _bad(f"{path}: session {session.session_id!r}: {fault}", bad_lines)
         else:
             yield session
+
+
+def _utf8(part: Part, content: Iterator[Line], bad_lines: BadLines | None) -> Iterator[Line]:
+    """Lines of text; formats never see others: their decoders raise different errors for them."""
+    for line in content:
+        try:
+            line.text.decode()
+        except UnicodeDecodeError as error:
+            _bad(f"{part.name}, line {line.number}: {error}", bad_lines)
+        else:
+            yield line
 
 
 _Found = tuple[Line, SessionTrace | str]
@@ -228,7 +241,7 @@ def _object(text: bytes) -> dict[str, object] | str:
     """The JSON object, or why it is none."""
     try:
         return msgspec.json.decode(text, type=dict[str, object])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return str(error)
 
 

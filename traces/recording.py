@@ -141,7 +141,7 @@ def _read(path: Path, on_bad: Callable[[str], None] | None) -> Iterable[Recorded
             item = decoder.decode(line)
             if item.schema != RECORDED_ROUND_SCHEMA:
                 raise msgspec.ValidationError(f"schema {item.schema!r} is not {RECORDED_ROUND_SCHEMA!r}")
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             fault = f"{path}, line {number}: {error}"
             if on_bad is None:
                 raise TraceError(f"{fault}; correct it or skip bad lines") from error
