@@ -15,7 +15,7 @@ setup: $(STAMP) ## make .venv with everything that a machine without a GPU needs
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q torch==2.13.0
-	$(PY) -m pip install -q -e '.[sglang-cpu,langchain,dev]'
+	$(PY) -m pip install -q -e '.[sglang-cpu,langchain,eval,dev]'
 	$(PY) -m pip install -q --no-deps sglang==0.5.23 nixl-cu12==1.5.1 nixl==1.5.1
 	touch $@
 

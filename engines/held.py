@@ -42,6 +42,14 @@ class Held:
         self.older = [(depth, tail[0]), *tail[1]]
         self.used = use
 
+    def go_on_as(self, branch: Branch) -> list[Branch]:
+        """What comes behind `held` is another branch's; returns those that went on there till now."""
+        others = [self.branch]
+        while self.aliases and self.aliases[-1][0] >= self.held:
+            others.append(self.aliases.pop()[1])
+        self.branch = branch
+        return others
+
     def split(self, depth: int) -> Held:
         """Give up what lies behind `depth`, which nobody locks or forks off from; returns it as a kid."""
         tail = Held(self.branch, self, depth)

@@ -10,7 +10,9 @@ before it, and when the page went, whatever else is left was used later: so what
 
 from __future__ import annotations
 
+from bisect import insort
 from heapq import heappop, heappush, heapreplace
+from operator import itemgetter
 
 from antiphon.engines.chains import Branch, Chain
 from antiphon.engines.held import Held
@@ -58,7 +60,7 @@ class Tier:
         return self.find(chain.branch, chain.pages)[1]
 
     def find(self, branch: Branch, pages: int) -> tuple[Held | None, int]:
-        """The stretch that ends what is held of the first `pages` pages along a branch, and how many that is."""
+        """How many of the first `pages` along a branch are held, and the stretch that the last one is in."""
         records = self._records
         record = records.get(branch)
         at = branch
@@ -268,13 +270,15 @@ class Tier:
 
     def _attach(self, branch: Branch, below: Held | None, fork: int) -> Held:
         """The stretch, held up to `fork` so far, on which a branch goes on: `below` itself if it can."""
+        end = self._ends.pop(branch, None)
+        if end is not None:
+            self._records[branch].aliases.remove((end, branch))
         if below is None:
             record = Held(branch, None, 0)
         elif below.held == fork:
             record = below
-            record.aliases.append((fork, record.branch))
-            self._ends[record.branch] = fork
-            record.branch = branch
+            for other in record.go_on_as(branch):
+                self._alias(other, record, fork)
         elif below.locked <= fork and (not below.kids or max(below.kids) <= fork):
             # What was there becomes the side branch: the new one is in use.
             record = below
@@ -287,8 +291,17 @@ class Tier:
             record = Held(branch, below, fork)
             below.kids[fork] = below.kids.get(fork, 0) + 1
         self._records[branch] = record
-        self._ends.pop(branch, None)
         return record
+
+    def _alias(self, branch: Branch, record: Held | None, end: int) -> None:
+        """Of a branch is held what goes along a stretch up to `end`, if any of that is its own."""
+        if record is not None and branch.fork_pages < end:
+            self._records[branch] = record
+            self._ends[branch] = end
+            insort(record.aliases, (end, branch), key=itemgetter(0))
+        else:
+            del self._records[branch]
+            self._ends.pop(branch, None)
 
     # ------------------------------------------------------------ eviction
 
@@ -342,12 +355,9 @@ class Tier:
 
     def _remove(self, record: Held) -> None:
         """Nothing is left of a stretch: its parent may be a leaf now."""
-        records = self._records
-        del records[record.branch]
-        for _, alias in record.aliases:
-            if records.get(alias) is record:
-                del records[alias], self._ends[alias]
-        parent = record.parent
+        parent, fork = record.parent, record.fork
+        for _, branch in (*record.aliases, (fork, record.branch)):
+            self._alias(branch, parent, fork)
         if parent is None:
             return
         count = parent.kids[record.fork] - 1

@@ -5,19 +5,18 @@ The result file never holds the rounds: they go to a file of their own where the
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import os
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
+from antiphon.traces.output import whole_file
 from antiphon.traces.result_types import RESULT_SCHEMA, RoundRecord, RunResult
 
-GZIP_LEVEL = 5
 LINES_AT_ONCE = 1000
 
 
@@ -33,8 +32,8 @@ def result_object(result: RunResult) -> dict[str, Any]:
 
 
 def write_result(result: RunResult, path: Path) -> None:
-    """Whole or not at all: written beside and renamed. Raises `OSError`."""
-    with _beside(path) as file:
+    """Whole or not at all. Raises `OSError`."""
+    with whole_file(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(result_object(result)), indent=2) + b"\n")
 
 
@@ -55,20 +54,10 @@ def write_rounds(records: Iterable[RoundRecord], path: Path) -> None:
     Whole or not at all. Raises `OSError`.
     """
     encode = msgspec.json.Encoder().encode_lines
-    with _beside(path) as file, contextlib.ExitStack() as stack:
-        out: IO[bytes] = file
-        if path.suffix == ".gz":
-            # no name and no time: those of this run would make equal rounds differ
-            out = stack.enter_context(
-                gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=GZIP_LEVEL)  # type: ignore[arg-type]
-            )
-        batch: list[RoundRecord] = []
-        for record in records:
-            batch.append(record)
-            if len(batch) == LINES_AT_ONCE:
-                out.write(encode(batch))
-                batch.clear()
-        out.write(encode(batch))
+    left = iter(records)
+    with whole_file(path) as file:
+        while batch := list(islice(left, LINES_AT_ONCE)):
+            file.write(encode(batch))
 
 
 def read_rounds(path: Path) -> Iterator[RoundRecord]:
@@ -82,16 +71,3 @@ def read_rounds(path: Path) -> Iterator[RoundRecord]:
                 number += 1
     except (OSError, EOFError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ResultError(f"{path}, after line {number}: {error}") from error
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when all is written, and leaves nothing when it is not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            yield file
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
