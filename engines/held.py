@@ -45,7 +45,7 @@ class Held:
     def go_on_as(self, branch: Branch) -> list[Branch]:
         """What comes behind `held` is another branch's; returns those that went on there till now."""
         others = [self.branch]
-        while self.aliases and self.aliases[-1][0] >= self.held:
+        while self.aliases and self.aliases[-1][0] > self.held:
             others.append(self.aliases.pop()[1])
         self.branch = branch
         return others

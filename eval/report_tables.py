@@ -89,7 +89,8 @@ def finding(scenario: Scenario) -> str:
         return f"{words}, the only policy that ran."
     second, other = found[1]
     if share(span.mean) == share(other.mean):
-        return f"{words}, and just as many under {second}: no difference can be seen."
+        equals = ", ".join(item for item, its in found[1:] if share(its.mean) == share(span.mean))
+        return f"{words}, and just as many under {equals}: no difference can be seen."
     words += f"; next is {second} with {span_words(other)}."
     if min(span.count, other.count) > 1:
         apart = span.low > other.high

@@ -125,7 +125,8 @@ def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
         content = contents[cluster] + common + msgspec.json.encode(what)
         digest = hashlib.sha256(content).hexdigest()[:10]
         amount = f"rho{load:g}" if load is not None else f"rate{rate:g}"
-        stem = Path(trace).name.split(".")[0]
+        folder_name, file_name = Path(trace).parent.name, Path(trace).name.split(".")[0]
+        stem = f"{folder_name}-{file_name}" if folder_name else file_name
         cells.append(
             Cell(
                 name=f"{stem}-{clusters[cluster].stem}-{policy}-{ordering}-{amount}-s{seed}-{digest}",

@@ -52,6 +52,10 @@ class Cluster:
             await handle.start()
             return handle, [t async for chunk in handle for t in chunk.token_ids]
 
+    async def recorded(self) -> None:
+        """The ledger has all completions: a session's next round is then no fork."""
+        await until(lambda: not self.replica.runtime._recording)
+
     async def fault(self, engine_id: str, **fault: Any) -> None:
         url = f"{self.engines[engine_id].record.url}/antiphon/faults"
         async with aiohttp.ClientSession() as client, client.post(url, json=fault) as answer:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.traces.format_mooncake import FORMAT as MOONCAKE
@@ -312,7 +312,7 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 def most_saved(prompts: list[list[int]]) -> int:
-    """By trying all: the first prompt in a group with each choice of the others; a group follows one of its own."""
+    """By trying all groups, each of which follows the prompt of one of its own."""
     if not prompts:
         return 0
     best = 0
@@ -324,11 +324,13 @@ def most_saved(prompts: list[list[int]]) -> int:
     return best
 
 
+SYSTEM = [0, 0, 0, 0]
 blocks = st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 2]), max_size=7), max_size=6)
 
 
 @settings(max_examples=200, deadline=None)
 @given(blocks)
+@example([[*SYSTEM, 1, 2]] * 2 + [[*SYSTEM, 1, 3]] * 2 + [[*SYSTEM, *ids(9, 7)]] * 2)
 def test_shared_beginnings_are_true_and_the_best_there_are(prompts: list[list[int]]) -> None:
     """Sessions of one prefix begin alike, and no other choice of prefixes saves more blocks."""
     found = shared_beginnings(prompts, 1)

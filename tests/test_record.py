@@ -62,8 +62,10 @@ def test_a_replica_records_what_ran(valkey_url: str, tmp_path: Path) -> None:
             _, out = await made.run("alpha", first)
             grown = [*first, *out, *make_prompt("more", 21)]
             await asyncio.sleep(0.05)
+            await made.recorded()
             _, out = await made.run("alpha", grown)
             await made.run("beta", other)
+            await made.recorded()
             await made.run("alpha", [*grown[: 6 * PAGE + 5], *make_prompt("compacted", 30)])
 
     asyncio.run(run())

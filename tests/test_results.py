@@ -215,9 +215,10 @@ def test_what_the_caller_knows_better_is_taken() -> None:
 
 REQUIRED = {
     "schema", "trace", "cluster", "policy", "ordering", "seed", "slo", "load", "rounds_total",
-    "rounds_completed", "rounds_refused", "attainment", "attainable", "ttft_s", "ttft_first_s", "ttft_later_s", "itl_s", "e2e_s",
-    "arms", "bytes_moved", "bytes_decode_to_prefill", "bytes_prefill_to_decode", "prefill_tokens_computed",
-    "prefill_tokens_reused", "gpu_seconds", "cost_per_1k_rounds", "simulated_s", "wall_s",
+    "rounds_completed", "rounds_refused", "attainment", "attainable", "ttft_s", "ttft_first_s",
+    "ttft_later_s", "itl_s", "e2e_s", "arms", "bytes_moved", "bytes_decode_to_prefill",
+    "bytes_prefill_to_decode", "prefill_tokens_computed", "prefill_tokens_reused", "gpu_seconds",
+    "cost_per_1k_rounds", "simulated_s", "wall_s",
 }  # fmt: skip
 """Keys that scripts depend on."""
 
