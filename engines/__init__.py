@@ -40,12 +40,6 @@ Simulated time (no process, no tokens, no clock: the scheduler's heap driver mov
     chains.py      names of KV without hashes: branches and chains
     closed_form.py the batch loop of simulated_loop.py in closed form; closed_form_request.py one request
     decode_batch.py its running batch; decode_run.py the arithmetic of a run of decode steps
-    closed_form_kv.py      its KV; tiers.py is one tier: device pool or page store
+    closed_form_kv.py      its KV; tiers.py is one tier: device pool or page store; held.py a stretch in it
     links.py       pulls that share the links of their two ends
-Simulated time (no clock, no I/O: the driver says what time it is)
-    cluster.py     cluster files: engines, links, targets, prices; chains.py names KV without hashes
-    closed_form.py the batch loop, moved from event to event; closed_form_request.py one request of it
-    decode_batch.py its running requests; decode_run.py the arithmetic of many steps at once
-    closed_form_kv.py device pool and page store as its requests use them; tiers.py is each of them
-    links.py       pulls between engines, which share their links
 """

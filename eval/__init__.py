@@ -15,7 +15,8 @@ Simulating
     cluster_toml.py        cluster files written
 Fidelity
     calibrate.py   `antiphon calibrate`; probe.py times an engine, calibration.py fits what it measured
-    fidelity.py    `make fidelity`: live against simulated; gateway_cost.py: what an idle gateway costs
+    fidelity.py    `make fidelity`: live against simulated; fidelity_live.py is its live half, gateway_cost.py
+                   what an idle gateway costs a request
 Latency profiles (`policies/data`) and clusters (`clusters/*.toml`)
     fit.py         coefficients from points: the command; least_squares.py is the arithmetic
     fit_points.py  points from a file, or from AIConfigurator; aiconfigurator_query.py runs in its Python

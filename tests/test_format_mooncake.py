@@ -324,13 +324,13 @@ def most_saved(prompts: list[list[int]]) -> int:
     return best
 
 
-SYSTEM = [0, 0, 0, 0]
+SYSTEM = [0, 0, 0, 0, 0, 0]
 blocks = st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 2]), max_size=7), max_size=6)
 
 
 @settings(max_examples=200, deadline=None)
 @given(blocks)
-@example([[*SYSTEM, 1, 2]] * 2 + [[*SYSTEM, 1, 3]] * 2 + [[*SYSTEM, *ids(9, 7)]] * 2)
+@example([[*SYSTEM, 1, 2, 2]] * 2 + [[*SYSTEM, 1, 3, 3]] * 2 + [[*SYSTEM, *ids(9, 9)]] * 2)
 def test_shared_beginnings_are_true_and_the_best_there_are(prompts: list[list[int]]) -> None:
     """Sessions of one prefix begin alike, and no other choice of prefixes saves more blocks."""
     found = shared_beginnings(prompts, 1)

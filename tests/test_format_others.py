@@ -86,6 +86,15 @@ def test_chains_of_chats_are_sessions() -> None:
     assert (second.session_id, shape(second)) == ("6", [(20, 1, 0, 0.0)])
 
 
+def test_chats_without_hashes_or_parents_are_read() -> None:
+    """Without hash ids all that was said before is kept; a chat that names no parent begins a session."""
+    first, second = ({**chat(n, n - 1, n, 100 * n, 10, []), "hash_ids": []} for n in (1, 2))
+    bare = {key: first[key] for key in first if key not in ("hash_ids", "parent_chat_id", "type", "turn")}
+    (session,) = sessions(BAILIAN, bare, second)
+    assert BAILIAN.matches(bare)
+    assert shape(session) == [(100, 10, 0, 0.0), (200, 10, 110, 1.0)]
+
+
 def test_branches_of_a_chat_are_sessions_with_a_parent() -> None:
     """The second continuation of a chat is a session of its own, after the round that it continues."""
     rows = [
@@ -196,7 +205,7 @@ def test_without_hashes_all_before_is_kept() -> None:
 # ---------------------------------------------------------------- faults
 
 
-GOOD_CHAT = chat(1, -1, 0.0, 40, 10, [1])
+GOOD_CHAT = chat(1, -1, 0.0, 40, 10, [1, 2, 3])
 FAULTS: list[tuple[Format, Any, str]] = [
     (AIPERF, {"session_id": "s", "turns": []}, "turns"),
     (AIPERF, {"session_id": "s", "turns": [{"text": "a"}, {"delay": 5}]}, "turns[1]: neither input_length"),
@@ -206,7 +215,8 @@ FAULTS: list[tuple[Format, Any, str]] = [
     (BAILIAN, {**GOOD_CHAT, "input_length": 0}, "input_length"),
     (BAILIAN, {**GOOD_CHAT, "timestamp": "now"}, "timestamp"),
     (BAILIAN, {**GOOD_CHAT, "hash_ids": ["x"]}, "hash_ids"),
-    (BAILIAN, {key: GOOD_CHAT[key] for key in GOOD_CHAT if key != "hash_ids"}, "hash_ids"),
+    (BAILIAN, {**GOOD_CHAT, "hash_ids": [1]}, "hash_ids: 1 for 40 tokens: there are 3 blocks of 16 tokens"),
+    (BAILIAN, {**GOOD_CHAT, "hash_ids": [1, 2, 3, 4]}, "hash_ids: 4 for 40 tokens"),
     (AGENTIC, request("", 1, 1), "request_id"),
     (AGENTIC, request("a", 1, 1, "absent"), "wait_for: 'absent'"),
     (AGENTIC, request("a", 1, 1, "a"), "wait_for: 'a'"),
@@ -255,7 +265,7 @@ def test_a_row_that_was_there_is_a_fault(form: Format, row: Any, named: str) -> 
 @settings(max_examples=60, deadline=None)
 def test_any_chain_gives_sound_sessions(rows: list[tuple[int, int, int, list[int]]]) -> None:
     """Whatever rows continue and whatever they hash, sessions are sound and hold every row once."""
-    chats = [chat(n, parent, n, prompt, out, ids) for n, (parent, prompt, out, ids) in enumerate(rows)]
+    chats = [chat(n, parent, n, prompt, out, (ids * 13)[: prompt // 16]) for n, (parent, prompt, out, ids) in enumerate(rows)]
     assert sum(len(s.rounds) for s in sessions(BAILIAN, *chats)) == len(rows)
     waits = [
         request(

@@ -135,6 +135,12 @@ def test_a_system_prompt_is_shared_only_if_asked_for() -> None:
         (document(call(0, 10, 1, [], api_time=-1.0)), "api_time"),
         (document({"type": "subagent", "t": 0.0, "requests": [call(0, 5, 1, [])]}), "requests"),
         (document(), "requests"),
+        (document(call(0, 200, 1, [1])), "requests[0].hash_ids: 1 for 200 tokens: there are 4 blocks of 64"),
+        (document(call(0, 128, 1, [1, 2, 3])), "requests[0].hash_ids: 3 for 128 tokens"),
+        (
+            document(call(0, 9, 1, []), {"type": "subagent", "requests": [call(0, 64, 1, [])]}),
+            "requests[1].requests[0].hash_ids: 0 for 64 tokens",
+        ),
         (b'{"id": "d", "requests": [', "truncated"),
         (b'{"id":"d","requests":' + b'[{"type":"subagent","requests":' * 5000 + b"[]", "recursion"),
     ],

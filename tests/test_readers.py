@@ -125,6 +125,17 @@ def test_gap_is_recorded_or_computed_or_zero(tmp_path: Path) -> None:
     assert [turn.gap_s for turn in rounds] == [0.0, 2.5, 3.0, 0.0, 0.0]
 
 
+def test_arrivals_of_a_whole_service_are_gaps(tmp_path: Path) -> None:
+    """In a recording of the whole service (rows) a gap is arrival to arrival where nothing better is known."""
+    rounds = rounds_of(
+        tmp_path,
+        {"row": 0, "prompt": 10, "out": 1, "t": 50.0},
+        {"row": 9, "prompt": 20, "out": 1, "t": 170.0, "llm_s": 4.0},
+        {"row": 11, "prompt": 30, "out": 1, "t": 200.0},
+    )
+    assert [turn.gap_s for turn in rounds] == [0.0, 120.0, 26.0]
+
+
 def test_absolute_times_become_the_start_of_a_session(tmp_path: Path) -> None:
     """Only a recording of the whole service (rows) says when sessions started; integer ids become text."""
     path = write(
@@ -154,6 +165,7 @@ FAULTS = [
     (own("x", ROUND, shared_tokens=6, shared_prefix="p"), "shared_tokens 6"),
     (own("x", ROUND, shared_tokens=4), "without a shared_prefix"),
     (own("good", ROUND), "already in line 1"),
+    (own("x", ROUND, start_s=2e9), "start_s"),
     ({"schema": "antiphon.trace/9", "session_id": "x", "rounds": []}, "antiphon.trace/9"),
 ]
 

@@ -272,3 +272,51 @@ def test_each_part_of_a_branch_has_its_own_last_use() -> None:
     tier.touch(Chain(short, 2))
     assert evicted_by(4) == [4, 2]
     assert evicted_by(1) == [3, 2]
+
+
+@pytest.mark.parametrize("answer_pages", [0, 3])
+def test_a_session_that_forks_every_round_stays_one_stretch(answer_pages: int) -> None:
+    """Each round keeps the prompt and not the thinking: the tip stands on one stretch, whatever became of
+    the ends of earlier rounds, and all of them are found."""
+    tier = Tier(10_000)
+    branches = [Branch(0)]
+    prompt = 10
+    for number in range(1, 300):
+        tier.extend(branches[-1], prompt, prompt - 4 if number > 1 else 0)
+        tier.extend(branches[-1], prompt + answer_pages, prompt)
+        branches.append(Branch(number, branches[-1], prompt))
+        prompt += 4
+    record, depth = tier.find(branches[-1], 10_000)
+    assert record is not None
+    assert (record.fork, record.parent, depth) == (0, None, prompt - 4)
+    for number, branch in enumerate(branches[:-1]):
+        assert tier.match(Chain(branch, 10_000)) == 10 + 4 * number + answer_pages
+    tier.check_invariants()
+    tier.lock(record, depth)
+    tier.evict(10_000)
+    assert tier.tree_pages == depth
+    assert [tier.match(Chain(branch, 10_000)) for branch in branches[:3]] == [10, 14, 18]
+    tier.check_invariants()
+
+
+def test_what_was_evicted_is_not_found_in_what_took_its_place() -> None:
+    """A branch whose end was evicted ends where another goes on, not where it once ended."""
+    tier = Tier(100)
+    old = Branch(0)
+    newer, other = Branch(1, old, 8), Branch(2, old, 5)
+    tier.extend(old, 8, 0)
+    tier.extend(newer, 10, 8)
+    tier.evict(5)
+    tier.extend(other, 9, 5)
+    assert [tier.match(Chain(branch, 99)) for branch in (old, newer, other)] == [5, 5, 9]
+    tier.check_invariants()
+
+
+def test_split_keeps_when_each_part_was_used() -> None:
+    """Both parts of a stretch know of their own pages when they were used."""
+    record = Held(Branch(0), None, 0)
+    record.held, record.used, record.older = 10, 5, [(4, 3), (7, 1)]
+    tail = record.split(6)
+    assert (record.held, record.used, record.older) == (6, 5, [(4, 3)])
+    assert (tail.fork, tail.held, tail.used, tail.older) == (6, 10, 3, [(7, 1)])
+    assert tail.parent is record and record.kids == {6: 1}

@@ -23,6 +23,14 @@ def shared_tokens(before: Sequence[int], after: Sequence[int], block_tokens: int
     return count * block_tokens
 
 
+def count_fault(tokens: int, ids: int, block_tokens: int) -> str | None:
+    """Why so many ids cannot name the blocks of a prompt, whose last, not full, one may be left out."""
+    full, rest = divmod(tokens, block_tokens)
+    if ids == full or (rest and ids == full + 1):
+        return None
+    return f"{ids} for {tokens} tokens: there are {full + bool(rest)} blocks of {block_tokens} tokens"
+
+
 def kept_tokens(prompt: int, output: int, shared: int, block_tokens: int, next_prompt: int) -> int:
     """Tokens of a request's `prompt` and `output` that begin `next_prompt`, of which `shared` are known.
 

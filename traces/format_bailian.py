@@ -3,7 +3,8 @@
 A session is a chain by `parent_chat_id`; -1, or a parent that is not earlier in the file, begins one. The
 second and later continuations of one request begin sessions of their own, with the chain they left as parent.
 What the source does not say:
-- Hash ids name blocks of 16 tokens, so what a request kept is known to a block. What first prompts share
+- Hash ids name blocks of 16 tokens, so what a request kept is known to a block; without ids, all before is
+  taken as kept. What first prompts share
   with each other is counted in 512 tokens; what a branch shares with the rest of its parent is lost.
 - A gap is the difference of two arrivals, and so includes the time of the call.
 Sessions come out when the file has ended, which is held in memory: any request may be continued later.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from antiphon.traces.blocks import compact, kept_tokens, shared_tokens
+from antiphon.traces.blocks import compact, count_fault, kept_tokens, shared_tokens
 from antiphon.traces.formats import Format, Item, Line, ReadOptions
 from antiphon.traces.schema import RoundTrace, Seconds, SessionTrace, SomeTokens, Tokens
 from antiphon.traces.shared_blocks import shared_beginnings
@@ -28,13 +29,13 @@ SHARED_TOKENS = 512
 NO_PARENT = -1
 
 
-class _Row(msgspec.Struct, frozen=True):
+class _Row(msgspec.Struct, frozen=True, kw_only=True):
     chat_id: int
-    parent_chat_id: int
+    parent_chat_id: int = NO_PARENT
     timestamp: Seconds
     input_length: SomeTokens
     output_length: Tokens
-    hash_ids: tuple[int, ...]
+    hash_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class _Seen:
 
 
 def _matches(head: dict[str, object]) -> bool:
-    return "chat_id" in head and "parent_chat_id" in head
+    return "chat_id" in head and "input_length" in head
 
 
 def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
@@ -76,6 +77,10 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
             continue
         if row.chat_id in seen:
             yield line, f"chat_id: {row.chat_id} was there already"
+            continue
+        fault = count_fault(row.input_length, len(row.hash_ids), BLOCK_TOKENS) if row.hash_ids else None
+        if fault:
+            yield line, f"hash_ids: {fault}"
             continue
         before = None if row.parent_chat_id == NO_PARENT else seen.get(row.parent_chat_id)
         if before is not None and before.round == len(before.chain.rounds):
@@ -120,7 +125,9 @@ def _beginning(row: _Row) -> list[int]:
 
 def _next_round(before: _Seen, row: _Row) -> RoundTrace:
     previous = before.chain.rounds[-1]
-    shared = shared_tokens(before.hash_ids, row.hash_ids, BLOCK_TOKENS)
+    shared = previous.prompt_tokens
+    if before.hash_ids and row.hash_ids:
+        shared = shared_tokens(before.hash_ids, row.hash_ids, BLOCK_TOKENS)
     return RoundTrace(
         prompt_tokens=row.input_length,
         output_tokens=max(1, row.output_length),

@@ -6,7 +6,8 @@ a prompt begins with the first block of the one before it, in the delta form it 
 be seen, or some rows say this and some that, the form has to be given.
 
 `delay` or `delay_ms` is the gap after the response before it. Where only timestamps are known, a gap is the
-difference of two arrivals, and so includes the service time. Ids stand for whole prefixes; what one prefix
+difference of two arrivals, and so includes the service time. Sessions that all start at one and the same
+time (generated ones) have no recorded start. Ids stand for whole prefixes; what one prefix
 cannot tell of the first prompts (`shared_blocks`), and what later ones share with other sessions, is lost.
 A row that cannot be read is left out of its session. The file is held in memory, ids as 8 bytes each.
 """
@@ -80,6 +81,7 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
     form = _form(sessions.values(), block_tokens) if options.form == "auto" else options.form
     starts = [requests[0].arrived_s for requests in sessions.values()]
     began_s = min((start for start in starts if start is not None), default=0.0)
+    timed = len(starts) < 2 or len(set(starts)) > 1
     firsts = [requests[0].full_blocks(block_tokens) for requests in sessions.values()]
     shared = shared_beginnings(firsts, block_tokens)
     for (session_id, requests), (prefix, tokens) in zip(sessions.items(), shared, strict=True):
@@ -89,7 +91,7 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
             yield end, f"session {session_id!r} grows to {rounds[-1].prompt_tokens} tokens (form {form})"
             continue
         arrived_s = requests[0].arrived_s
-        start_s = None if arrived_s is None else arrived_s - began_s
+        start_s = arrived_s - began_s if timed and arrived_s is not None else None
         yield end, SessionTrace(session_id, rounds, start_s, shared_prefix=prefix, shared_tokens=tokens)
 
 
@@ -113,7 +115,7 @@ def _form(sessions: Iterable[Sequence[Request]], block_tokens: int) -> Literal["
     raise TraceError(
         f"whether input_length counts whole prompts cannot be told: of {rows} rows that continue a session "
         f"{cumulative} begin as the row before them, {delta} do not, of the others hash_ids say nothing "
-        f"(such as line {line}): say --form cumulative or --form delta"
+        f"(such as line {line}): say --form cumulative or --form delta (antiphon trace convert, info)"
     )
 
 

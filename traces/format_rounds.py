@@ -84,14 +84,21 @@ def _kept(previous: _Round, turn: _Round, block_tokens: int) -> int:
 
 
 def _gap_s(previous: _Round | None, turn: _Round) -> float:
-    """The recorded gap; where only start times and LLM times are known, their difference; else 0."""
+    """The recorded gap; where only start times and LLM times are known, their difference; else 0.
+
+    Of a recording of the whole service, arrival to arrival, as from its original (`format_mooncake`): there
+    the gaps are people's, minutes long, beside which the service time that is in them is small.
+    """
     if previous is None:
         return 0.0
     if turn.gap_s is not None:
         return max(0.0, turn.gap_s)
-    if turn.t is None or previous.t is None or previous.llm_s is None:
+    llm_s = previous.llm_s
+    if llm_s is None and turn.row is not None:
+        llm_s = 0.0
+    if turn.t is None or previous.t is None or llm_s is None:
         return 0.0
-    return max(0.0, turn.t - previous.t - previous.llm_s)
+    return max(0.0, turn.t - previous.t - llm_s)
 
 
 FORMAT = Format("normalised rounds", _matches, _read)

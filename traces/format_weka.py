@@ -2,7 +2,8 @@
 
 A session is the main thread; a sub-agent is a session of its own, `<id>/<n>`, that starts after the main
 request before it in the document. What the source does not say:
-- Hash ids name whole blocks, so what a request kept is known to a block (64 tokens).
+- Hash ids name whole blocks, so what a request kept is known to a block (64 tokens). A document of which
+  some request has more or fewer ids than blocks is a fault: its blocks are not what it says.
 - A gap is start-to-start less `api_time`. Where that is absent the gap is too long by the time of the call.
 - Nested times may be counted from the document's start or from the sub-agent's: only differences are used.
 - The main thread does not wait for its sub-agents; its recorded gap already includes them.
@@ -19,7 +20,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from antiphon.traces.blocks import kept_tokens, shared_tokens
+from antiphon.traces.blocks import count_fault, kept_tokens, shared_tokens
 from antiphon.traces.formats import Format, Item, Line, ReadOptions
 from antiphon.traces.schema import RoundTrace, Seconds, SessionTrace, SomeTokens, Tokens
 
@@ -69,14 +70,29 @@ def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
     for line in lines:
         try:
             document = decoder.decode(line.text)
-            found = tuple(_sessions(document.id, document, document.block_size, options))
+            fault = _fault(document, document.block_size)
+            found = () if fault else tuple(_sessions(document.id, document, document.block_size, options))
         except (msgspec.MsgspecError, RecursionError) as error:
             yield line, str(error)
             continue
-        if not found:
-            yield line, "requests: holds none of the main thread (type n or s)"
+        if fault or not found:
+            yield line, fault or "requests: holds none of the main thread (type n or s)"
         for session in found:
             yield line, session
+
+
+def _fault(thread: _Document | _SubAgent, block_tokens: int) -> str | None:
+    """The first request whose ids do not go with its length, sub-agents' included."""
+    for number, item in enumerate(thread.requests):
+        if isinstance(item, _SubAgent):
+            fault = _fault(item, block_tokens)
+            where = "."
+        else:
+            fault = count_fault(item.prompt, len(item.hash_ids), block_tokens)
+            where = ".hash_ids: "
+        if fault:
+            return f"requests[{number}]{where}{fault}"
+    return None
 
 
 def _sessions(

@@ -14,7 +14,8 @@ MAX_TOKENS = 100_000_000
 
 Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 SomeTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
-Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+MAX_S = 1e9
+Seconds = Annotated[float, Meta(ge=0.0, le=MAX_S)]
 
 
 class TraceError(Exception):
@@ -90,7 +91,8 @@ def session_fault(session: SessionTrace) -> str | None:
     """What makes this session impossible, in words; None if it is sound.
 
     Sound: it has an id and rounds; every round keeps at most what was there (the previous prompt and output)
-    and brings at least one new token; the shared prefix lies inside the first prompt.
+    and brings at least one new token; the shared prefix lies inside the first prompt; no length and no time
+    is beyond its bounds.
     """
     if not session.session_id or not session.rounds:
         return "a session needs an id and at least one round"
@@ -98,11 +100,17 @@ def session_fault(session: SessionTrace) -> str | None:
         return f"shared_tokens {session.shared_tokens} exceed the first prompt"
     if session.shared_tokens and not session.shared_prefix:
         return "shared_tokens without a shared_prefix id"
+    if session.start_s is not None and not 0.0 <= session.start_s <= MAX_S:
+        return f"start_s {session.start_s} is not between 0 and {MAX_S:g}"
     there = 0
     for number, turn in enumerate(session.rounds, 1):
         if turn.kept_tokens > there:
             return f"round {number} keeps {turn.kept_tokens} tokens of {there} that were there"
         if turn.new_tokens < 1:
             return f"round {number} brings no new token: prompt {turn.prompt_tokens}, kept {turn.kept_tokens}"
+        if max(turn.prompt_tokens, turn.output_tokens) > MAX_TOKENS or turn.output_tokens < 1:
+            return f"round {number} has {turn.prompt_tokens} + {turn.output_tokens} tokens: 1 to {MAX_TOKENS}"
+        if not 0.0 <= turn.gap_s <= MAX_S:
+            return f"round {number}: gap_s {turn.gap_s} is not between 0 and {MAX_S:g}"
         there = turn.total_tokens
     return None
