@@ -11,6 +11,7 @@ from antiphon.eval.cluster_files import find_cluster
 from antiphon.eval.load import Workbench
 from antiphon.scheduler.simulation import Targets
 from antiphon.traces.arrivals import Arrivals, Start
+from antiphon.traces.formats import Form
 from antiphon.traces.readers import BadLines, ReadOptions, read_trace, trace_sha256
 from antiphon.traces.result_types import Load, TraceInfo
 from antiphon.traces.schema import SessionTrace, TraceError
@@ -49,6 +50,8 @@ class SimulateOptions:
     json_path: Path | None = None
     rounds_path: Path | None = None
     share_system: bool = False
+    form: Form = "auto"
+    """Of Mooncake traces with sessions (`traces/formats.py`)."""
     skip_bad: bool = False
     policy_parameters: Mapping[str, object] = field(default_factory=dict)
 
@@ -90,7 +93,7 @@ def prepare(options: SimulateOptions) -> Prepared:
     read = read_trace(
         options.trace,
         bad if options.skip_bad else None,
-        options=ReadOptions(share_system=options.share_system),
+        options=ReadOptions(options.share_system, options.form),
     )
     shaped = shape(read, Shape(options.max_sessions, options.divide, options.max_gap_s))
     fitted = [fit_window(session, cluster.window_tokens) for session in shaped.sessions]

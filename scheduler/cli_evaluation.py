@@ -18,6 +18,7 @@ MaxGap = Annotated[float, typer.Option("--max-gap", help="Cap of the recorded ga
 SkipBad = Annotated[bool, typer.Option(help="Leave out lines that cannot be read, and count them.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result there.")]
 RoundsPath = Annotated[Path | None, typer.Option("--rounds", help="Write every round there (.gz: packed).")]
+Form = Annotated[str, typer.Option(help="Mooncake with delays: auto, cumulative or delta.")]
 ShareSystem = Annotated[bool, typer.Option(help="Weka: sessions share tools and system prompt.")]
 
 
@@ -44,6 +45,8 @@ def replay(
     timeout_s: Annotated[float, typer.Option("--timeout", help="For one try of a round.")] = 120.0,
     retries: int = 1,
     skip_bad: SkipBad = False,
+    share_system: ShareSystem = False,
+    form: Form = "auto",
     json_path: JsonPath = None,
     rounds_path: RoundsPath = None,
     verify_log: Annotated[Path | None, typer.Option(help="Write every round's token ids there.")] = None,
@@ -68,6 +71,8 @@ def replay(
         timeout_s=timeout_s,
         retries=retries,
         skip_bad=skip_bad,
+        share_system=share_system,
+        form=form,  # type: ignore[arg-type]  # ReadOptions refuses others
         json_path=json_path,
         rounds_path=rounds_path,
         verify_log=verify_log,
@@ -93,6 +98,7 @@ def simulate(
     json_path: JsonPath = None,
     rounds_path: RoundsPath = None,
     share_system: ShareSystem = False,
+    form: Form = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
     """Run a trace through the production scheduler on simulated engines."""
@@ -120,6 +126,7 @@ def simulate(
         rounds_path=rounds_path,
         share_system=share_system,
         skip_bad=skip_bad,
+        form=form,  # type: ignore[arg-type]  # ReadOptions refuses others
     )
     console = Console(stderr=True)
     with _user_errors("simulate"):

@@ -145,6 +145,10 @@ def test_conversation_trace_agrees_with_its_derived_sessions() -> None:
     assert [lengths[rounds] for rounds in range(2, 10)] == [1209, 378, 163, 96, 46, 23, 17, 6]
     assert max(lengths) == 43
     assert lengths == Counter(len(session.rounds) for session in derived)
+    gaps = [[turn.gap_s for turn in session.rounds] for session in derived]
+    assert [[turn.gap_s for turn in session.rounds] for session in found] == [
+        [pytest.approx(gap) for gap in session] for session in gaps
+    ]
     shared = Counter(session.shared_tokens for session in found)
     assert shared[0] == 0 and shared[512] > 7_000
 
@@ -188,6 +192,14 @@ def test_timestamps_alone_give_gaps_and_order() -> None:
     )
     assert found.session_id == "7" and found.start_s == 0.0
     assert [(each.prompt_tokens, each.gap_s) for each in found.rounds] == [(1100, 0.0), (1300, 2.0)]
+
+
+def test_starts_that_are_all_the_same_are_not_recorded() -> None:
+    """Generated sessions all say time 0: they have no arrivals, rather than all at once; nor one beyond all."""
+    found = sessions(SESSIONS, *(turn(name, 600, 9, [1, n], timestamp=0) for n, name in enumerate("ab")))
+    assert [session.start_s for session in found] == [None, None]
+    *_, late = sessions(SESSIONS, *(turn(name, 9, 9, [], timestamp=1e13 * n) for n, name in enumerate("ab")))
+    assert (session_fault(late) or "").startswith("start_s 10000000000.0")
 
 
 def test_a_compaction_keeps_the_blocks_that_are_shared() -> None:

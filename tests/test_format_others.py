@@ -265,7 +265,10 @@ def test_a_row_that_was_there_is_a_fault(form: Format, row: Any, named: str) -> 
 @settings(max_examples=60, deadline=None)
 def test_any_chain_gives_sound_sessions(rows: list[tuple[int, int, int, list[int]]]) -> None:
     """Whatever rows continue and whatever they hash, sessions are sound and hold every row once."""
-    chats = [chat(n, parent, n, prompt, out, (ids * 13)[: prompt // 16]) for n, (parent, prompt, out, ids) in enumerate(rows)]
+    chats = [
+        chat(n, parent, n, prompt, out, (ids * 13)[: prompt // 16])
+        for n, (parent, prompt, out, ids) in enumerate(rows)
+    ]
     assert sum(len(s.rounds) for s in sessions(BAILIAN, *chats)) == len(rows)
     waits = [
         request(

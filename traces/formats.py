@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from antiphon.traces.schema import SessionTrace
+from antiphon.traces.schema import SessionTrace, TraceError
+
+Form = Literal["auto", "cumulative", "delta"]
+FORMS: tuple[Form, ...] = ("auto", "cumulative", "delta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +21,12 @@ class ReadOptions:
 
     share_system: bool = False
     """Weka: sessions of equal tool and system tokens share that prefix."""
-    form: Literal["auto", "cumulative", "delta"] = "auto"
+    form: Form = "auto"
     """Mooncake with sessions: whether `input_length` counts the whole prompt or what is new."""
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise TraceError(f"form {self.form!r} of a trace: known are {', '.join(FORMS)}")
 
 
 class Line(NamedTuple):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from antiphon.traces.arrivals import Arrivals, Start
+from antiphon.traces.formats import Form
 from antiphon.traces.gateway_client import ReplayError
 from antiphon.traces.prompts import Vocabulary
 from antiphon.traces.provenance import commit, machine
-from antiphon.traces.readers import BadLines, read_trace, trace_sha256
+from antiphon.traces.readers import BadLines, ReadOptions, read_trace, trace_sha256
 from antiphon.traces.results import Conditions, Load, TraceInfo
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
@@ -57,6 +58,8 @@ class ReplayOptions:
     """For one try of a round, from sending to the end of its answer."""
     retries: int = 1
     skip_bad: bool = False
+    share_system: bool = False
+    form: Form = "auto"
     run_id: str = ""
     """Goes in front of every session id, so that two runs never share a session; "" = a random one."""
     json_path: Path | None = None
@@ -124,7 +127,8 @@ def make_plan(options: ReplayOptions, arrivals: Arrivals, model: Mapping[str, An
     window = options.window_tokens or model.get("max_model_len")
     window_tokens = window if isinstance(window, int) else None
     bad = BadLines()
-    trace = read_trace(options.trace, bad if options.skip_bad else None)
+    read = ReadOptions(options.share_system, options.form)
+    trace = read_trace(options.trace, bad if options.skip_bad else None, options=read)
     shaped = shape(trace, Shape(options.max_sessions, options.divide, options.max_gap_s, window_tokens))
     if not shaped.sessions:
         raise TraceError(f"{options.trace}: no session is left to send (window {window_tokens} tokens)")
