@@ -11,7 +11,7 @@ import asyncio
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +220,8 @@ class Sampler:
         self._load: defaultdict[int, list[float]] = defaultdict(list)
         self._pull: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
         self._pings: list[float] = []
+        self.typical: Callable[[Iterable[float]], float] = statistics.median
+        """Which of a point's times counts."""
 
     async def warm_up(self) -> None:
         """First requests, and first connections, are slow."""
@@ -244,37 +246,32 @@ class Sampler:
                 await self._load_and_pull(tokens)
 
     async def crowded_slowdown(self) -> float:
-        """Time of a prefill while the peer prefills too, over its time alone: > 1 where they share cores."""
+        """Time of a prefill while the peer answers a request, over its time alone: > 1 on shared cores."""
         probe, peer = self._probe, self._peer
         if peer is None:
             raise ProbeError("without a peer nothing crowds the engine")
         tokens = _unit(probe.info)
-        alone = [(await probe.prefill(probe.fresh(tokens))).seconds for _ in range(CROWDED_SAMPLES)]
-
-        async def crowd() -> None:
-            while True:
-                await peer.prefill(peer.fresh(tokens))
-
-        crowding = asyncio.create_task(crowd())
-        try:
-            crowded = [(await probe.prefill(probe.fresh(tokens))).seconds for _ in range(CROWDED_SAMPLES)]
-        finally:
-            crowding.cancel()
-            await asyncio.wait([crowding])
-        return statistics.median(crowded) / statistics.median(alone)
+        ratios = []
+        for _ in range(CROWDED_SAMPLES):
+            alone = await probe.prefill(probe.fresh(tokens))
+            crowd = asyncio.create_task(peer.answer(peer.fresh(tokens), DECODE_TOKENS))
+            crowded = await probe.prefill(probe.fresh(tokens))
+            await crowd
+            ratios.append(crowded.seconds / alone.seconds)
+        return statistics.median(ratios)
 
     def measured(self) -> Measured:
-        """The medians so far."""
-        median = statistics.median
+        """What stands for each point so far."""
+        of, middle = self.typical, statistics.median
         return Measured(
-            prefill={point: median(taken) for point, taken in self._prefill.items()},
+            prefill={point: of(taken) for point, taken in self._prefill.items()},
             decode=[
-                DecodePoint(batch, round(median(c for _, c in taken)), median(s for s, _ in taken))
+                DecodePoint(batch, round(middle(c for _, c in taken)), of(s for s, _ in taken))
                 for (batch, _), taken in self._decode.items()
             ],
-            load={tokens: median(taken) for tokens, taken in self._load.items()},
-            pull={tokens: (median(s for s, _ in taken), taken[0][1]) for tokens, taken in self._pull.items()},
-            ping_s=median(self._pings),
+            load={tokens: of(taken) for tokens, taken in self._load.items()},
+            pull={tokens: (of(s for s, _ in taken), taken[0][1]) for tokens, taken in self._pull.items()},
+            ping_s=of(self._pings),
         )
 
     def fit(self) -> Calibration:

@@ -101,7 +101,7 @@ def fit_prefill_requests(measured: Measured, chunk_tokens: int) -> tuple[float, 
     """
     rows = [_prefill_row(new, cached, chunk_tokens) for new, cached in measured.prefill]
     seconds = [*measured.prefill.values()]
-    least_s = measured.ping_s
+    least_s = min(measured.ping_s, min(seconds, default=0.0) / 2)  # a ping may have met with a busy moment
     if chunk_tokens == 0:
         rows = [row[1:] for row in rows]
     found = relative_least_squares(rows, [taken - least_s for taken in seconds])

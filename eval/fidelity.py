@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from rich.console import Console
@@ -34,7 +34,7 @@ from antiphon.eval.least_squares import FitFailed
 from antiphon.eval.probe import ProbeError
 from antiphon.eval.simulate import SimulateOptions, run_simulation
 from antiphon.eval.stack import StackError
-from antiphon.policies.latency import LatencyModel
+from antiphon.policies.latency import DecodeCost, LatencyModel, PrefillCost
 from antiphon.traces.provenance import commit
 from antiphon.traces.replay import ReplayError
 from antiphon.traces.result_types import RoundRecord
@@ -45,6 +45,9 @@ FIDELITY_SCHEMA = "antiphon.fidelity/1"
 GOAL = 0.10
 METRICS = ("ttft_s", "itl_s")
 QUANTILES = {"p50": 0.5, "p90": 0.9}
+
+
+CostT = TypeVar("CostT", PrefillCost, DecodeCost, EngineGroup)
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -66,6 +69,8 @@ class CaseResult(msgspec.Struct, frozen=True):
     engines: int
     rows: list[Row]
     details: dict[str, Any]
+    shared_rows: list[Row] = []
+    """The same with every pass and request as slow as when the engines always crowd each other."""
 
 
 class Fidelity(msgspec.Struct, frozen=True):
@@ -97,12 +102,31 @@ async def run_fidelity(options: FidelityOptions, console: Console) -> Fidelity:
 
 def simulate_case(case: Case, live: Live, options: FidelityOptions) -> CaseResult:
     """The case in the simulator, beside what it was live."""
-    folder = options.directory / f"simulated-{options.cases.index(case) + 1}"
-    path = write_cluster(folder, live_cluster(live, case, options), live.found.profile)
+    rounds = live.runs[case].rounds
+    result = compare(case, rounds, _simulated(case, live, options, 1.0))
+    if case.engines == 1 or not live.slowdown or live.slowdown <= 1:
+        return result
+    shared = compare(case, rounds, _simulated(case, live, options, live.slowdown))
+    return msgspec.structs.replace(result, shared_rows=shared.rows)
+
+
+def _simulated(case: Case, live: Live, options: FidelityOptions, slowdown: float) -> list[RoundRecord]:
+    """Its rounds, with everything that computes `slowdown` times as slow."""
+    suffix = "" if slowdown == 1 else "-shared"
+    folder = options.directory / f"simulated-{options.cases.index(case) + 1}{suffix}"
+    cluster = live_cluster(live, case, options)
+    groups = tuple(_slower(group, "request_fixed_s", slowdown=slowdown) for group in cluster.engines)
+    cluster = msgspec.structs.replace(cluster, engines=groups, claim_s=cluster.claim_s * slowdown)
+    profile = live.found.profile
+    profile = msgspec.structs.replace(
+        profile,
+        prefill=_slower(profile.prefill, *profile.prefill.__struct_fields__, slowdown=slowdown),
+        decode=_slower(profile.decode, "fixed_s", "per_request_s", "per_context_token_s", slowdown=slowdown),
+    )
     simulated = run_simulation(
         SimulateOptions(
             trace=options.trace,
-            cluster=path,
+            cluster=write_cluster(folder, cluster, profile),
             policy=case.policy,
             concurrency=case.concurrency,
             max_gap_s=options.max_gap_s,
@@ -111,7 +135,11 @@ def simulate_case(case: Case, live: Live, options: FidelityOptions) -> CaseResul
             json_path=folder / "result.json",
         )
     )
-    return compare(case, live.runs[case].rounds, simulated.rounds)
+    return simulated.rounds
+
+
+def _slower(cost: CostT, *names: str, slowdown: float) -> CostT:
+    return msgspec.structs.replace(cost, **{name: getattr(cost, name) * slowdown for name in names})
 
 
 def live_cluster(live: Live, case: Case, options: FidelityOptions) -> Cluster:
@@ -231,11 +259,14 @@ def why(live: Live, cases: Sequence[CaseResult]) -> str:
     """What the other cases and the measured slowdown say of the first case's error."""
     said = [f"engines, gateway and client share {os.cpu_count()} cores, and that is not simulated"]
     if live.slowdown is not None:
-        said.append(f"a prefill takes {live.slowdown:.2f} times as long while the other engine prefills")
-    for case in cases[1:]:
-        errors = ", ".join(f"{_label(row)} {row.error:+.0%}" for row in case.rows)
-        said.append(f"{case.case}: {errors}")
-    return "; ".join(said)
+        said.append(f"a prefill takes {live.slowdown:.2f} times as long while the other engine works")
+    if cases[0].shared_rows:
+        said.append(f"were it always so: {_errors(cases[0].shared_rows)}")
+    return "; ".join([*said, *(f"{case.case}: {_errors(case.rows)}" for case in cases[1:])])
+
+
+def _errors(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{_label(row)} {row.error:+.0%}" for row in rows)
 
 
 def _label(row: Row) -> str:

@@ -118,9 +118,7 @@ class Probe:
         hardly overlapped are asked for again, longer.
         """
         for longer in (1, 2, 4):
-            times = await asyncio.gather(
-                *(self._answer(prompt, longer * output_tokens) for prompt in prompts)
-            )
+            times = await asyncio.gather(*(self.answer(prompt, longer * output_tokens) for prompt in prompts))
             began, ended = max(stamps[0] for stamps in times), min(stamps[-1] for stamps in times)
             within = [stamp for stamp in times[0] if began <= stamp <= ended]
             if len(within) >= LEAST_STEPS:
@@ -135,8 +133,8 @@ class Probe:
         )
         return step_s, float(context)
 
-    async def _answer(self, prompt: Sequence[int], output_tokens: int) -> list[float]:
-        """When each token came."""
+    async def answer(self, prompt: Sequence[int], output_tokens: int) -> list[float]:
+        """When each token of an answer came, on `time.perf_counter`."""
         rid = uuid.uuid4().hex
         body = {
             "model": self.info.model,

@@ -19,6 +19,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from antiphon.policies import arms
 from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Placement, Reject, RoundView
 from antiphon.policies.home import choose_home
@@ -41,8 +43,7 @@ class AmpdParameters:
             raise ValueError(f"shortlist must be at least 1, got {self.shortlist}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Case:
+class _Case(Struct, frozen=True, gc=False):
     """One decision: the round, its home, and the prefill engines that could compute it (at least one)."""
 
     round: RoundView

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Pool, RoundView
-from antiphon.policies.home import fits
 
 
 def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int) -> float:
@@ -47,14 +46,9 @@ def local(round: RoundView, home: EngineView) -> Candidate:
 
 def remote_recompute(round: RoundView, engine: EngineView, home: EngineView) -> Candidate:
     """`engine` computes what it lacks; `home` fetches what it lacks."""
-    return Candidate(
-        arm=Arm.REMOTE_RECOMPUTE,
-        prefill_engine=engine.engine_id,
-        queue_s=engine.queue_s,
-        prefill_s=prefill_on(engine, round.prompt_tokens, round.held(engine.engine_id)),
-        pull_s=0.0,
-        push_s=transfer_between(engine, home, round.prompt_tokens - round.held(home.engine_id)),
-    )
+    prefill_s = prefill_on(engine, round.prompt_tokens, round.held(engine.engine_id))
+    push_s = transfer_between(engine, home, round.prompt_tokens - round.held(home.engine_id))
+    return Candidate(Arm.REMOTE_RECOMPUTE, engine.engine_id, engine.queue_s, prefill_s, 0.0, push_s)
 
 
 def remote_pull(round: RoundView, engine: EngineView, home: EngineView) -> Candidate:
@@ -63,14 +57,10 @@ def remote_pull(round: RoundView, engine: EngineView, home: EngineView) -> Candi
     pulled = history - round.held(engine.engine_id)
     if pulled <= 0:
         return remote_recompute(round, engine, home)
-    return Candidate(
-        arm=Arm.REMOTE_PULL,
-        prefill_engine=engine.engine_id,
-        queue_s=engine.queue_s,
-        prefill_s=prefill_on(engine, round.prompt_tokens, history),
-        pull_s=transfer_between(home, engine, pulled),
-        push_s=transfer_between(engine, home, round.prompt_tokens - history),
-    )
+    prefill_s = prefill_on(engine, round.prompt_tokens, history)
+    pull_s = transfer_between(home, engine, pulled)
+    push_s = transfer_between(engine, home, round.prompt_tokens - history)
+    return Candidate(Arm.REMOTE_PULL, engine.engine_id, engine.queue_s, prefill_s, pull_s, push_s)
 
 
 def prefill_engines(round: RoundView, home: EngineView, cluster: ClusterView) -> list[EngineView]:
@@ -87,7 +77,7 @@ def prefill_engines(round: RoundView, home: EngineView, cluster: ClusterView) ->
         for engine in cluster.engines.values()
         if engine.pool is Pool.PREFILL
         and engine.can_transfer
-        and fits(engine, need)
+        and need <= engine.pool_tokens
         and engine.engine_id not in excluded
     ]
 

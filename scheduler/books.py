@@ -53,18 +53,18 @@ class Books:
     def view(self, round: Round, now: float, history: Mapping[str, int] | None = None) -> RoundView:
         """`history`: H(e) as known from before; None = look it up now."""
         arrived = round.arrived
-        return RoundView(
-            round_id=arrived.round_id,
-            session_id=round.session_id,
-            seed=round.seed,
-            prompt_tokens=arrived.prompt_tokens,
-            max_output_tokens=arrived.max_output_tokens,
-            slo_ttft_s=arrived.slo_ttft_s,
-            slo_itl_s=arrived.slo_itl_s,
-            home=self.sessions.live_home(session_key(round)),
-            waited_s=now - round.arrived_s,
-            history_tokens=self.held(round) if history is None else history,
-            excluded=round.excluded,
+        return RoundView(  # by position, as once per decision: keywords cost five times as much
+            round.round_id,
+            round.session_id,
+            round.seed,
+            arrived.prompt_tokens,
+            arrived.max_output_tokens,
+            arrived.slo_ttft_s,
+            arrived.slo_itl_s,
+            self.sessions.live_home(session_key(round)),
+            now - round.arrived_s,
+            self.held(round) if history is None else history,
+            round.excluded,
         )
 
     # ---- reservations
@@ -91,7 +91,8 @@ class Books:
         """Give back everything that the round still holds."""
         if round.placement is None:
             return
-        for engine_id in {round.placement.home, round.placement.prefill_engine}:
+        home, prefill_engine = round.placement.home, round.placement.prefill_engine
+        for engine_id in (home,) if home == prefill_engine else (home, prefill_engine):
             book = self.fleet.books.get(engine_id)
             if book is None:
                 continue
@@ -123,10 +124,13 @@ class Books:
             book.reported_tokens = report.used_tokens
             book.touch()
 
-    def transfer_s(self, engine_ids: tuple[str, str], tokens: int) -> float:
+    def transfer_s(self, puller: str, source: str, tokens: int) -> float:
         """Seconds to move the KV of `tokens` between two engines; those that are gone do not count."""
-        books = [self.fleet.books[engine_id] for engine_id in engine_ids if engine_id in self.fleet.books]
-        return max((book.latency.transfer_s(tokens) for book in books), default=0.0)
+        one, other = self.fleet.books.get(puller), self.fleet.books.get(source)
+        seconds = one.latency.transfer_s(tokens) if one else 0.0
+        if other is None or (one is not None and other.latency is one.latency):
+            return seconds
+        return max(seconds, other.latency.transfer_s(tokens))
 
     def touch(self, engine_id: str) -> None:
         """This engine's view must be rebuilt and its totals published."""
@@ -187,17 +191,15 @@ class Books:
     def new_holdings(self, round: Round, finished: RoundFinished) -> tuple[HeldChain, ...]:
         """What the ledger learns: the home holds prompt and output, a remote prefill engine the prompt."""
         assert round.placement is not None
-        chains = {round.placement.home: finished.hashes}
-        prefill_engine, prompt = round.placement.prefill_engine, round.arrived.hashes
-        size = round.arrived.page_size_tokens
-        held = self.residency.held_by
-        if is_remote(round.placement.arm) and held(prefill_engine, prompt, size) >= len(prompt) * size:
-            chains[prefill_engine] = prompt  # not if it was replaced since: what it held went with it
-        return tuple(
-            HeldChain(engine_id, self.fleet.books[engine_id].up.incarnation, hashes)
-            for engine_id, hashes in chains.items()
-            if engine_id in self.fleet.books
-        )
+        books, placement = self.fleet.books, round.placement
+        home = HeldChain(placement.home, books[placement.home].up.incarnation, finished.hashes)
+        prefill_engine, prompt = books.get(placement.prefill_engine), round.arrived
+        if prefill_engine is None or not is_remote(placement.arm):
+            return (home,)
+        up, size = prefill_engine.up, prompt.page_size_tokens
+        if self.residency.held_by(up.engine_id, prompt.hashes, size) < len(prompt.hashes) * size:
+            return (home,)  # it was replaced since: what it held went with it
+        return home, HeldChain(up.engine_id, up.incarnation, prompt.hashes)
 
 
 def session_key(round: Round) -> SessionKey:

@@ -11,60 +11,43 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from msgspec.structs import replace
-
-from antiphon.policies.base import Arm, Ordering, Policy, Reject
+from antiphon.policies.base import Ordering, Policy
 from antiphon.policies.latency import LatencyModel
-from antiphon.scheduler.books import Books, session_key
+from antiphon.scheduler.attempts import Attempts
+from antiphon.scheduler.books import session_key
 from antiphon.scheduler.checks import check_scheduler
 from antiphon.scheduler.core_config import CoreConfig
-from antiphon.scheduler.fleet import EngineBook
 from antiphon.scheduler.messages import (
-    Abort,
-    Broke,
     Claim,
     Claimed,
     ClaimLost,
     ClientGone,
     Command,
-    Complete,
     EngineDown,
     EngineFailed,
     EngineUp,
     Event,
     FirstToken,
-    Generate,
     LoadReported,
     Outcome,
-    Prefetch,
     PrefetchDone,
-    Prefill,
     PrefillDone,
-    Refuse,
     RoundArrived,
     RoundFinished,
     Tick,
-    Try,
 )
-from antiphon.scheduler.receipts import is_remote, make_receipt
 from antiphon.scheduler.states import IllegalEvent, Phase, Round
 
 
-class Scheduler:
+class Scheduler(Attempts):
     """One replica's mind. Not thread-safe: one driver calls it."""
 
     def __init__(
         self, policy: Policy, ordering: Ordering, latency: LatencyModel, config: CoreConfig | None = None
     ) -> None:
-        self.policy = policy
-        self.ordering = ordering
-        self.config = config or CoreConfig()
-        self.books = Books(latency, self.config.session_ttl_s, self.config.max_sessions)
-        self.rounds: dict[str, Round] = {}
+        super().__init__(policy, ordering, latency, config or CoreConfig())
         self.accepted = 0
-        self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._deadlines: list[tuple[float, str]] = []
-        self._commands: list[Command] = []
 
     # ---------------------------------------------------------------- the port
 
@@ -111,7 +94,8 @@ class Scheduler:
             raise IllegalEvent(f"round {event.round_id} has arrived already")
         digest = hashlib.sha256(f"{event.session_id}\0{event.round_id}".encode()).digest()
         deadline_s = now + self.config.first_token_deadline_s
-        round = Round(event, now, deadline_s, int.from_bytes(digest[:8], "little"), event.session_id)
+        seed = int.from_bytes(digest[:8], "little")
+        round = Round(event.round_id, event, now, deadline_s, seed, event.session_id)
         self.rounds[event.round_id] = round
         self.accepted += 1
         heapq.heappush(self._deadlines, (deadline_s, event.round_id))
@@ -142,8 +126,8 @@ class Scheduler:
         self._place(round, now)
 
     def _on_prefetch_done(self, round: Round, event: PrefetchDone, now: float) -> None:
-        """What came is not recorded here: the call that follows leaves more of it there, and that is."""
         elapsed_s = now - round.entered_s
+        self.books.hold(round, event.engine_id, event.pages)
         if event.reason:
             round.notes.append(f"{round.phase.value} on {event.engine_id}: {event.reason}")
         if round.phase is Phase.PULLING:
@@ -222,6 +206,11 @@ class Scheduler:
                     self._give_up_try(round, round.engine_id or round.placement.prefill_engine, message)
                 self._refuse(round, "upstream_failed", message, now)
 
+    def _has_token(self, round_id: str) -> bool:
+        """The round's deadline has no meaning any more."""
+        round = self.rounds.get(round_id)
+        return round is None or round.phase is Phase.DECODING
+
     # ---------------------------------------------------------------- engines
 
     def _on_engine_up(self, up: EngineUp, now: float) -> None:
@@ -256,124 +245,7 @@ class Scheduler:
             if round.phase is not Phase.ENDED:
                 self._try_again(round, now)
 
-    # ---------------------------------------------------------------- deciding
-
-    def _place(self, round: Round, now: float) -> None:
-        """Decide, reserve, and start or queue."""
-        cluster = self.books.cluster(now)
-        view = self.books.view(round, now)
-        answer = self.policy.place(view, cluster)
-        if isinstance(answer, Reject) and round.excluded:
-            round.excluded = frozenset()  # better the same engine again than no answer
-            answer = self.policy.place(replace(view, excluded=round.excluded), cluster)
-        if isinstance(answer, Reject):
-            self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
-            return
-        round.placement, round.history = answer, view.history_tokens
-        round.tried_s = now if round.tries else round.arrived_s
-        round.tries.append(Try(answer))
-        round.history_tokens = view.held(answer.home)
-        self.books.reserve(round, answer, now)
-        if is_remote(answer.arm):
-            round.enter(Phase.QUEUED, now)
-            self.books.fleet.books[answer.prefill_engine].queue.append(round.round_id)
-        else:
-            round.dispatched_s = now
-            self._generate(round, now)
-
-    def _dispatch(self, book: EngineBook, now: float) -> None:
-        """Start waiting rounds while the prefill engine has room, in the ordering's order."""
-        while book.queue and len(book.in_flight) < self.config.prefill_in_flight:
-            first = book.queue[0]
-            if len(book.queue) > 1:
-                rounds = map(self.rounds.__getitem__, book.queue)
-                waiting = [self.books.view(round, now, round.history) for round in rounds]
-                first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
-            book.queue.remove(first)
-            book.in_flight.add(first)
-            self._start_prefill(self.rounds[first], now)
-
-    def _start_prefill(self, round: Round, now: float) -> None:
-        assert round.placement is not None
-        placement, round.dispatched_s = round.placement, now
-        pages = self.books.held_by(round, placement.home) // round.arrived.page_size_tokens
-        if placement.arm is Arm.REMOTE_PULL and pages > 0:
-            round.enter(Phase.PULLING, now)
-            self._prefetch(round, placement.prefill_engine, placement.home, pages)
-        else:
-            self._prefill(round, now)
-
-    # ---------------------------------------------------------------- acting
-
-    def _prefetch(self, round: Round, puller: str, source: str, pages: int) -> None:
-        """Fetch from the first page on: the puller skips what its store has, and only prefixes count."""
-        tokens = pages * round.arrived.page_size_tokens
-        deadline_s = max(self.config.transfer_floor_s, 4 * self.books.transfer_s((puller, source), tokens))
-        book = self.books.fleet.books.get(source)
-        incarnation = book.up.incarnation if book else ""
-        round.rid = ""
-        self._commands.append(Prefetch(round.round_id, puller, source, incarnation, 0, pages, deadline_s))
-
-    def _prefill(self, round: Round, now: float) -> None:
-        assert round.placement is not None
-        round.enter(Phase.PREFILLING, now)
-        round.rid = f"{round.round_id}-{len(round.tries):02d}p"
-        self._commands.append(Prefill(round.round_id, round.placement.prefill_engine, round.rid))
-
-    def _generate(self, round: Round, now: float) -> None:
-        assert round.placement is not None
-        round.enter(Phase.GENERATING, now)
-        round.rid = f"{round.round_id}-{len(round.tries):02d}g"
-        self._commands.append(Generate(round.round_id, round.placement.home, round.rid))
-
-    def _abort(self, round: Round) -> None:
-        """Stop the call under way. A queued round has none."""
-        if round.phase is not Phase.QUEUED:
-            self._commands.append(Abort(round.round_id, round.engine_id or "", round.rid))
-
-    def _give_up_try(self, round: Round, engine_id: str, failure: str) -> None:
-        """Undo the present try; the caller then tries again or refuses."""
-        round.tries[-1] = replace(round.tries[-1], failure=f"{engine_id}: {failure}")
-        round.excluded |= {engine_id}
-        self.books.release(round)
-        round.placement = None
-        round.rid = ""
-        round.pull_s = round.prefilled_s = round.push_s = 0.0
-        round.pulled_tokens = 0
-
-    def _try_again(self, round: Round, now: float) -> None:
-        if len(round.tries) < self.config.max_tries:
-            self._place(round, now)
-            return
-        failures = "; ".join(t.failure for t in round.tries)
-        code = "no_engine_available" if round.all_unreachable else "upstream_failed"
-        self._refuse(round, code, f"{len(round.tries)} tries failed: {failures}", now)
-
-    def _refuse(
-        self, round: Round, code: str, message: str, now: float, retry_after_s: float | None = None
-    ) -> None:
-        retry_s = self.config.retry_after_s if retry_after_s is None else retry_after_s
-        self._commands.append(Refuse(round.round_id, code, message, retry_s))
-        ours = round.tries and code != "bad_upstream_request"  # the caller's fault leaves no trace
-        self._end(round, Outcome.FAILED if ours else Outcome.REFUSED, now)
-
-    def _break(self, round: Round, message: str, now: float) -> None:
-        self._commands.append(Broke(round.round_id, message))
-        self._end(round, Outcome.FAILED, now)
-
-    def _end(self, round: Round, outcome: Outcome, now: float, finished: RoundFinished | None = None) -> None:
-        receipt = make_receipt(round, outcome, now, finished)
-        holdings = self.books.new_holdings(round, finished) if finished else ()
-        self.books.release(round)
-        round.enter(Phase.ENDED, now)
-        del self.rounds[round.round_id]
-        self.ended[outcome] += 1
-        self._commands.append(Complete(round.round_id, outcome, receipt, receipt.home, holdings))
-
-    def _has_token(self, round_id: str) -> bool:
-        """The round's deadline has no meaning any more."""
-        round = self.rounds.get(round_id)
-        return round is None or round.phase is Phase.DECODING
+    # ---------------------------------------------------------------- tables
 
     _fleet_events: ClassVar[dict[type, Callable[[Scheduler, Any, float], None]]] = {
         RoundArrived: _on_arrived,

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from types import MappingProxyType
+
+from msgspec import Struct
 
 from antiphon.policies.base import EngineView, Pool
 from antiphon.policies.latency import LatencyModel
@@ -19,6 +22,10 @@ WINDOW_S = 10.0
 """AMPD's window of latency statistics (reference: section 2 of the paper's readings)."""
 
 
+SessionKey = tuple[str, str]
+"""(tenant, session id)."""
+
+INFINITY = float("inf")
 NO_TOTALS = Totals()
 """One object, so that "nobody else" is told by identity."""
 
@@ -45,13 +52,8 @@ class Window:
             self.trim(now)
         return self.total / len(samples) if samples else None
 
-    @property
-    def expires_s(self) -> float:
-        return self.samples[0][0] + WINDOW_S if self.samples else float("inf")
 
-
-@dataclass(slots=True)
-class DecodeSlot:
+class DecodeSlot(Struct, frozen=True, gc=False):
     """A round that decodes, or will, on an engine."""
 
     context_tokens: int
@@ -75,8 +77,8 @@ class EngineBook:
     """Round id -> predicted seconds of prefill work, reserved and not done. Written by `add_prefill`."""
     decode: dict[str, DecodeSlot] = field(default_factory=dict)
     """Written by `add_decode`."""
-    session_tokens: dict[str, int] = field(default_factory=dict)
-    """Session id -> context of the sessions whose home this is."""
+    session_tokens: dict[SessionKey, int] = field(default_factory=dict)
+    """Session -> context of the sessions whose home this is."""
     others: Totals = NO_TOTALS
     """The other replicas' reservations."""
     ttft: Window = field(default_factory=Window)
@@ -93,9 +95,6 @@ class EngineBook:
     """Device KV in use by the engine's own last word."""
     pool: Pool = field(init=False)
     latency: LatencyModel = field(init=False)
-    view_expires_s: float = 0.0
-    """When the view ages by itself."""
-    _view: EngineView | None = None
 
     def __post_init__(self) -> None:
         self.renew(self.up)
@@ -108,8 +107,7 @@ class EngineBook:
         self.touch()
 
     def touch(self) -> None:
-        """Something changed: the next `view` is built anew."""
-        self._view = None
+        """Something changed: the engine's view must be built anew."""
         self.stale.add(self.up.engine_id)
 
     def add_prefill(self, round_id: str, seconds: float) -> None:
@@ -138,47 +136,46 @@ class EngineBook:
             else:
                 del self.itl_slos[slot.itl_slo_s]
 
-    def set_session(self, session_id: str, tokens: int) -> None:
-        self.idle_tokens += tokens - self.session_tokens.get(session_id, 0)
-        self.session_tokens[session_id] = tokens
+    def set_session(self, session: SessionKey, tokens: int) -> None:
+        self.idle_tokens += tokens - self.session_tokens.get(session, 0)
+        self.session_tokens[session] = tokens
         self.touch()
 
-    def drop_session(self, session_id: str) -> None:
-        self.idle_tokens -= self.session_tokens.pop(session_id, 0)
+    def drop_session(self, session: SessionKey) -> None:
+        self.idle_tokens -= self.session_tokens.pop(session, 0)
         self.touch()
 
     def totals(self) -> Totals:
         """Our own reservations: what the other replicas must count."""
         return Totals(self.prefill_sum_s, len(self.prefill_s), len(self.decode), self.context_tokens)
 
-    def view(self, now: float) -> EngineView:
-        if self._view is None or now >= self.view_expires_s:
-            self._view = self._build(now)
-        return self._view
+    def expires_s(self) -> float:
+        """When a view built now ages by itself: a sample leaves its window."""
+        ttft, itl = self.ttft.samples, self.itl.samples
+        return min(ttft[0][0] if ttft else INFINITY, itl[0][0] if itl else INFINITY) + WINDOW_S
 
-    def _build(self, now: float) -> EngineView:
-        ttft_s, itl_s = self.ttft.mean(now), self.itl.mean(now)
-        self.view_expires_s = min(self.ttft.expires_s, self.itl.expires_s)
+    def view(self, now: float) -> EngineView:
         others = self.others
         # What idle homes hold can exceed the device: their oldest KV is in the page store by then.
         used_tokens = max(self.idle_tokens + others.context_tokens, self.reported_tokens)
-        return EngineView(
-            engine_id=self.up.engine_id,
-            pool=self.pool,
-            can_transfer=self.up.can_transfer,
-            batch=len(self.decode) + others.decode_rounds,
-            context_tokens=self.context_tokens + others.context_tokens,
-            queue_s=self.prefill_sum_s + others.prefill_s,
-            queued_rounds=len(self.prefill_s) + others.prefill_rounds,
-            pool_tokens=self.up.pool_tokens,
-            used_tokens=min(used_tokens, self.up.pool_tokens),
-            sessions=len(self.session_tokens),
-            latency=self.latency,
-            window_ttft_s=ttft_s,
-            window_itl_s=itl_s,
-            tightest_itl_slo_s=min(self.itl_slos, default=None),
-            chunk_tokens=self.up.chunk_tokens,
-            decode_interval=self.up.decode_interval,
+        up = self.up
+        return EngineView(  # by position, as several times per decision: keywords cost five times as much
+            up.engine_id,
+            self.pool,
+            up.can_transfer,
+            len(self.decode) + others.decode_rounds,
+            self.context_tokens + others.context_tokens,
+            self.prefill_sum_s + others.prefill_s,
+            len(self.prefill_s) + others.prefill_rounds,
+            up.pool_tokens,
+            min(used_tokens, up.pool_tokens),
+            len(self.session_tokens),
+            self.latency,
+            self.ttft.mean(now),
+            self.itl.mean(now),
+            min(self.itl_slos) if self.itl_slos else None,
+            up.chunk_tokens,
+            up.decode_interval,
         )
 
 
@@ -192,28 +189,40 @@ class Fleet:
         """Ordered by id."""
         self._stale: set[str] = set()
         self._views: Mapping[str, EngineView] = MappingProxyType({})
-        self._expires_s = 0.0
-        """No view ages before this."""
+        self._expiries: list[tuple[float, str]] = []
+        """A heap: when views age. Of an engine only the entry that `_expires_s` has too counts."""
+        self._expires_s: dict[str, float] = {}
 
     def add(self, up: EngineUp) -> None:
         books = {**self.books, up.engine_id: EngineBook(up, self._latency, self._stale)}
         self.books = dict(sorted(books.items()))
-        self._expires_s = 0.0
 
     def remove(self, engine_id: str) -> None:
         del self.books[engine_id]
         self._stale.discard(engine_id)
-        self._expires_s = 0.0
+        self._expires_s.pop(engine_id, None)
+        self._views = MappingProxyType({e: view for e, view in self._views.items() if e != engine_id})
 
     def views(self, now: float) -> Mapping[str, EngineView]:
         """Immutable views of the live engines, ordered by id; the same object while nothing changed."""
-        books = self.books
-        if now >= self._expires_s:
-            self._views = MappingProxyType({engine_id: book.view(now) for engine_id, book in books.items()})
-            self._expires_s = min((book.view_expires_s for book in books.values()), default=now)
-        elif self._stale:
-            fresh = {engine_id: books[engine_id].view(now) for engine_id in self._stale}
-            self._views = MappingProxyType({**self._views, **fresh})
-            self._expires_s = min(self._expires_s, *(books[e].view_expires_s for e in fresh))
-        self._stale.clear()
+        expiries, expires_s = self._expiries, self._expires_s
+        while expiries and expiries[0][0] <= now:
+            when, engine_id = heappop(expiries)
+            if expires_s.get(engine_id) == when:
+                del expires_s[engine_id]
+                self._stale.add(engine_id)
+        if self._stale:
+            fresh = {engine_id: self.books[engine_id].view(now) for engine_id in self._stale}
+            views = {**self._views, **fresh}
+            if len(views) > len(self._views):
+                views = dict(sorted(views.items()))
+            self._views = MappingProxyType(views)
+            for engine_id in self._stale:
+                when = self.books[engine_id].expires_s()
+                if when == INFINITY:
+                    expires_s.pop(engine_id, None)
+                elif when != expires_s.get(engine_id):
+                    expires_s[engine_id] = when
+                    heappush(expiries, (when, engine_id))
+            self._stale.clear()
         return self._views

@@ -23,6 +23,9 @@ from antiphon.scheduler.messages import Holding
 
 CHECKPOINT_TOKENS = 512
 
+NAMES_LIMIT = 4096
+"""Combinations of engines whose names are remembered."""
+
 
 def stride_pages(page_size: int) -> int:
     """Pages between two stride checkpoints: CHECKPOINT_TOKENS, rounded down to whole pages, at least one."""
@@ -70,6 +73,8 @@ class ResidencyIndex:
         """Bits of every admitted engine."""
         self._masks: dict[bytes, int] = {}
         """Checkpoint hash -> bits of the engines that hold it; never 0."""
+        self._names: dict[int, tuple[str, ...]] = {}
+        """Bits -> ids of the engines: remembered, as few combinations come up."""
         self._below: dict[bytes, bytes | None] = {}
         """Checkpoint hash -> the checkpoint that it stands on, in whoever's tree; None for a first one."""
 
@@ -92,6 +97,7 @@ class ResidencyIndex:
         self._trees[engine_id] = _Tree(incarnation, bit)
         self._by_bit[bit] = engine_id
         self._all |= bit
+        self._names.clear()
 
     def void(self, engine_id: str, incarnation: str) -> None:
         """This incarnation is gone with all that it held; a newer one is not touched."""
@@ -168,10 +174,8 @@ class ResidencyIndex:
         """Engine id -> tokens of this chain that it is believed to hold; engines with none are absent."""
         found: dict[str, int] = {}
         for pages, mask in self._ends(hashes, stride_pages(page_size)):
-            while mask:
-                bit = mask & -mask
-                mask ^= bit
-                found[self._by_bit[bit]] = pages * page_size
+            for engine_id in self._names.get(mask) or self._name(mask):
+                found[engine_id] = pages * page_size
         return found
 
     def held_by(self, engine_id: str, hashes: Sequence[bytes], page_size: int) -> int:
@@ -180,7 +184,12 @@ class ResidencyIndex:
         if tree is None:
             return 0
         get, bit, stride = self._masks.get, tree.bit, stride_pages(page_size)
-        low, high = 0, len(hashes) // stride + 1  # it holds `low` strides, and not `high`
+        # It holds `low` strides and not `high`. Most often it lacks only what the last round added: from the
+        # end in growing steps, then by halves.
+        low = len(hashes) // stride
+        high, step = low + 1, 1
+        while low > 0 and not get(hashes[low * stride - 1], 0) & bit:
+            low, high, step = max(0, low - step), low, 2 * step
         while high - low > 1:
             middle = (low + high) // 2
             if get(hashes[middle * stride - 1], 0) & bit:
@@ -247,6 +256,13 @@ class ResidencyIndex:
             ends.append((base, engines))
 
     # ---- bookkeeping
+
+    def _name(self, mask: int) -> tuple[str, ...]:
+        if len(self._names) >= NAMES_LIMIT:
+            self._names.clear()
+        names = tuple(engine_id for bit, engine_id in self._by_bit.items() if mask & bit)
+        self._names[mask] = names
+        return names
 
     def _trim(self, tree: _Tree) -> None:
         """Drop checkpoints from the least recent end on until the limit is kept."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from antiphon.scheduler.fleet import Fleet
-
-SessionKey = tuple[str, str]
-"""(tenant, session id)."""
+from antiphon.scheduler.fleet import Fleet, SessionKey
 
 
 @dataclass(slots=True)
@@ -56,16 +53,17 @@ class SessionTable:
         elif session.home != home:
             self._leave_home(key, session)
         session.home, session.tokens, session.seen_s = home, tokens, now
-        session.round_number = max(session.round_number, round_number)
+        if round_number > session.round_number:
+            session.round_number = round_number
         self._sessions.move_to_end(key)
-        self._fleet.books[home].set_session(_name(key), tokens)
+        self._fleet.books[home].set_session(key, tokens)
         self._trim(now)
 
     def engine_returned(self, engine_id: str) -> None:
         """A new incarnation took over the name: its sessions still have their home there, with no KV."""
         for key, session in self._sessions.items():
             if session.home == engine_id:
-                self._fleet.books[engine_id].set_session(_name(key), 0)
+                self._fleet.books[engine_id].set_session(key, 0)
 
     def _trim(self, now: float) -> None:
         while self._sessions:
@@ -78,8 +76,4 @@ class SessionTable:
     def _leave_home(self, key: SessionKey, session: Session) -> None:
         book = self._fleet.books.get(session.home)
         if book is not None:
-            book.drop_session(_name(key))
-
-
-def _name(key: SessionKey) -> str:
-    return f"{key[0]}\0{key[1]}"
+            book.drop_session(key)

@@ -7,8 +7,9 @@ Rules of this file: every change of phase goes through `Round.enter`; an event t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
+
+from msgspec import Struct, field
 
 from antiphon.policies.base import Arm, Placement
 from antiphon.scheduler.messages import (
@@ -27,6 +28,8 @@ from antiphon.scheduler.messages import (
 
 
 class Phase(Enum):
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is Python, and slow
+
     CLAIMING = "claiming"
     """The ledger is asked for the lease."""
     QUEUED = "queued"
@@ -78,10 +81,10 @@ class IllegalEvent(Exception):
     """An event that the core must not get now: a bug in a driver. Nothing was changed."""
 
 
-@dataclass(slots=True)
-class Round:
+class Round(Struct):
     """A round in flight. Written only by the core."""
 
+    round_id: str
     arrived: RoundArrived
     arrived_s: float
     deadline_s: float
@@ -117,10 +120,6 @@ class Round:
     bytes_prefill_to_decode: int = 0
     first_token_s: float | None = None
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def round_id(self) -> str:
-        return self.arrived.round_id
 
     @property
     def arm(self) -> Arm | None:

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
 from antiphon.eval import calibrate as command
-from antiphon.eval.calibrate import CalibrateOptions, calibrate, prefill_grid, run_calibrate
-from antiphon.eval.calibration import Measured, fit_prefill_requests
+from antiphon.eval.calibrate import CalibrateOptions, calibrate, prefill_grid, run_calibrate, sampling
+from antiphon.eval.calibration import Calibration, Measured, fit_prefill_requests
 from antiphon.eval.least_squares import DecodePoint
 from antiphon.eval.probe import EngineInfo, Probe, ProbeError
 from antiphon.policies.latency import LatencyModel, PrefillCost, TransferCost, load_latency_model
@@ -31,22 +31,31 @@ INFO = EngineInfo("m", 16, 512, 4, 16, 65536, 8192)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer points, each once: the figures below are of these."""
-    monkeypatch.setattr(command, "NEW", (1 / 32, 1 / 8, 1, 2))
+    monkeypatch.setattr(command, "NEW", (1 / 32, 1 / 4, 1, 2))
     monkeypatch.setattr(command, "CACHED", (0, 1, 3))
-    monkeypatch.setattr(command, "BATCHES", (1, 4, 16))
-    monkeypatch.setattr(command, "CONTEXTS", (1 / 8, 2))
+    monkeypatch.setattr(command, "BATCHES", (1, 4, 8))
+    monkeypatch.setattr(command, "CONTEXTS", (1 / 8, 1))
     monkeypatch.setattr(command, "DECODE_TOKENS", 16)
+
+
+async def least(options: CalibrateOptions) -> Calibration:
+    """Three rounds, of which the least times count: what else runs on the machine only adds to them."""
+    async with sampling(options) as sampler:
+        sampler.typical = min
+        for _ in range(3):
+            await sampler.round()
+        return sampler.fit()
 
 
 def test_coefficients_of_a_simulated_engine_are_found_again(small: None) -> None:
     """Within 10 %: prefill and decode times of an engine whose profile is known, over its HTTP."""
     with simulated_pair(SIMULATED) as pair:
-        found = asyncio.run(calibrate(CalibrateOptions(pair.decode.url, budget_s=1.0)))
+        found = asyncio.run(least(CalibrateOptions(pair.decode.url)))
     profile = found.profile
-    for new, cached in ((64, 0), (512, 0), (512, 1024), (64, 1024)):
+    for new, cached in ((128, 0), (512, 0), (512, 1024), (128, 1024)):
         expected = TRUE.prefill_s(new, cached) / SPEED
         assert profile.prefill_s(new, cached) == pytest.approx(expected, rel=0.1), (new, cached)
-    for batch, context in ((1, 100), (4, 2000), (16, 10_000)):
+    for batch, context in ((1, 100), (4, 2000), (8, 4000)):
         expected = TRUE.decode_step_s(batch, context) / SPEED
         assert profile.decode_step_s(batch, context) == pytest.approx(expected, rel=0.1), (batch, context)
     assert 0 <= found.request_fixed_s < 0.01
@@ -80,9 +89,9 @@ def test_the_link_of_two_engines_is_found_again(
             SimulatedEngine(dataclasses.replace(common, engine_id="b"), fleet_key=FLEET_KEY),
         ):
             options = CalibrateOptions(
-                one.record.url, ledger=valkey_url, fleet=fleet, peer="b", budget_s=1.0, most_tokens=7000
+                one.record.url, ledger=valkey_url, fleet=fleet, peer="b", most_tokens=7000
             )
-            return (await calibrate(options)).profile
+            return (await least(options)).profile
 
     profile = asyncio.run(run())
     assert profile.transfer.kv_bytes_per_token == 2048

@@ -398,6 +398,22 @@ def test_azure_faults_name_their_line(tmp_path: Path) -> None:
     assert [text.split(": ")[0].rpartition(" ")[2] for text in bad.first] == ["3", "4", "5", "6", "7"]
 
 
+@pytest.mark.parametrize(
+    ("header", "fault"),
+    [
+        (b'a,"TIMESTAMP,ContextTokens,GeneratedTokens', "line 2: 3 columns, the header has 4"),
+        (b"caf\xe9,TIMESTAMP,ContextTokens,GeneratedTokens", "line 2: the header was not text"),
+    ],
+)
+def test_odd_headers_are_faults_in_words(tmp_path: Path, header: bytes, fault: str) -> None:
+    """A header with an open quote, or that is no text, costs bad lines: nothing else is raised."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(header + b"\n2023-11-16 18:17:03.9799600,4808,10\n")
+    bad = BadLines()
+    assert list(read_trace(path, bad)) == []
+    assert fault in bad.first[-1]
+
+
 # ---------------------------------------------------------------- anything
 
 numbers = st.one_of(st.integers(-2, 3000), st.floats(0, 1e9), st.none(), st.just(2**64))

@@ -126,7 +126,7 @@ def test_gap_is_recorded_or_computed_or_zero(tmp_path: Path) -> None:
 
 
 def test_arrivals_of_a_whole_service_are_gaps(tmp_path: Path) -> None:
-    """In a recording of the whole service (rows) a gap is arrival to arrival where nothing better is known."""
+    """In a recording of the whole service (rows) gaps are arrival to arrival, less known LLM times."""
     rounds = rounds_of(
         tmp_path,
         {"row": 0, "prompt": 10, "out": 1, "t": 50.0},

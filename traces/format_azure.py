@@ -10,7 +10,7 @@ import csv
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from antiphon.traces.formats import Format, Item, Line, ReadOptions
+from antiphon.traces.formats import Format, Item, Line, ReadOptions, column_names
 from antiphon.traces.schema import MAX_TOKENS, RoundTrace, SessionTrace
 
 TIME, PROMPT, OUTPUT = COLUMNS = ("timestamp", "contexttokens", "generatedtokens")
@@ -22,7 +22,11 @@ def _matches(head: dict[str, object]) -> bool:
 
 def _read(lines: Iterator[Line], options: ReadOptions) -> Iterator[Item]:
     """Lines after the header; the file need not have its columns in the usual order."""
-    names = [name.strip().lower() for name in _cells(next(lines))]
+    header = next(lines, Line(1, b""))
+    names = [name.lower() for name in column_names(header.text)]
+    if not set(COLUMNS) <= set(names):
+        yield header, f"the header was not text, so what is in the {len(names)} columns is not known"
+        return
     at = [names.index(name) for name in COLUMNS]
     first: datetime | None = None
     for count, line in enumerate(lines):

@@ -115,7 +115,7 @@ def _form(sessions: Iterable[Sequence[Request]], block_tokens: int) -> Literal["
     raise TraceError(
         f"whether input_length counts whole prompts cannot be told: of {rows} rows that continue a session "
         f"{cumulative} begin as the row before them, {delta} do not, of the others hash_ids say nothing "
-        f"(such as line {line}): say --form cumulative or --form delta (antiphon trace convert, info)"
+        f"(such as line {line}): say --form cumulative or --form delta"
     )
 
 

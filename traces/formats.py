@@ -36,6 +36,11 @@ class Line(NamedTuple):
     text: bytes
 
 
+def column_names(header: bytes) -> list[str]:
+    """Of a table's first line. By it a format is told and read: what is told as a header is one."""
+    return [name.strip(' "') for name in header.decode("utf-8", "replace").split(",")]
+
+
 Item = tuple[Line, SessionTrace | str]
 """Where a session or a fault ended, and the session or what is wrong, in words."""
 

@@ -25,7 +25,7 @@ from antiphon.traces.format_mooncake_sessions import FORMAT as MOONCAKE_SESSIONS
 from antiphon.traces.format_own import FORMATS as OWN
 from antiphon.traces.format_rounds import FORMAT as ROUNDS
 from antiphon.traces.format_weka import FORMAT as WEKA
-from antiphon.traces.formats import Format, Line, ReadOptions
+from antiphon.traces.formats import Format, Line, ReadOptions, column_names
 from antiphon.traces.recording import is_recording, read_recording
 from antiphon.traces.schema import RECORDED_ROUND_SCHEMA, SessionTrace, TraceError, session_fault
 
@@ -194,8 +194,7 @@ def _detect(part: Part, bad_lines: BadLines | None) -> tuple[Format, Iterator[Li
     head = _object(first.text)
     if not isinstance(head, str):
         return _choose(part, first, head), chain((first,), content)
-    names = (name.strip(' "') for name in first.text.decode("utf-8", "replace").split(","))
-    for form in _knowing(dict.fromkeys(names), ("csv",)):
+    for form in _knowing(dict.fromkeys(column_names(first.text)), ("csv",)):
         return form, chain((first,), content)
     held = [first]
     if first.text.startswith(b"{"):

@@ -1,0 +1,157 @@
+"""What the core does with a round: decide, start, give up a try, end. Which event leads to what: core.py.
+
+Every deed changes the round and the books in one step and adds what the driver must do to `_commands`.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from antiphon.policies.base import Arm, Ordering, Policy, Reject
+from antiphon.policies.latency import LatencyModel
+from antiphon.scheduler.books import Books
+from antiphon.scheduler.core_config import CoreConfig
+from antiphon.scheduler.fleet import EngineBook
+from antiphon.scheduler.messages import (
+    Abort,
+    Broke,
+    Command,
+    Complete,
+    Generate,
+    Outcome,
+    Prefetch,
+    Prefill,
+    Refuse,
+    RoundFinished,
+    Try,
+)
+from antiphon.scheduler.receipts import is_remote, make_receipt
+from antiphon.scheduler.states import Phase, Round
+
+
+class Attempts:
+    """The rounds in flight and the books that they are entered in: the lower half of the core."""
+
+    def __init__(self, policy: Policy, ordering: Ordering, latency: LatencyModel, config: CoreConfig) -> None:
+        self.policy = policy
+        self.ordering = ordering
+        self.config = config
+        self.books = Books(latency, config.session_ttl_s, config.max_sessions)
+        self.rounds: dict[str, Round] = {}
+        self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
+        self._commands: list[Command] = []
+        """Of the present event."""
+
+    # ---------------------------------------------------------------- deciding
+
+    def _place(self, round: Round, now: float) -> None:
+        """Decide, reserve, and start or queue."""
+        cluster = self.books.cluster(now)
+        view = self.books.view(round, now)
+        answer = self.policy.place(view, cluster)
+        if isinstance(answer, Reject) and round.excluded:
+            round.excluded = frozenset()  # better the same engine again than no answer
+            answer = self.policy.place(replace(view, excluded=round.excluded), cluster)
+        if isinstance(answer, Reject):
+            self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
+            return
+        round.placement, round.history = answer, view.history_tokens
+        round.tried_s = now if round.tries else round.arrived_s
+        round.tries.append(Try(answer))
+        round.history_tokens = view.held(answer.home)
+        self.books.reserve(round, answer, now)
+        if is_remote(answer.arm):
+            round.enter(Phase.QUEUED, now)
+            self.books.fleet.books[answer.prefill_engine].queue.append(round.round_id)
+        else:
+            round.dispatched_s = now
+            self._generate(round, now)
+
+    def _dispatch(self, book: EngineBook, now: float) -> None:
+        """Start waiting rounds while the prefill engine has room, in the ordering's order."""
+        while book.queue and len(book.in_flight) < self.config.prefill_in_flight:
+            first = book.queue[0]
+            if len(book.queue) > 1:
+                rounds = map(self.rounds.__getitem__, book.queue)
+                waiting = [self.books.view(round, now, round.history) for round in rounds]
+                first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
+            book.queue.remove(first)
+            book.in_flight.add(first)
+            self._start_prefill(self.rounds[first], now)
+
+    def _start_prefill(self, round: Round, now: float) -> None:
+        assert round.placement is not None
+        placement, round.dispatched_s = round.placement, now
+        pages = self.books.held_by(round, placement.home) // round.arrived.page_size_tokens
+        if placement.arm is Arm.REMOTE_PULL and pages > 0:
+            round.enter(Phase.PULLING, now)
+            self._prefetch(round, placement.prefill_engine, placement.home, pages)
+        else:
+            self._prefill(round, now)
+
+    # ---------------------------------------------------------------- acting
+
+    def _prefetch(self, round: Round, puller: str, source: str, pages: int) -> None:
+        """Fetch from the first page on: the puller skips what its store has, and only prefixes count."""
+        tokens = pages * round.arrived.page_size_tokens
+        deadline_s = max(self.config.transfer_floor_s, 4 * self.books.transfer_s(puller, source, tokens))
+        book = self.books.fleet.books.get(source)
+        incarnation = book.up.incarnation if book else ""
+        round.rid = ""
+        self._commands.append(Prefetch(round.round_id, puller, source, incarnation, 0, pages, deadline_s))
+
+    def _prefill(self, round: Round, now: float) -> None:
+        assert round.placement is not None
+        round.enter(Phase.PREFILLING, now)
+        round.rid = f"{round.round_id}-{len(round.tries):02d}p"
+        self._commands.append(Prefill(round.round_id, round.placement.prefill_engine, round.rid))
+
+    def _generate(self, round: Round, now: float) -> None:
+        assert round.placement is not None
+        round.enter(Phase.GENERATING, now)
+        round.rid = f"{round.round_id}-{len(round.tries):02d}g"
+        self._commands.append(Generate(round.round_id, round.placement.home, round.rid))
+
+    def _abort(self, round: Round) -> None:
+        """Stop the call under way. A queued round has none."""
+        if round.phase is not Phase.QUEUED:
+            self._commands.append(Abort(round.round_id, round.engine_id or "", round.rid))
+
+    def _give_up_try(self, round: Round, engine_id: str, failure: str) -> None:
+        """Undo the present try; the caller then tries again or refuses."""
+        round.tries[-1] = replace(round.tries[-1], failure=f"{engine_id}: {failure}")
+        round.excluded |= {engine_id}
+        self.books.release(round)
+        round.placement = None
+        round.rid = ""
+        round.pull_s = round.prefilled_s = round.push_s = 0.0
+        round.pulled_tokens = 0
+
+    def _try_again(self, round: Round, now: float) -> None:
+        if len(round.tries) < self.config.max_tries:
+            self._place(round, now)
+            return
+        failures = "; ".join(t.failure for t in round.tries)
+        code = "no_engine_available" if round.all_unreachable else "upstream_failed"
+        self._refuse(round, code, f"{len(round.tries)} tries failed: {failures}", now)
+
+    def _refuse(
+        self, round: Round, code: str, message: str, now: float, retry_after_s: float | None = None
+    ) -> None:
+        retry_s = self.config.retry_after_s if retry_after_s is None else retry_after_s
+        self._commands.append(Refuse(round.round_id, code, message, retry_s))
+        ours = round.tries and code != "bad_upstream_request"  # the caller's fault leaves no trace
+        self._end(round, Outcome.FAILED if ours else Outcome.REFUSED, now)
+
+    def _break(self, round: Round, message: str, now: float) -> None:
+        self._commands.append(Broke(round.round_id, message))
+        self._end(round, Outcome.FAILED, now)
+
+    def _end(self, round: Round, outcome: Outcome, now: float, finished: RoundFinished | None = None) -> None:
+        receipt = make_receipt(round, outcome, now, finished)
+        holdings = self.books.new_holdings(round, finished) if finished else ()
+        self.books.release(round)
+        round.enter(Phase.ENDED, now)
+        del self.rounds[round.round_id]
+        self.ended[outcome] += 1
+        self._commands.append(Complete(round.round_id, outcome, receipt, receipt.home, holdings))
