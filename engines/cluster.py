@@ -5,6 +5,7 @@ Frozen and strict: an unknown key or an impossible number is a `ClusterError` th
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,8 +17,8 @@ from antiphon.policies.latency import LatencyModel, load_latency_model
 Count = Annotated[int, Meta(ge=1, le=10_000)]
 SomeTokens = Annotated[int, Meta(ge=1)]
 Tokens = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(ge=0.0)]
-MoreThanZero = Annotated[float, Meta(gt=0.0)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+MoreThanZero = Annotated[float, Meta(gt=0.0, le=1e18)]
 
 
 class ClusterError(Exception):
@@ -52,7 +53,7 @@ class EngineGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     request_fixed_s: Seconds = 0.002
     """Of every engine request, before it is queued: HTTP, tokenizer manager, scheduling."""
     name: str = ""
-    price_per_gpu_hour: Annotated[float, Meta(ge=0.0)] | None = None
+    price_per_gpu_hour: Annotated[float, Meta(ge=0.0, le=1e9)] | None = None
 
 
 class EngineEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +93,7 @@ def load_cluster(path: Path) -> Cluster:
         cluster = msgspec.toml.decode(path.read_bytes(), type=Cluster)
     except OSError as error:
         raise ClusterError(f"{path}: cannot be read: {error}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ClusterError(f"{path}: {error}") from error
     specs = resolve_engines(cluster, path.parent)
     if "decode" not in {spec.group.pool for spec in specs}:
@@ -109,6 +110,7 @@ def load_cluster(path: Path) -> Cluster:
 def resolve_engines(cluster: Cluster, folder: Path = Path()) -> tuple[EngineSpec, ...]:
     """Every engine with its latency profile, in the order of the file; raises `ClusterError`."""
     specs: list[EngineSpec] = []
+    named: dict[str, int] = defaultdict(int)
     for group in cluster.engines:
         beside = folder / group.profile
         try:
@@ -119,9 +121,11 @@ def resolve_engines(cluster: Cluster, folder: Path = Path()) -> tuple[EngineSpec
             raise ClusterError(
                 f"cluster {cluster.name!r}: device_tokens below one page ({cluster.page_tokens})"
             )
-        first = sum((s.group.name or s.group.pool) == (group.name or group.pool) for s in specs)
-        specs += [
-            EngineSpec(f"{group.name or group.pool}-{number}", group, latency)
-            for number in range(first, first + group.count)
-        ]
+        if 0 < group.chunk_tokens < cluster.page_tokens:
+            raise ClusterError(
+                f"cluster {cluster.name!r}: chunk_tokens below one page ({cluster.page_tokens})"
+            )
+        name = group.name or group.pool
+        first, named[name] = named[name], named[name] + group.count
+        specs += [EngineSpec(f"{name}-{n}", group, latency) for n in range(first, first + group.count)]
     return tuple(specs)

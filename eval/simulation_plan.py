@@ -72,14 +72,18 @@ class Prepared:
     arrivals: Arrivals
     load: Load
     bench: Workbench
+    seconds_per_arrival: float
+    """Engine-seconds of a session that arrives, with its sub-agents."""
     bad_lines: tuple[str, ...]
 
     def describe(self) -> str:
         """What the run is about to do, in one line."""
         engines = ", ".join(f"{group.count} {group.pool}" for group in self.cluster.engines)
+        work = f"; load {self.load.value:g} of the fleet's time" if self.load.kind == "rho" else ""
         return (
             f"{self.trace.sessions} sessions, {self.trace.rounds} rounds on {self.cluster.name} ({engines}); "
-            f"arrivals: {self.arrivals.describe()}"
+            f"arrivals: {self.arrivals.describe()}{work}, "
+            f"{self.seconds_per_arrival:.4g} engine-seconds a session"
         )
 
 
@@ -96,6 +100,7 @@ def prepare(options: SimulateOptions) -> Prepared:
         options=ReadOptions(options.share_system, options.form),
     )
     shaped = shape(read, Shape(options.max_sessions, options.divide, options.max_gap_s))
+    check_parents(shaped.sessions)
     fitted = [fit_window(session, cluster.window_tokens) for session in shaped.sessions]
     sessions = tuple(session for session in fitted if session.rounds)
     if not sessions:
@@ -128,11 +133,36 @@ def prepare(options: SimulateOptions) -> Prepared:
         arrivals=arrivals,
         load=load,
         bench=bench,
+        seconds_per_arrival=bench.seconds_per_arrival(sessions, slo_itl_s),
         bad_lines=tuple(bad.first),
     )
 
 
+def check_parents(sessions: Sequence[SessionTrace]) -> None:
+    """Raise `TraceError` for a sub-agent that could never start: a round its parent lacks, or a cycle."""
+    by_id = {session.session_id: session for session in sessions}
+    for session in sessions:
+        parent = by_id.get(session.parent or "")
+        if parent is None:
+            continue
+        if session.after_round > len(parent.rounds):
+            raise TraceError(
+                f"session {session.session_id!r} starts after round {session.after_round} of "
+                f"{parent.session_id!r}, which has {len(parent.rounds)}: it would never start"
+            )
+        seen = {session.session_id}
+        while parent is not None and parent.session_id not in seen:
+            seen.add(parent.session_id)
+            parent = by_id.get(parent.parent or "")
+        if parent is not None:
+            raise TraceError(f"session {session.session_id!r} is among its own parents: it would never start")
+
+
 def _check(options: SimulateOptions) -> None:
+    written = [path for path in (options.json_path, options.rounds_path) if path is not None]
+    paths = [path.resolve() for path in (options.trace, *written)]
+    if len(set(paths)) < len(paths):
+        raise SimulationError("trace, --json and --rounds must be different files")
     ways = [options.session_rate is not None, options.load is not None, options.as_recorded]
     if sum(ways) > 1:
         raise SimulationError("--session-rate, --load and --as-recorded exclude each other: give one")
@@ -140,9 +170,9 @@ def _check(options: SimulateOptions) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise SimulationError(f"{name} must be above 0, not {value:g}")
     for name, value in (("--slo-ttft", options.slo_ttft_s), ("--slo-itl", options.slo_itl_s)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < float("inf"):
             raise SimulationError(f"{name} must be above 0 seconds, not {value:g}")
-    if options.max_gap_s < 0 or options.divide < 1:
+    if not options.max_gap_s >= 0 or options.divide < 1:
         raise SimulationError("--max-gap must not be below 0, --divide not below 1")
     if min(options.max_sessions or 1, options.concurrency or 1) < 1 or 0 in (
         options.max_sessions,

@@ -89,7 +89,7 @@ def read_spec(path: Path) -> SweepSpec:
     """Raises `SimulationError`: file, key, what is wrong."""
     try:
         spec = msgspec.toml.decode(path.read_bytes(), type=SweepSpec)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise SimulationError(f"{path}: {error}") from error
     if bool(spec.loads) == bool(spec.session_rates):
         raise SimulationError(f"{path}: give either loads or session_rates")
@@ -139,7 +139,7 @@ def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
                 session_rate=rate,
             )
         )
-    return cells
+    return list({cell.name: cell for cell in cells}.values())  # who lists a thing twice means it once
 
 
 def _content(cluster: Path) -> bytes:

@@ -19,25 +19,28 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+Cost = Annotated[float, Meta(ge=0.0, le=1e9)]
+"""Seconds, for one of something."""
+Rate = Annotated[float, Meta(gt=0.0, le=1e18)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    fixed_s: float
-    per_token_s: float
-    per_token_cached_s: float = 0.0
-    per_token_squared_s: float = 0.0
-    cached_token_s: float = 0.0
+    fixed_s: Cost
+    per_token_s: Cost
+    per_token_cached_s: Cost = 0.0
+    per_token_squared_s: Cost = 0.0
+    cached_token_s: Cost = 0.0
     """Per cached token, however few are new: reading its KV."""
-    cached_squared_s: float = 0.0
+    cached_squared_s: Cost = 0.0
     """Per cached token squared: attention kernels that go over the cached ones again (SGLang's on a CPU)."""
 
 
 class DecodeCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    fixed_s: float
-    per_request_s: float = 0.0
-    per_context_token_s: float = 0.0
-    experts_s: float = 0.0
+    fixed_s: Cost
+    per_request_s: Cost = 0.0
+    per_context_token_s: Cost = 0.0
+    experts_s: Cost = 0.0
     """Reading all experts of a mixture; a batch reads those that any of its tokens uses. Dense: 0."""
     expert_missed: Share = 0.0
     """Share of the experts that one token leaves out."""
@@ -51,16 +54,16 @@ class DecodeCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
 
 class TransferCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    fixed_s: float
-    bytes_per_s: float
-    kv_bytes_per_token: int
+    fixed_s: Cost
+    bytes_per_s: Rate
+    kv_bytes_per_token: Annotated[int, Meta(ge=1)]
 
 
 class LoadCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Page store (host memory) to device, one request's pages."""
 
-    fixed_s: float
-    bytes_per_s: float
+    fixed_s: Cost
+    bytes_per_s: Rate
 
 
 class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

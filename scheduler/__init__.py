@@ -8,6 +8,7 @@ Core (no clock, no I/O)
     sessions.py    what is remembered of sessions between rounds
     books.py       fleet, sessions and residency in one place: views, reservations, beliefs
     receipts.py    a round's receipt, from its record
+    attempts.py    what the core does with a round: decide, start, give up a try, end
     core.py        Scheduler.receive(event, now) -> commands; core_config.py is what it can be told
     checks.py      check_invariants(): do the books contradict each other
 Drivers and state
@@ -39,6 +40,6 @@ Doors
     fleet_key.py   the key that scheduler and engines prove to each other
     metrics.py, logs.py, errors.py
     cli.py         the `antiphon` command; doctor.py proves an installation
-    cli_evaluation.py      simulate, sweep, report, ...; cli_trace.py: `antiphon trace` info, convert, generate
+    cli_evaluation.py      simulate, sweep, report, ...; cli_trace.py: antiphon trace ..
     sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from antiphon.policies.base import ClusterView, Placement, RoundView
 from antiphon.policies.latency import LatencyModel
-from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, Fleet
+from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, Fleet, SessionKey
 from antiphon.scheduler.messages import (
     Claimed,
     EngineUp,
@@ -24,7 +24,7 @@ from antiphon.scheduler.messages import (
 )
 from antiphon.scheduler.receipts import is_remote
 from antiphon.scheduler.residency import ResidencyIndex
-from antiphon.scheduler.sessions import SessionKey, SessionTable
+from antiphon.scheduler.sessions import SessionTable
 from antiphon.scheduler.states import Round
 
 

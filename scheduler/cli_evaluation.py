@@ -83,8 +83,8 @@ def replay(
 def simulate(
     trace: Trace,
     cluster: Annotated[str, typer.Option(help="A TOML file or a bundled name (2p2d-qwen3-32b-h200, ...).")],
-    policy: Annotated[str, typer.Option(help="local, remote, ampd, ...")],
-    ordering: Annotated[str, typer.Option(help="Of the prefill queues.")] = "fcfs",
+    policy: Annotated[str, typer.Option(help="local, remote or ampd.")],
+    ordering: Annotated[str, typer.Option(help="Of the prefill queues: fcfs.")] = "fcfs",
     session_rate: Annotated[float | None, typer.Option(help="Poisson session starts per second.")] = None,
     load: Annotated[float | None, typer.Option(help="Share of the fleet's time; default 0.7.")] = None,
     as_recorded: Annotated[bool, typer.Option("--as-recorded", help="Sessions start as recorded.")] = False,
@@ -233,4 +233,4 @@ class _user_errors:  # noqa: N801
         from antiphon.traces.schema import TraceError
 
         if isinstance(error, (SimulationError, ClusterError, TraceError, ResultError, OSError)):
-            raise UserError(f"antiphon {self._command}: {error}") from error
+            raise UserError(str(error)) from error

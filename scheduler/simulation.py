@@ -22,6 +22,7 @@ from antiphon.engines.links import Network, Pull
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.messages import (
     Abort,
+    Broke,
     Claim,
     Claimed,
     Command,
@@ -38,6 +39,7 @@ from antiphon.scheduler.messages import (
     Prefill,
     PrefillDone,
     Receipt,
+    Refuse,
     RoundArrived,
     RoundFinished,
     Tick,
@@ -61,12 +63,14 @@ class RoundEnd(NamedTuple):
     sent_s: float
     ended_s: float
     receipt: Receipt
+    message: str
+    """What the client was told of a round that was refused or broke; "" of a completed one."""
 
 
 class LiveRound:
     """A round in flight: what the driver must know to carry out the core's commands."""
 
-    __slots__ = ("call", "number", "plan", "round_id", "run", "sent_s")
+    __slots__ = ("call", "message", "number", "plan", "round_id", "run", "sent_s")
 
     def __init__(self, run: SessionRun, plan: PlannedRound, number: int, sent_s: float) -> None:
         self.run = run
@@ -74,6 +78,7 @@ class LiveRound:
         self.number = number
         self.round_id = f"{run.trace.session_id}/{number}"
         self.sent_s = sent_s
+        self.message = ""
         self.call: EngineRequest | Pull | Claim | Prefetch | None = None
         """Under way; whatever ends that is not this has been aborted."""
 
@@ -112,6 +117,7 @@ class Simulation:
         self.cluster = cluster
         self.targets = targets
         self.specs = {spec.engine_id: spec for spec in specs}
+        self._ranks = {engine_id: index for index, engine_id in enumerate(self.specs)}
         self.engines: dict[str, ClosedFormEngine] = {}
         self.dead: list[ClosedFormEngine] = []
         """Earlier lives of engines."""
@@ -229,11 +235,11 @@ class Simulation:
 
     def _engine_up(self, spec: EngineSpec) -> None:
         engine_id = spec.engine_id
-        lives = sum(engine.engine_id == engine_id for engine in self.dead)
+        lives = sum(engine.engine_id == engine_id for engine in self.dead) if self.dead else 0
         engine = ClosedFormEngine(spec, self.cluster.page_tokens, f"{engine_id}/{lives}")
         self.engines[engine_id] = engine
         self._due_s[engine_id] = INFINITY
-        self._loops[engine_id] = list(self.specs).index(engine_id), partial(self._advance_engine, engine)
+        self._loops[engine_id] = self._ranks[engine_id], partial(self._advance_engine, engine)
         self._post(up_event(spec, engine.incarnation, self.cluster.page_tokens))
 
     def _fleet_event(self, event: EngineEvent) -> None:
@@ -337,10 +343,13 @@ class Simulation:
                 engine.abort(call, self.now_s)
                 self._watch(engine)
 
+    def _told(self, command: Refuse | Broke) -> None:
+        self._rounds[command.round_id].message = command.message
+
     def _complete(self, command: Complete) -> None:
         live = self._rounds.pop(command.round_id)
         receipt = command.receipt
-        self._on_round(RoundEnd(live.run.trace, live.number, live.sent_s, self.now_s, receipt))
+        self._on_round(RoundEnd(live.run.trace, live.number, live.sent_s, self.now_s, receipt, live.message))
         self.clients.ended(live.run, command.outcome is Outcome.COMPLETED, self.now_s)
 
     _acts: ClassVar[dict[type[Command], Callable[[Simulation, Any], None]]] = {
@@ -350,8 +359,10 @@ class Simulation:
         Generate: _generate,
         Abort: _abort,
         Complete: _complete,
+        Refuse: _told,
+        Broke: _told,
     }
-    """The other commands speak to a ledger or a client: nothing of them takes time here."""
+    """The other commands speak to a ledger: nothing of them takes time here."""
 
 
 def up_event(spec: EngineSpec, incarnation: str, page_tokens: int) -> EngineUp:

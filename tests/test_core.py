@@ -105,6 +105,22 @@ def test_remote_pull_moves_history_there_and_the_rest_back() -> None:
     assert receipt.pulled_tokens == 112
 
 
+def test_what_was_pulled_is_believed_at_once() -> None:
+    """The rounds that are placed meanwhile, and a second try, know of pages that a transfer brought."""
+    bench = Bench()
+    bench.place("r1", LOCAL, tokens=100)
+    bench.send(FirstToken("r1"))
+    bench.send(RoundFinished("r1", 12, 0, arrived("r1", tokens=112).hashes))
+    bench.place("r2", PULL, tokens=200)
+    held, hashes = bench.core.books.residency.held, arrived("r2", tokens=200).hashes
+    assert held(hashes, 16) == {"d0": 112}
+    bench.send(PrefetchDone("r2", "p0", 5, 5, 5 * 32768, 0.01, "deadline"))
+    assert held(hashes, 16) == {"d0": 112, "p0": 80}
+    bench.send(PrefillDone("r2", 80))
+    bench.send(PrefetchDone("r2", "d0", 12, 5, 5 * 32768, 0.01))
+    assert held(hashes, 16) == {"d0": 192, "p0": 192}
+
+
 def test_a_late_page_only_costs_recomputing() -> None:
     """A prefetch that brings nothing goes on to the prefill, and the receipt says why."""
     bench = Bench()
@@ -352,6 +368,28 @@ def test_an_engine_has_the_profile_that_it_came_with() -> None:
     bench.place("r1", RECOMPUTE)
     (push,) = bench.send(PrefillDone("r1", 0))
     assert isinstance(push, Prefetch) and push.deadline_s > 4.0, "four times the slower engine's transfer"
+
+
+def test_a_view_ages_with_its_samples() -> None:
+    """Without any event the means drop what is older than 10 s; until then the views are the same."""
+    bench = Bench()
+    for number, first_s in ((1, 0.25), (2, 0.75)):
+        bench.send(arrived(f"r{number}"))
+        began_s = bench.now
+        bench.policy.next.append(LOCAL)
+        bench.send(claimed(f"r{number}"))
+        bench.now = began_s + first_s - 0.1
+        bench.send(FirstToken(f"r{number}"))
+        sampled_s = bench.now
+    views = bench.core.books.fleet.views
+    first_sample_s = bench.core.books.fleet.books["d0"].ttft.samples[0][0]
+    before = views(bench.now)
+    assert before["d0"].window_ttft_s == pytest.approx(0.5)
+    assert views(first_sample_s + 9.99) is before
+    assert views(first_sample_s + 10.01)["d0"].window_ttft_s == pytest.approx(0.75)
+    assert views(sampled_s + 9.99)["d0"].window_ttft_s == pytest.approx(0.75)
+    assert views(sampled_s + 10.01)["d0"].window_ttft_s is None
+    assert before["d0"].window_ttft_s == pytest.approx(0.5), "a view that was given away never changes"
 
 
 def test_a_reader_that_lags_gives_no_sample() -> None:

@@ -153,6 +153,12 @@ class Machine(RuleBasedStateMachine):
         self.core.books.residency.check_invariants()
 
     @invariant()
+    def views_are_up_to_date(self) -> None:
+        fleet = self.core.books.fleet
+        fresh = [(name, fleet.books[name].view(self.now)) for name in sorted(fleet.books)]
+        assert list(fleet.views(self.now).items()) == fresh
+
+    @invariant()
     def every_round_is_somewhere(self) -> None:
         queued = {r for b in self.core.books.fleet.books.values() for r in b.queue}
         assert set(self.core.rounds) == set(self.calls) | queued, "a round waits for nothing"

@@ -28,6 +28,7 @@ from antiphon.eval.recorded_fleet import (
     recorded_cluster,
     recorded_policy,
 )
+from antiphon.eval.simulate import SimulateOptions, run_simulation
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.messages import EngineDown, EngineUp
 from antiphon.scheduler.recorded_facts import ReplicaFacts
@@ -120,6 +121,14 @@ def test_another_fleet_can_be_asked_about(recording: Path, tmp_path: Path) -> No
     path = write_cluster(tmp_path, Cluster("three", Slo(1.0, 0.1), (group,), page_tokens=16), PROFILE)
     found = ask(recording, "local", cluster=path)
     assert found.other.rounds == 9 and found.cluster == str(path)
+
+
+def test_a_recording_is_simulated_as_it_is(recording: Path, tmp_path: Path) -> None:
+    """`simulate DIR`: the recorded sessions at their recorded starts, by the same reader as any trace."""
+    found = recorded_cluster(load_facts(recording), [], began_s=0.0)
+    path = write_cluster(tmp_path, msgspec.structs.replace(found, events=()), PROFILE)
+    result = run_simulation(SimulateOptions(recording, path, "local", as_recorded=True))
+    assert (result.rounds_completed, result.trace.sessions) == (9, 3)
 
 
 def test_rounds_are_as_the_receipts_say(recording: Path) -> None:

@@ -24,6 +24,7 @@ from antiphon.scheduler.recorded_facts import ReplicaFacts, read_facts
 from antiphon.scheduler.requests import parse_chat, tool_answered
 from antiphon.scheduler.round_log import EndedRound, RoundLog
 from antiphon.scheduler.rounds import RoundRequest
+from antiphon.traces.readers import read_trace
 from antiphon.traces.recording import join_rounds, read_recording, recorded_rounds
 from antiphon.traces.schema import RECORDED_ROUND_SCHEMA, RecordedRound, TraceError, session_fault
 from tests.gateway_helpers import make_receipt
@@ -70,6 +71,7 @@ def test_a_replica_records_what_ran(valkey_url: str, tmp_path: Path) -> None:
 
     asyncio.run(run())
     alpha, beta = read_recording(tmp_path)
+    assert list(read_trace(tmp_path)) == [alpha, beta], "every command that takes a trace takes a recording"
     assert [session_fault(session) for session in (alpha, beta)] == [None, None]
     assert [turn.prompt_tokens for turn in alpha.rounds] == [117, 117 + 8 + 21, 6 * PAGE + 5 + 30]
     assert [turn.kept_tokens for turn in alpha.rounds] == [0, 117 + 8, 6 * PAGE]

@@ -251,6 +251,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         expected = {name: engine.held(hashes) for name, engine in self.naive.items()}
         held = self.index.held(hashes, PAGE)
         assert held == {name: tokens for name, tokens in expected.items() if tokens}
+        assert {name: self.index.held_by(name, hashes, PAGE) for name in self.naive} == expected
         asked = self.index.checkpoints(hashes, PAGE)
         assert asked == sorted(asked, reverse=True)
         assert set(chain_checkpoints(hashes, PAGE)) <= set(asked)

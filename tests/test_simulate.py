@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from antiphon.engines.cluster import load_cluster, resolve_engines
 from antiphon.eval.load import Workbench
-from antiphon.eval.simulate import SimulateOptions, prepare, run_simulation
+from antiphon.eval.simulate import SimulateOptions, SimulationError, prepare, run_simulation
 from antiphon.scheduler.cli import app
 from antiphon.scheduler.errors import UserError
 from antiphon.traces.results import read_rounds
-from antiphon.traces.schema import RoundTrace, SessionTrace
+from antiphon.traces.schema import RoundTrace, SessionTrace, TraceError
 from tests.simulation_helpers import agent_sessions, cluster_file
 
 ASKED = {
@@ -91,7 +91,7 @@ def test_a_load_is_a_rate_and_is_said(tmp_path: Path) -> None:
 
 
 def test_the_rate_of_a_load_by_hand(tmp_path: Path) -> None:
-    """One round of 1,000 + 101 tokens: prefill 0.111 s; B = 36 by the ITL target; 4 engines."""
+    """One round of 1,000 + 101 tokens: two passes; B = 36 by the ITL target; 4 engines."""
     path = cluster_file(tmp_path, device=10_000_000)
     cluster = load_cluster(path)
     bench = Workbench.of(cluster, resolve_engines(cluster, path.parent))
@@ -99,7 +99,8 @@ def test_the_rate_of_a_load_by_hand(tmp_path: Path) -> None:
     batch = int((0.03 - 0.008) / (0.0005 + context * 1e-7))
     assert bench.batch_within(0.03, context) == batch == 36
     step_s = 0.008 + batch * 0.0005 + batch * context * 1e-7
-    prefill_s = 0.01 + 0.1 + 0.001
+    # two passes: 512 tokens, then 488 over those
+    prefill_s = (0.01 + 0.0512 + 512**2 * 1e-9) + (0.01 + 0.0488 + 488 * 512 * 1e-9 + 488**2 * 1e-9)
     expected = prefill_s + 100 * step_s / batch
     session = SessionTrace("s", (RoundTrace(1000, 101),))
     assert bench.session_seconds(session, 0.03) == pytest.approx(expected, rel=1e-4)
@@ -198,3 +199,64 @@ def test_what_a_run_is_about_to_do_is_said(tmp_path: Path) -> None:
     ready = prepare(SimulateOptions(trace=trace, cluster=cluster_file(tmp_path), policy="local", load=0.5))
     said = ready.describe()
     assert "3 sessions" in said and "2 prefill, 2 decode" in said and "sessions/s" in said
+
+
+def test_nothing_is_faster_than_unloaded(tmp_path: Path) -> None:
+    """One session alone under `local`, prompts of many chunks: exactly the unloaded TTFT, or a part of a page
+    more; and `attainable` is the same whatever the policy did."""
+    rounds = (RoundTrace(16_000, 3), RoundTrace(17_603, 3, 16_003, 1.0), RoundTrace(19_000, 3, 17_606, 1.0))
+    out = tmp_path / "r.jsonl"
+    alone = [SessionTrace("s", rounds)]
+    result = simulate(
+        tmp_path, "--policy", "local", "--session-rate", "1", "--rounds", str(out), sessions=alone
+    )
+    first, *later = read_rounds(out)
+    assert first.ttft_s == pytest.approx(first.unloaded_ttft_s, abs=1e-9)
+    for record in later:
+        assert record.ttft_s is not None and record.unloaded_ttft_s is not None
+        assert record.unloaded_ttft_s <= record.ttft_s <= record.unloaded_ttft_s + 16 * 1.5e-4
+    many = agent_sessions(30, 2)
+    shares = {
+        simulate(tmp_path, "--policy", policy, "--session-rate", "30", sessions=many)["attainable"]
+        for policy in ("local", "remote", "ampd")
+    }
+    assert len(shares) == 1 and result["attainable"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("sessions", "said"),
+    [
+        ([SessionTrace("a", (RoundTrace(100, 1),), parent="b"), SessionTrace("b", (RoundTrace(100, 1),), parent="a")],
+         "among its own parents"),
+        ([SessionTrace("a", (RoundTrace(100, 1),)),
+          SessionTrace("b", (RoundTrace(100, 1),), parent="a", after_round=2)], "which has 1"),
+    ],
+)  # fmt: skip
+def test_a_session_that_could_never_start_is_an_error(
+    sessions: list[SessionTrace], said: str, tmp_path: Path
+) -> None:
+    """A cycle of parents; a round that the parent does not have."""
+    trace = write_trace(tmp_path, sessions)
+    with pytest.raises(TraceError, match=said):
+        prepare(SimulateOptions(trace=trace, cluster=cluster_file(tmp_path), policy="local"))
+
+
+def test_a_result_never_takes_the_place_of_the_trace(tmp_path: Path) -> None:
+    """Equal paths are refused before anything is read or written."""
+    trace = write_trace(tmp_path, agent_sessions(2, 1))
+    before = trace.read_bytes()
+    with pytest.raises(SimulationError, match="different files"):
+        prepare(
+            SimulateOptions(trace=trace, cluster=cluster_file(tmp_path), policy="local", rounds_path=trace)
+        )
+    assert trace.read_bytes() == before
+
+
+def test_a_refused_round_says_why(tmp_path: Path) -> None:
+    """No engine can hold the prompt: the record has the words that a client would get."""
+    path = cluster_file(tmp_path, device=4_000)
+    trace = write_trace(tmp_path, [SessionTrace("s", (RoundTrace(9_000, 5),))])
+    text = path.read_text().replace("device_tokens = 40000", "device_tokens = 4000")
+    path.write_text(text)
+    result = run_simulation(SimulateOptions(trace=trace, cluster=path, policy="local", session_rate=1.0))
+    assert result.rounds_refused == 1 and "fit no KV pool" in result.rounds[0].message

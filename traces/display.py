@@ -88,9 +88,9 @@ class ReplayDisplay:
 def result_table(result: RunResult) -> Table:
     """The closing table of a run."""
     table = Table(title=f"{Path(result.trace.path).name} under {result.policy or 'an unknown policy'}")
-    table.add_column("what")
+    table.add_column("what", no_wrap=True)
     for column in ("total / mean", "p50", "p90", "p99"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_row("rounds completed", f"{result.rounds_completed} of {result.rounds_total}")
     if result.rounds_refused:
         table.add_row("rounds refused", str(result.rounds_refused))
@@ -111,11 +111,16 @@ def result_table(result: RunResult) -> Table:
     table.add_row("prompt tokens", f"{result.prompt_tokens_total:,}")
     table.add_row("  of them cached", f"{result.cached_tokens_total:,} ({share:.1%})")
     table.add_row("output tokens", f"{result.output_tokens_total:,}")
-    table.add_row("moved decode -> prefill", f"{result.bytes_decode_to_prefill / 1e6:,.2f} MB")
-    table.add_row("moved prefill -> decode", f"{result.bytes_prefill_to_decode / 1e6:,.2f} MB")
+    table.add_row("moved decode -> prefill", _bytes(result.bytes_decode_to_prefill))
+    table.add_row("moved prefill -> decode", _bytes(result.bytes_prefill_to_decode))
     for name, figure in _closing_figures(result):
         table.add_row(name, figure)
     return table
+
+
+def _bytes(count: int) -> str:
+    """In the unit that a reader can compare: MB up to 100 GB."""
+    return f"{count / 1e6:,.2f} MB" if count < 1e11 else f"{count / 1e12:,.3f} TB"
 
 
 def _closing_figures(result: RunResult) -> Iterator[tuple[str, str]]:
