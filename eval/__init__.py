@@ -8,9 +8,9 @@ Simulating
     simulate.py    `antiphon simulate`; simulation_plan.py what it is told, simulation_result.py what it found
     load.py        engine-seconds of a session: `--load`, and what an idle fleet would attain
     sweep.py       `antiphon sweep`; sweep_spec.py is its grid
-    report.py      `antiphon report`; report_data.py groups the results, report_tables.py and report_plots.py show
-                   them, report_time.py shows rounds in time, report_style.py is the plots' look, report_page.py
-                   makes the HTML of data/report.html.j2
+    report.py      `antiphon report`; report_data.py groups the results; report_tables.py, report_plots.py
+                   show them, report_time.py shows rounds in time; report_style.py is the plots' look,
+                   report_page.py makes the HTML of data/report.html.j2
     counterfactual.py      `antiphon counterfactual`; recorded_fleet.py makes a cluster of a recording
     cluster_toml.py        cluster files written
 Fidelity

@@ -19,6 +19,7 @@ from antiphon.traces.results import read_rounds
 from antiphon.traces.schema import RoundTrace, SessionTrace, TraceError
 from tests.simulation_helpers import agent_sessions, cluster_file
 
+ONE = (RoundTrace(100, 1),)
 ASKED = {
     "schema", "trace", "cluster", "policy", "ordering", "seed", "slo", "load", "rounds_total",
     "rounds_completed", "rounds_refused", "attainment", "attainable", "ttft_s", "ttft_first_s",
@@ -226,10 +227,8 @@ def test_nothing_is_faster_than_unloaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sessions", "said"),
     [
-        ([SessionTrace("a", (RoundTrace(100, 1),), parent="b"), SessionTrace("b", (RoundTrace(100, 1),), parent="a")],
-         "among its own parents"),
-        ([SessionTrace("a", (RoundTrace(100, 1),)),
-          SessionTrace("b", (RoundTrace(100, 1),), parent="a", after_round=2)], "which has 1"),
+        ([SessionTrace("a", ONE, parent="b"), SessionTrace("b", ONE, parent="a")], "among its own parents"),
+        ([SessionTrace("a", ONE), SessionTrace("b", ONE, parent="a", after_round=2)], "which has 1"),
     ],
 )  # fmt: skip
 def test_a_session_that_could_never_start_is_an_error(
