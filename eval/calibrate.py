@@ -223,6 +223,15 @@ class Sampler:
         self.typical: Callable[[Iterable[float]], float] = statistics.median
         """Which of a point's times counts."""
 
+    def clear(self) -> None:
+        """Forget all times: a new beginning."""
+        self._prefill.clear()
+        self._decode.clear()
+        self._pings.clear()
+        if self._peer is not None:  # else there will be no more pulls, and the old ones hold
+            self._pull.clear()
+            self._load.clear()
+
     async def warm_up(self) -> None:
         """First requests, and first connections, are slow."""
         first = self._probe.fresh(2 * self._probe.info.page_tokens)

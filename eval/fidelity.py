@@ -29,7 +29,7 @@ from antiphon.engines.launch_options import LaunchError
 from antiphon.eval.calibration import summary
 from antiphon.eval.cluster_toml import PROFILE_FILE, write_cluster
 from antiphon.eval.demo import DemoError, lock_directory
-from antiphon.eval.fidelity_live import Case, FidelityError, FidelityOptions, Live, measure_live
+from antiphon.eval.fidelity_live import Case, FidelityError, FidelityOptions, Live, LiveRun, measure_live
 from antiphon.eval.least_squares import FitFailed
 from antiphon.eval.probe import ProbeError
 from antiphon.eval.simulate import SimulateOptions, run_simulation
@@ -69,6 +69,8 @@ class CaseResult(msgspec.Struct, frozen=True):
     engines: int
     rows: list[Row]
     details: dict[str, Any]
+    profile: LatencyModel
+    """As measured between the replays of this case."""
     shared_rows: list[Row] = []
     """The same with every pass and request as slow as when the engines always crowd each other."""
 
@@ -79,7 +81,6 @@ class Fidelity(msgspec.Struct, frozen=True):
     conditions: dict[str, Any]
     rows: list[Row]
     cases: list[CaseResult]
-    profile: LatencyModel
     schema: str = FIDELITY_SCHEMA
 
 
@@ -88,9 +89,9 @@ async def run_fidelity(options: FidelityOptions, console: Console) -> Fidelity:
     with lock_directory(options.directory):
         shutil.rmtree(options.directory, ignore_errors=True)
         live = await measure_live(options, console)
-    console.print(summary(live.found), markup=False, highlight=False, soft_wrap=True)
-    cases = [simulate_case(case, live, options) for case in options.cases]
-    result = Fidelity(conditions(live, cases, options), cases[0].rows, cases, live.found.profile)
+    console.print(summary(live.runs[options.cases[0]].found), markup=False, highlight=False, soft_wrap=True)
+    cases = [simulate_case(case, live.runs[case], options) for case in options.cases]
+    result = Fidelity(conditions(live, cases, options), cases[0].rows, cases)
     written = msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
     (options.directory / "fidelity.json").write_bytes(written)
     console.print(fidelity_table(result))
@@ -100,17 +101,16 @@ async def run_fidelity(options: FidelityOptions, console: Console) -> Fidelity:
 # ---------------------------------------------------------------- simulated
 
 
-def simulate_case(case: Case, live: Live, options: FidelityOptions) -> CaseResult:
+def simulate_case(case: Case, live: LiveRun, options: FidelityOptions) -> CaseResult:
     """The case in the simulator, beside what it was live."""
-    rounds = live.runs[case].rounds
-    result = compare(case, rounds, _simulated(case, live, options, 1.0))
+    result = compare(case, live, _simulated(case, live, options, 1.0))
     if case.engines == 1 or not live.slowdown or live.slowdown <= 1:
         return result
-    shared = compare(case, rounds, _simulated(case, live, options, live.slowdown))
+    shared = compare(case, live, _simulated(case, live, options, live.slowdown))
     return msgspec.structs.replace(result, shared_rows=shared.rows)
 
 
-def _simulated(case: Case, live: Live, options: FidelityOptions, slowdown: float) -> list[RoundRecord]:
+def _simulated(case: Case, live: LiveRun, options: FidelityOptions, slowdown: float) -> list[RoundRecord]:
     """Its rounds, with everything that computes `slowdown` times as slow."""
     suffix = "" if slowdown == 1 else "-shared"
     folder = options.directory / f"simulated-{options.cases.index(case) + 1}{suffix}"
@@ -142,7 +142,7 @@ def _slower(cost: CostT, *names: str, slowdown: float) -> CostT:
     return msgspec.structs.replace(cost, **{name: getattr(cost, name) * slowdown for name in names})
 
 
-def live_cluster(live: Live, case: Case, options: FidelityOptions) -> Cluster:
+def live_cluster(live: LiveRun, case: Case, options: FidelityOptions) -> Cluster:
     """The live stack as a cluster file: the engines as they are, all times as measured without load."""
     found, info = live.found, live.found.info
 
@@ -167,7 +167,7 @@ def live_cluster(live: Live, case: Case, options: FidelityOptions) -> Cluster:
         slo=Slo(options.slo_ttft_s, options.slo_itl_s),
         engines=(group("p", "prefill"), group("d", "decode"))[-case.engines :],
         page_tokens=info.page_tokens,
-        window_tokens=live.runs[case].window_tokens or info.window_tokens,
+        window_tokens=live.window_tokens or info.window_tokens,
         claim_s=live.cost.seconds,
     )
 
@@ -175,24 +175,26 @@ def live_cluster(live: Live, case: Case, options: FidelityOptions) -> Cluster:
 # ---------------------------------------------------------------- comparing
 
 
-def compare(case: Case, live: Sequence[RoundRecord], simulated: Sequence[RoundRecord]) -> CaseResult:
+def compare(case: Case, live: LiveRun, simulated: Sequence[RoundRecord]) -> CaseResult:
     """Quantiles over all live rounds against those of the simulation. Raises `FidelityError`."""
     rows = []
     for metric in METRICS:
-        ours, theirs = sorted(_values(live, metric)), sorted(_values(simulated, metric))
+        ours, theirs = sorted(_values(live.rounds, metric)), sorted(_values(simulated, metric))
         if not ours or not theirs:
             raise FidelityError(f"{case.name}: no round has a {metric}")
         for name, share in QUANTILES.items():
             a, b = percentile(ours, share), percentile(theirs, share)
             rows.append(Row(metric, name, a, b, b / a - 1))
     details = {
-        "rounds_live": len(live),
-        "arms_live": _arms(live),
+        "rounds_live": len(live.rounds),
+        "arms_live": _arms(live.rounds),
         "arms_simulated": _arms(simulated),
-        "by_arm": _by_arm(live, simulated),
-        "median_round_error": _round_errors(live, simulated),
+        "by_arm": _by_arm(live.rounds, simulated),
+        "median_round_error": _round_errors(live.rounds, simulated),
     }
-    return CaseResult(case.name, case.policy, case.concurrency, case.engines, rows, details)
+    return CaseResult(
+        case.name, case.policy, case.concurrency, case.engines, rows, details, live.found.profile
+    )
 
 
 def _by_arm(live: Sequence[RoundRecord], simulated: Sequence[RoundRecord]) -> dict[str, Any]:
@@ -236,6 +238,7 @@ def _arms(rounds: Sequence[RoundRecord]) -> dict[str, float]:
 def conditions(live: Live, cases: Sequence[CaseResult], options: FidelityOptions) -> dict[str, Any]:
     """Flat, and in words where they say more: reports print it as it is."""
     first = options.cases[0]
+    run = live.runs[first]
     return {
         "trace": options.trace.name,
         "engines": "1 prefill and 1 decode: SGLang, a tiny model, on the CPU",
@@ -244,22 +247,22 @@ def conditions(live: Live, cases: Sequence[CaseResult], options: FidelityOptions
         "replays": options.repeats,
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
-        "why": why(live, cases),
-        "request_fixed_s": round(live.found.request_fixed_s, 5),
-        "gateway_http_s": round(live.cost.http_s, 5),
-        "gateway_claim_s": round(live.cost.claim_s, 5),
-        "shared_cores_slowdown": live.slowdown and round(live.slowdown, 2),
+        "why": why(run, cases),
+        "request_fixed_s": round(run.found.request_fixed_s, 5),
+        "gateway_http_s": round(run.cost.http_s, 5),
+        "gateway_claim_s": round(run.cost.claim_s, 5),
+        "shared_cores_slowdown": run.slowdown and round(run.slowdown, 2),
         "live_s": round(live.seconds),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
     }
 
 
-def why(live: Live, cases: Sequence[CaseResult]) -> str:
+def why(run: LiveRun, cases: Sequence[CaseResult]) -> str:
     """What the other cases and the measured slowdown say of the first case's error."""
     said = [f"engines, gateway and client share {os.cpu_count()} cores, and that is not simulated"]
-    if live.slowdown is not None:
-        said.append(f"a prefill takes {live.slowdown:.2f} times as long while the other engine works")
+    if run.slowdown is not None:
+        said.append(f"a prefill takes {run.slowdown:.2f} times as long while the other engine works")
     if cases[0].shared_rows:
         said.append(f"were it always so: {_errors(cases[0].shared_rows)}")
     return "; ".join([*said, *(f"{case.case}: {_errors(case.rows)}" for case in cases[1:])])

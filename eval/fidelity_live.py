@@ -19,7 +19,7 @@ from antiphon.eval.gateway_cost import GatewayCost, measure_gateway
 from antiphon.eval.stack import EngineSpec, Stack
 from antiphon.traces.readers import read_trace
 from antiphon.traces.replay import ReplayOptions, replay
-from antiphon.traces.result_types import RoundRecord
+from antiphon.traces.result_types import RoundRecord, RunResult
 
 PREFILL_ENGINE, DECODE_ENGINE = "p0", "d0"
 
@@ -65,19 +65,19 @@ class FidelityOptions:
 
 
 class LiveRun(NamedTuple):
-    """All replays of one case."""
+    """All replays of one case, and what was measured between them."""
 
     rounds: list[RoundRecord]
     window_tokens: int
+    found: Calibration
+    cost: GatewayCost
+    slowdown: float | None
+    """Time of a prefill while the other engine works, over its time alone: what shared cores cost."""
 
 
 class Live(NamedTuple):
     """Everything that was measured on the live stack."""
 
-    found: Calibration
-    cost: GatewayCost
-    slowdown: float | None
-    """Time of a prefill while the other engine prefills too, over its time alone: what shared cores cost."""
     runs: dict[Case, LiveRun]
     seconds: float
 
@@ -99,16 +99,15 @@ async def measure_live(options: FidelityOptions, console: Console) -> Live:
 
 
 class _LiveStack:
-    """Measurements and replays by turns: a machine's speed drifts, and both must see the same of it."""
+    """Measurements and replays by turns, case by case: a machine's speed drifts, and both must see the same."""
 
     def __init__(self, stack: Stack, sampler: Sampler, options: FidelityOptions, console: Console) -> None:
         self._stack = stack
         self._sampler = sampler
         self._options = options
         self._console = console
-        self._costs: list[GatewayCost] = []
-        self._slowdowns: list[float] = []
-        self._runs: dict[Case, LiveRun] = {}
+        turns = [turn for session in read_trace(options.trace) for turn in session.rounds]
+        self._typical_tokens = round(statistics.median(turn.prompt_tokens for turn in turns))
 
     async def measure(self) -> Live:
         options, sampler = self._options, self._sampler
@@ -117,6 +116,7 @@ class _LiveStack:
         await sampler.round()
         profile = options.directory / "first-profile.json"
         profile.write_bytes(msgspec.json.encode(sampler.fit().profile))
+        runs: dict[Case, LiveRun] = {}
         for engines in (2, 1):  # the decode engine alone comes last: the other is then stopped
             cases = [case for case in options.cases if case.engines == engines]
             if engines == 1 and cases:
@@ -124,28 +124,30 @@ class _LiveStack:
                 await self._stack.stop(PREFILL_ENGINE)
             for policy in dict.fromkeys(case.policy for case in cases):
                 await self._start_gateway(policy, engines, profile)
-                for repeat in range(options.repeats):
-                    for case in (case for case in cases if case.policy == policy):
-                        await self._once(case, repeat)
+                for case in (case for case in cases if case.policy == policy):
+                    runs[case] = await self._run(case)
                 await self._stack.stop(f"{policy}-{engines}")
-        return Live(
-            found=sampler.fit(),
-            cost=GatewayCost(*(statistics.median(values) for values in zip(*self._costs, strict=True))),
-            slowdown=statistics.median(self._slowdowns) if self._slowdowns else None,
-            runs=self._runs,
-            seconds=time.monotonic() - began,
-        )
+        return Live(runs, time.monotonic() - began)
 
-    async def _once(self, case: Case, repeat: int) -> None:
-        turns = [turn for session in read_trace(self._options.trace) for turn in session.rounds]
-        typical = round(statistics.median(turn.prompt_tokens for turn in turns))
-        self._costs.append(await measure_gateway(self._stack.gateway_url, "model", typical))
-        run = await self._replay(case, repeat)
-        before = self._runs[case].rounds if case in self._runs else []
-        self._runs[case] = LiveRun(before + run.rounds, run.window_tokens)
-        await self._sampler.round()
-        if case.engines > 1:
-            self._slowdowns.append(await self._sampler.crowded_slowdown())
+    async def _run(self, case: Case) -> LiveRun:
+        sampler, costs, slowdowns = self._sampler, list[GatewayCost](), list[float]()
+        rounds: list[RoundRecord] = []
+        sampler.clear()
+        await sampler.round()
+        for repeat in range(self._options.repeats):
+            costs.append(await measure_gateway(self._stack.gateway_url, "model", self._typical_tokens))
+            result = await self._replay(case, repeat)
+            rounds += result.rounds
+            await sampler.round()
+            if case.engines > 1:
+                slowdowns.append(await sampler.crowded_slowdown())
+        return LiveRun(
+            rounds=rounds,
+            window_tokens=result.conditions.window_tokens or 0,
+            found=sampler.fit(),
+            cost=GatewayCost(*(statistics.median(values) for values in zip(*costs, strict=True))),
+            slowdown=statistics.median(slowdowns) if slowdowns else None,
+        )
 
     async def _start_gateway(self, policy: str, engines: int, profile: Path) -> None:
         (port,) = free_ports(1)
@@ -159,7 +161,7 @@ class _LiveStack:
             engines=engines,
         )
 
-    async def _replay(self, case: Case, repeat: int) -> LiveRun:
+    async def _replay(self, case: Case, repeat: int) -> RunResult:
         options = self._options
         result = await replay(
             ReplayOptions(
@@ -179,7 +181,7 @@ class _LiveStack:
             raise FidelityError(f"{case.name}: only {done} of {total} rounds completed live")
         took = f"{result.wall_s:.0f} s, {result.arms}"
         self._console.print(f"{case.name}, replay {repeat + 1} of {options.repeats}: {took}")
-        return LiveRun(result.rounds, result.conditions.window_tokens or 0)
+        return result
 
 
 def _calibration_options(stack: Stack, options: FidelityOptions) -> CalibrateOptions:

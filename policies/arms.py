@@ -71,15 +71,13 @@ def prefill_engines(round: RoundView, home: EngineView, cluster: ClusterView) ->
     """
     if home.pool is Pool.PREFILL or not home.can_transfer:
         return []
-    need, excluded = round.prompt_tokens, round.excluded
-    return [
+    need, pool, excluded = round.prompt_tokens, Pool.PREFILL, round.excluded
+    able = [
         engine
         for engine in cluster.engines.values()
-        if engine.pool is Pool.PREFILL
-        and engine.can_transfer
-        and need <= engine.pool_tokens
-        and engine.engine_id not in excluded
+        if engine.pool is pool and engine.can_transfer and need <= engine.pool_tokens
     ]
+    return [engine for engine in able if engine.engine_id not in excluded] if excluded else able
 
 
 def shortlist(round: RoundView, engines: Sequence[EngineView], count: int) -> Sequence[EngineView]:

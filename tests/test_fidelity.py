@@ -32,12 +32,12 @@ def record(ttft_s: float, itl_s: float | None = 0.01, **more: object) -> RoundRe
     return RoundRecord(status="completed", arm="local", ttft_s=ttft_s, itl_s=itl_s, **values)  # type: ignore[arg-type]
 
 
-def live(runs: dict[Case, LiveRun]) -> Live:
+def live(rounds: list[RoundRecord], window_tokens: int = 8192) -> LiveRun:
     """As if calibration had found the bundled profile."""
     info = EngineInfo("model", 16, 512, 4, 16, 32768, 8192)
     measured = Measured({}, [], {}, {}, 0.001)
     found = Calibration(load_latency_model("tiny-cpu"), 0.004, info, 49152, measured, None, None, ())
-    return Live(found, GatewayCost(0.002, 0.0005), 1.5, runs, 60.0)
+    return LiveRun(rounds, window_tokens, found, GatewayCost(0.002, 0.0005), 1.5)
 
 
 def test_errors_are_shares_of_the_live_figure() -> None:
@@ -45,7 +45,7 @@ def test_errors_are_shares_of_the_live_figure() -> None:
     failed = RoundRecord(session="s", round=2, prompt_tokens=10, kept_tokens=0, ttft_s=99.0)
     ours = [record(0.1 * n, 0.01 * n) for n in range(1, 12)] + [failed]
     theirs = [record(0.11 * n, 0.005 * n) for n in range(1, 12)]
-    found = compare(CASE, ours, theirs)
+    found = compare(CASE, live(ours), theirs)
     assert [(row.metric, row.quantile) for row in found.rows] == [
         ("ttft_s", "p50"), ("ttft_s", "p90"), ("itl_s", "p50"), ("itl_s", "p90"),
     ]  # fmt: skip
@@ -57,7 +57,7 @@ def test_rounds_are_compared_one_by_one_too() -> None:
     """The median error of a round with itself does not hide behind equal distributions."""
     ours = [record(0.1, round=1), record(0.2, round=2)]
     theirs = [record(0.2, round=1), record(0.1, round=2)]
-    found = compare(CASE, ours, theirs)
+    found = compare(CASE, live(ours), theirs)
     assert found.rows[0].error == 0
     assert found.details["median_round_error"]["ttft_s"] == pytest.approx(0.75)
 
@@ -65,23 +65,23 @@ def test_rounds_are_compared_one_by_one_too() -> None:
 def test_nothing_to_compare_is_said() -> None:
     """No round with an ITL: an error that names case and metric, not a zero."""
     with pytest.raises(FidelityError, match="a case: no round has a itl_s"):
-        compare(CASE, [record(0.1, None)], [record(0.1)])
+        compare(CASE, live([record(0.1, None)]), [record(0.1)])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_simulation_matches_itself(case: Case, tmp_path: Path) -> None:
     """The simulator as the live side, the bundled trace, every case: all errors are zero."""
     options = FidelityOptions(directory=tmp_path)
-    first = live({case: LiveRun([record(1.0)], 8192)})
+    first = live([record(1.0)])
     simulate_case(case, first, options)
     path = tmp_path / f"simulated-{CASES.index(case) + 1}" / "result.json"
     assert read_result(path).rounds_completed == 44
     rounds = [record(row["ttft_s"], row["itl_s"]) for row in _rounds(case, first, options)]
-    again = simulate_case(case, live({case: LiveRun(rounds, 8192)}), options)
+    again = simulate_case(case, live(rounds), options)
     assert [row.error for row in again.rows] == pytest.approx([0.0] * 4, abs=1e-9)
 
 
-def _rounds(case: Case, measured: Live, options: FidelityOptions) -> list[dict[str, float]]:
+def _rounds(case: Case, measured: LiveRun, options: FidelityOptions) -> list[dict[str, float]]:
     from antiphon.eval.cluster_toml import write_cluster
     from antiphon.eval.simulate import SimulateOptions, run_simulation
 
@@ -100,23 +100,22 @@ def _rounds(case: Case, measured: Live, options: FidelityOptions) -> list[dict[s
 def test_the_cluster_is_the_live_stack(tmp_path: Path) -> None:
     """Settings as the engine said, times as measured; the decode engine alone where a case has but one."""
     options = FidelityOptions(directory=tmp_path)
-    runs = {case: LiveRun([], 4096) for case in CASES}
-    pair = live_cluster(live(runs), CASES[0], options)
+    pair = live_cluster(live([], 4096), CASES[0], options)
     assert [group.pool for group in pair.engines] == ["prefill", "decode"]
     group = pair.engines[1]
     assert (group.chunk_tokens, group.decode_interval, group.device_tokens) == (512, 4, 32768)
     assert (group.store_tokens, group.request_fixed_s, pair.claim_s) == (49152, 0.004, 0.0025)
     assert (pair.page_tokens, pair.window_tokens) == (16, 4096)
-    alone = live_cluster(live(runs), CASES[-1], options)
+    alone = live_cluster(live([], 4096), CASES[-1], options)
     assert [group.pool for group in alone.engines] == ["decode"]
 
 
 def test_the_file_says_under_what_and_why(tmp_path: Path) -> None:
     """Schema, rows of the first case, flat conditions, and the reason in words; all cases in the table."""
-    runs = {case: LiveRun([record(0.1)], 8192) for case in CASES}
-    measured, options = live(runs), FidelityOptions(directory=tmp_path)
-    cases = [compare(case, runs[case].rounds, [record(0.12)]) for case in CASES]
-    made = Fidelity(conditions(measured, cases, options), cases[0].rows, cases, measured.found.profile)
+    options = FidelityOptions(directory=tmp_path)
+    runs = {case: live([record(0.1)]) for case in CASES}
+    cases = [compare(case, runs[case], [record(0.12)]) for case in CASES]
+    made = Fidelity(conditions(Live(runs, 60.0), cases, options), cases[0].rows, cases)
     written = msgspec.json.decode(msgspec.json.encode(made))
     assert written["schema"] == "antiphon.fidelity/1"
     assert set(written["rows"][0]) == {"metric", "quantile", "live", "simulated", "error"}
