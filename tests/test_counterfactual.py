@@ -156,6 +156,14 @@ def test_two_policies_in_one_recording_are_an_error(tmp_path: Path) -> None:
         recorded_policy(load_facts(tmp_path))
 
 
+def test_an_engine_of_unknown_size_is_named(tmp_path: Path) -> None:
+    """An engine without our linker may not tell its pool: then the fleet must be given."""
+    made = facts(tmp_path, "a")
+    made.note(EngineUp("x7", "i", "decode", False, 16, 0), None, 91.0)
+    with pytest.raises(RecordingError, match="engine x7 holds: give --cluster"):
+        recorded_cluster([made], [], began_s=100.0)
+
+
 def test_engines_that_died_die_in_the_cluster(tmp_path: Path) -> None:
     """Changes during the recording become events; what was there at its beginning is just there."""
     made = facts(tmp_path, "a")
@@ -176,7 +184,7 @@ def test_engines_that_died_die_in_the_cluster(tmp_path: Path) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.text(min_size=1, max_size=12),
-    chunk=st.integers(0, 10_000),
+    chunk=st.just(0) | st.integers(64, 10_000),
     price=st.none() | st.floats(0, 10),
     link=st.floats(1.0, 1e12),
     events=st.lists(st.floats(0, 1e6), max_size=3),
