@@ -104,18 +104,25 @@ def result_table(result: RunResult) -> Table:
         ("gap between tokens", result.token_gap_s), ("end to end", result.e2e_s),
     ):  # fmt: skip
         if times is not None:
-            table.add_row(
-                name, *(f"{value * 1e3:.1f} ms" for value in (times.mean, times.p50, times.p90, times.p99))
-            )
+            table.add_row(name, *(_time(value) for value in (times.mean, times.p50, times.p90, times.p99)))
     share = result.cached_tokens_total / max(1, result.prompt_tokens_total)
     table.add_row("prompt tokens", f"{result.prompt_tokens_total:,}")
-    table.add_row("  of them cached", f"{result.cached_tokens_total:,} ({share:.1%})")
+    table.add_row("  of them cached", f"{_count(result.cached_tokens_total)} ({share:.1%})")
     table.add_row("output tokens", f"{result.output_tokens_total:,}")
     table.add_row("moved decode -> prefill", _bytes(result.bytes_decode_to_prefill))
     table.add_row("moved prefill -> decode", _bytes(result.bytes_prefill_to_decode))
     for name, figure in _closing_figures(result):
         table.add_row(name, figure)
     return table
+
+
+def _time(seconds: float) -> str:
+    """At most eight characters up to an hour: four of these stand in a line of a terminal."""
+    return f"{seconds * 1e3:.1f} ms" if seconds < 0.99995 else f"{seconds:.2f} s"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10_000_000 else f"{number / 1e6:,.1f} M"
 
 
 def _bytes(count: int) -> str:
