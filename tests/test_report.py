@@ -17,10 +17,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from antiphon.eval import report_data
 from antiphon.eval.report import run_report, slug
 from antiphon.eval.report_data import (
     Run,
     arm_shares,
+    bundled_fidelity,
     per_round,
     quantile,
     read_folder,
@@ -198,8 +200,17 @@ def test_the_page_says_what_was_run_and_how_to_read_it(swept: Path, swept_page: 
     assert first.trace.sha256[:12] in page.text and str(first.conditions.commit) in page.text
     for words in ("ampd", "local", "1 sessions/s", "4 sessions/s", "0, 1", "the lowest seed to the highest"):
         assert words in page.text, words
-    assert "Fidelity" in page.text and "No fidelity was measured" in page.text
+    shipped = bundled_fidelity()
+    assert shipped is not None and shipped.rows, "the package brings what was measured when it was made"
+    assert "Fidelity" in page.text and f"{shipped.rows[0].error:+.1%}".replace("%", " %") in page.text
     assert str(swept.parent) not in text, "a page does not say where somebody keeps files"
+
+
+def test_without_any_fidelity_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None beside the results, none in the package."""
+    monkeypatch.setattr(report_data, "bundled_fidelity", lambda: None)
+    put(tmp_path, "a", result())
+    assert "No fidelity was measured" in Page(page_of(tmp_path)).text
 
 
 def test_equal_results_make_equal_plots(swept: Path) -> None:
@@ -275,9 +286,10 @@ def test_without_rounds_the_percentiles_stand_for_the_curves(
     assert ("percentile stand for the curve" in page.text) != with_rounds
 
 
-def test_a_replay_needs_no_fidelity(tmp_path: Path) -> None:
+def test_a_replay_needs_no_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report of live results only has the section and says why there is nothing to compare; no targets, no
     attainment."""
+    monkeypatch.setattr(report_data, "bundled_fidelity", lambda: None)
     put(tmp_path, "live", result(kind="replay", cluster=None, simulated_s=None, slo_s=None, load=None))
     text = Page(page_of(tmp_path)).text
     assert "all of its results come from live engines" in text
