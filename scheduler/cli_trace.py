@@ -24,7 +24,6 @@ ShareSystem = Annotated[
     bool, typer.Option("--share-system", help="Weka: sessions share tools and system prompt.")
 ]
 Form = Annotated[str, typer.Option(help="Mooncake with delays: auto, cumulative or delta.")]
-FORMS = ("auto", "cumulative", "delta")
 IGNORED_SHOWN = 3
 PROFILES = "claude-code, swe-agent, toolbench, hotpotqa, tau or dureader (-like), or your own FILE.toml"
 
@@ -195,8 +194,6 @@ class _Source(NamedTuple):
 def _read(trace: Path, skip_bad: bool, share_system: bool, form: Any) -> _Source:
     from antiphon.traces.readers import BadLines, ReadOptions, read_trace
 
-    if form not in FORMS:
-        raise UserError(f"--form {form!r}: known are {', '.join(FORMS)}")
     bad = BadLines()
     ignored: list[str] = []
     options = ReadOptions(share_system=share_system, form=form)

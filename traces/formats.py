@@ -26,7 +26,7 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise TraceError(f"form {self.form!r} of a trace: known are {', '.join(FORMS)}")
+            raise TraceError(f"--form {self.form!r}: known are {', '.join(FORMS)}")
 
 
 class Line(NamedTuple):
