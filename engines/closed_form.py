@@ -333,7 +333,9 @@ class ClosedFormEngine:
         """Decode until the batch changes; False if it had to be given up for want of pages."""
         device, batch = self.device, self._batch
         while not batch.can_step(device.available_pages):
-            # Who came last gives way. What it held is too little to admit it again: no need to try at once.
+            # Those before it have taken what could be evicted; then who came last gives way. What it held is
+            # too little to admit it again: no need to try at once.
+            device.evict(device.tree_pages - device.locked_pages)
             self._retract(batch.part_last())
             if not batch.requests:
                 return False

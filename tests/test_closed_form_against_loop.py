@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.engines.chains import Branch, Chain
@@ -270,6 +270,7 @@ def test_same_times_with_room(shape: Shape, seed: int, pace_s: float) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@example(Shape(0, 0, 91, max_running=3), 78, 0.02, 91)  # a step takes pages, then retracts for want of one
 @given(SHAPES, st.integers(0, 10**6), st.sampled_from([0.02, 0.2, 1.0]), st.integers(90, 300))
 def test_same_times_under_pressure(shape: Shape, seed: int, pace_s: float, pool_pages: int) -> None:
     """In a pool that is too small, both evict, load, hold back and retract the same."""
