@@ -8,7 +8,7 @@ With L prompt tokens, home d, prefill engine p and H(e) = history on e:
 
 An engine always computes at least the prompt's last token. Prefill runs in chunks of C with K decode steps
 of the engine's own batch between two of them (`EngineView.chunk_tokens`, `decode_interval`): those steps are
-part of its prefill time. NOT in any term: the harm that a prefill does to the ITL of the rounds that decode
+part of its prefill time. Predictions are multiplied by the engine's corrections. NOT in any term: the harm that a prefill does to the ITL of the rounds that decode
 on the same engine (AMPD's local prefill "pauses the batch"); policies guard it by their rules, not by this
 estimate. Transfers are priced on an idle link. Every engine is priced by its own latency model, a transfer by
 the slower of the two engines that it joins.
@@ -24,19 +24,25 @@ from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Pool
 
 def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int) -> float:
     """Seconds to prefill the prompt over `cached_tokens`, with the decode steps that come in between."""
-    latency = engine.latency
     new = max(1, prompt_tokens - cached_tokens)
-    seconds = latency.prefill_s(new, prompt_tokens - new)
+    seconds = engine.latency.prefill_s(new, prompt_tokens - new) * engine.corrections.prefill
     if engine.batch and engine.chunk_tokens and engine.decode_interval:
-        gaps = (new - 1) // engine.chunk_tokens
-        seconds += gaps * engine.decode_interval * latency.decode_step_s(engine.batch, engine.context_tokens)
+        seconds += (new - 1) // engine.chunk_tokens * engine.decode_interval * decode_step(engine)
     return seconds
+
+
+def decode_step(engine: EngineView, more_rounds: int = 0, more_tokens: int = 0) -> float:
+    """Seconds of a decode step of the engine's batch with `more_rounds` of `more_tokens` of context in all."""
+    step_s = engine.latency.decode_step_s(engine.batch + more_rounds, engine.context_tokens + more_tokens)
+    return step_s * engine.corrections.decode
 
 
 def transfer_between(one: EngineView, other: EngineView, tokens: int) -> float:
     """Seconds to move the KV of `tokens` from one to the other: as slow as the slower of the two."""
-    seconds = one.latency.transfer_s(tokens)
-    return seconds if other.latency is one.latency else max(seconds, other.latency.transfer_s(tokens))
+    seconds = one.latency.transfer_s(tokens) * one.corrections.transfer
+    if other.latency is one.latency and other.corrections.transfer == one.corrections.transfer:
+        return seconds
+    return max(seconds, other.latency.transfer_s(tokens) * other.corrections.transfer)
 
 
 def local(round: RoundView, home: EngineView) -> Candidate:

@@ -24,6 +24,8 @@ class Arm(Enum):
     LOCAL = "local"
     REMOTE_RECOMPUTE = "remote_recompute"
     REMOTE_PULL = "remote_pull"
+    MOVE = "move"
+    """The session gets a new home, which fetches its KV and prefills the rest."""
 
 
 class Pool(Enum):
@@ -52,9 +54,30 @@ class RoundView(Struct, frozen=True, gc=False):
     """H(e): engine id -> tokens of this prompt whose KV it is believed to hold. Absent = 0."""
     excluded: frozenset[str] = frozenset()
     """Engines that failed this round already."""
+    arrived_s: float = 0.0
+    """When it arrived, on the core's clock: only differences mean anything."""
+    expected_output_tokens: int = 0
+    """What the core expects it to generate, from the rounds that ended; 0 = no idea."""
+    work_s: float = 0.0
+    """Of a placed round: predicted seconds of pull and prefill at its prefill engine."""
+    push_s: float = 0.0
+    """Of a placed round: predicted seconds from there to the first token's engine."""
+    postponed: int = 0
+    """Of a waiting round: how often one behind it was started first."""
 
     def held(self, engine_id: str) -> int:
         return self.history_tokens.get(engine_id, 0)
+
+
+class Corrections(Struct, frozen=True, gc=False):
+    """What the latency model's predictions for one engine are multiplied by, learnt from rounds that ended."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+    transfer: float = 1.0
+
+
+NEUTRAL = Corrections()
 
 
 class EngineView(Struct, frozen=True, gc=False):
@@ -87,6 +110,20 @@ class EngineView(Struct, frozen=True, gc=False):
     """--chunked-prefill-size (C); 0 = unknown."""
     decode_interval: int = 0
     """--prefill-decode-interval (K): decode steps between two chunks; 0 = prefill first."""
+    corrections: Corrections = NEUTRAL
+    incoming_bytes: float = 0.0
+    """KV that rounds in flight have still to bring here."""
+    outgoing_bytes: float = 0.0
+    """KV that rounds in flight have still to fetch from here."""
+    itl_slacks_s: tuple[float, ...] = ()
+    """The least stalls, ascending, that rounds which decode there can still take before their mean ITL misses
+    its target; at most SLACKS of them, those that have missed it left out."""
+    arrivals_per_s: float = 0.0
+    """Rounds that were placed there for prefill, per second of the past window."""
+
+
+SLACKS = 16
+"""Most `EngineView.itl_slacks_s`."""
 
 
 class ClusterView(Struct, frozen=True, gc=False):
@@ -109,6 +146,12 @@ class Candidate(Struct, frozen=True, gc=False):
     """Transfer of history to the prefill engine."""
     push_s: float
     """Transfer of the rest to the home."""
+    home: str = ""
+    """Where it would decode; "" = the placement's home."""
+    itl_s: float | None = None
+    """The round's own mean ITL there; None = not predicted."""
+    misses: float | None = None
+    """SLOs expected to be lost by this choice, the round's own included; None = not predicted."""
 
     @property
     def ttft_s(self) -> float:
@@ -125,6 +168,8 @@ class Placement(Struct, frozen=True, gc=False):
     """In words, for the receipt."""
     predicted: Candidate
     considered: tuple[Candidate, ...] = ()
+    source: str | None = None
+    """Where history is pulled from (`remote_pull`, `move`); None = the home (`remote_pull`)."""
 
 
 class Reject(Struct, frozen=True, gc=False):
@@ -141,6 +186,18 @@ class Policy(Protocol):
 
 
 class Ordering(Protocol):
-    """The order in which a prefill engine's queue is served; a permutation of `queue`, first = next."""
+    """How a prefill engine's queue is served.
 
-    def order(self, queue: Sequence[RoundView], cluster: ClusterView) -> Sequence[RoundView]: ...
+    The core keeps the queue sorted by (`key`, round id) and asks `order` about its first `window` rounds only:
+    so a start costs the same however long the queue is.
+    """
+
+    @property
+    def window(self) -> int:
+        """At least 1; 1 = the key alone decides."""
+
+    def key(self, round: RoundView) -> float:
+        """Least first; computed once, when the round is queued."""
+
+    def order(self, queue: Sequence[RoundView], cluster: ClusterView) -> Sequence[RoundView]:
+        """A permutation of `queue`, whatever order that is in; the first is started next."""

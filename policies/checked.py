@@ -38,6 +38,17 @@ class CheckedOrdering:
     ordering: Ordering
     fallback: Ordering = field(default_factory=Fcfs)
 
+    @property
+    def window(self) -> int:
+        return max(1, self.ordering.window)
+
+    def key(self, round: RoundView) -> float:
+        try:
+            key = self.ordering.key(round)
+        except Exception:
+            return self.fallback.key(round)
+        return key if key == key else self.fallback.key(round)  # a NaN sorts nowhere
+
     def order(self, queue: Sequence[RoundView], cluster: ClusterView) -> Sequence[RoundView]:
         """A permutation of `queue`, whatever the ordering answers."""
         try:

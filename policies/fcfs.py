@@ -17,10 +17,18 @@ class FcfsParameters:
 class Fcfs:
     parameters: FcfsParameters = field(default_factory=FcfsParameters)
 
+    @property
+    def window(self) -> int:
+        return 1
+
+    def key(self, round: RoundView) -> float:
+        """A retried round keeps its arrival."""
+        return round.arrived_s
+
     def order(self, queue: Sequence[RoundView], cluster: ClusterView) -> Sequence[RoundView]:
-        """Longest waiting first, then by round id; a retried round keeps its arrival."""
+        """First arrived first, then by round id."""
         return sorted(queue, key=_arrival)
 
 
 def _arrival(round: RoundView) -> tuple[float, str]:
-    return -round.waited_s, round.round_id
+    return round.arrived_s, round.round_id

@@ -65,6 +65,7 @@ class Books:
             now - round.arrived_s,
             self.held(round) if history is None else history,
             round.excluded,
+            round.arrived_s,
         )
 
     # ---- reservations

@@ -229,6 +229,14 @@ class Reserved(Struct, frozen=True, gc=False):
     totals: Totals
 
 
+class Rehome(Struct, frozen=True, gc=False):
+    """`move`: the new home has the session's KV. Compare-and-set its home in the ledger, without waiting."""
+
+    round_id: str
+    from_home: str
+    to_home: str
+
+
 class HeldChain(Struct, frozen=True, gc=False):
     """An engine holds all pages of a chain. What a ledger keeps of it is told by `Scheduler.checkpoints`."""
 
@@ -265,7 +273,7 @@ class Broke(Struct, frozen=True, gc=False):
     message: str
 
 
-Command = Claim | Prefetch | Prefill | Generate | Abort | Reserved | Complete | Refuse | Broke
+Command = Claim | Prefetch | Prefill | Generate | Abort | Reserved | Rehome | Complete | Refuse | Broke
 
 
 # ---------------------------------------------------------------- receipts

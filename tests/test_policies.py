@@ -255,9 +255,10 @@ def test_a_failed_prefill_engine_is_not_asked_again() -> None:
 # ---------------------------------------------------------------- ordering, registry
 
 
-def test_fcfs_serves_the_longest_waiting_first() -> None:
-    """By waiting time, then by round id."""
-    queue = [a_round(round_id=name, waited_s=waited) for name, waited in [("b", 1.0), ("c", 3.0), ("a", 1.0)]]
+def test_fcfs_serves_the_first_arrived_first() -> None:
+    """By arrival, then by round id; the key alone decides."""
+    queue = [a_round(round_id=name, arrived_s=at) for name, at in [("b", 8.0), ("c", 6.0), ("a", 8.0)]]
+    assert [Fcfs().key(r) for r in queue] == [8.0, 6.0, 8.0] and Fcfs().window == 1
     assert [r.round_id for r in Fcfs().order(queue, cluster())] == ["c", "a", "b"]
 
 

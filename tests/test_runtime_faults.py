@@ -35,8 +35,13 @@ PROMPT = list(range(100, 200))
 class Broken:
     """A policy and an ordering with a bug."""
 
+    window = 3
+
     def place(self, round: RoundView, cluster: ClusterView) -> Placement | Reject:
         raise ZeroDivisionError("a policy's bug")
+
+    def key(self, round: RoundView) -> float:
+        raise ZeroDivisionError("an ordering's bug")
 
     def order(self, queue: Sequence[RoundView], cluster: ClusterView) -> Sequence[RoundView]:
         raise ZeroDivisionError("an ordering's bug")
@@ -86,11 +91,11 @@ def test_a_placement_that_cannot_be_carried_out_is_replaced(choice: tuple[Arm, s
 
 def test_an_ordering_that_fails_leaves_arrival_order() -> None:
     """One that raises, drops or invents rounds: first come, first served."""
-    queue = [RoundView(f"r{n}", "s", 0, 1, 1, 1.0, 1.0, None, 9.0 - n) for n in range(3)]
+    queue = [RoundView(f"r{n}", "s", 0, 1, 1, 1.0, 1.0, None, 9.0 - n, arrived_s=n) for n in range(3)]
     core = scheduler(Chosen())
     cluster_view = core.books.cluster(0.0)
 
-    class Dropping:
+    class Dropping(Fcfs):
         def order(self, queue: Sequence[RoundView], cluster: ClusterView) -> Sequence[RoundView]:
             return queue[1:]
 
