@@ -5,10 +5,10 @@ PYTHON ?= python3
 STAMP = $(VENV)/.antiphon-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench fidelity wheel
+.PHONY: help setup demo serve test fuzz check bench fidelity eval eval-full wheel
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(STAMP) ## make .venv with everything that a machine without a GPU needs
 
@@ -29,6 +29,10 @@ check: $(STAMP) ## ruff, mypy --strict, layering, wheel
 test: $(STAMP) ## the whole test suite, with real engines, real NIXL and a real Valkey
 	$(VENV)/bin/pytest -q
 
+fuzz: $(STAMP) ## 1,000,000 random events through the core, closed-form engines against the loop; SEED=n
+	$(PY) -m antiphon.eval.fuzz --events $(or $(EVENTS),1000000) --seed $(or $(SEED),1)
+	$(PY) -m tests.closed_form_pair --scenarios $(or $(SCENARIOS),4000) --seed $(or $(SEED),1)
+
 demo: $(STAMP) ## real engines serve a small agent trace; checked token by token
 	$(PY) -m antiphon.eval.demo
 
@@ -40,3 +44,9 @@ bench: $(STAMP) ## ratios measured in one run; TRACE=file, DYNAMO=python with ai
 
 fidelity: $(STAMP) ## live engines against the simulator: how far off it is
 	$(PY) -m antiphon.eval.fidelity
+
+eval: $(STAMP) ## every policy on every trace: docs/results.md; TRACES=folder, else they are generated
+	$(PY) -m antiphon.eval.standard $(if $(TRACES),--traces $(TRACES)) $(if $(RESUME),--resume)
+
+eval-full: $(STAMP) ## the same with three seeds, a third cluster, more sessions; goes on where it stopped
+	$(PY) -m antiphon.eval.standard --full --resume --out build/eval-full $(if $(TRACES),--traces $(TRACES))

@@ -5,9 +5,9 @@ loop's: prefill first, chunks back to back or with K decode steps after each, ad
 what others may still generate, the last-come retracted when no page is free. Only what it costs to simulate
 differs: decode steps between two changes of the batch are one event; nothing is done per token or per page.
 
-One thing differs from the loop, by little. Who waits for room is tried again when the batch changes, not
-after every step: in between the pool only gets fuller, but rounding to pages can let the loop admit a few
-steps earlier (`retry_steps=1` does as the loop, at its price).
+Two things differ from the loop, by little; all else is equal. Who waits for room is tried again when the
+batch changes, not after every step (`retry_steps=1` does as the loop, at its price): rounding to pages can
+let the loop admit a few steps earlier. And a page store that is full keeps other pages (`closed_form_kv.py`).
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class EngineGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of every engine request, before it is queued: HTTP, tokenizer manager, scheduling."""
     name: str = ""
     price_per_gpu_hour: Annotated[float, Meta(ge=0.0, le=1e9)] | None = None
+    believed: str = ""
+    """What the scheduler is told where it is not `profile`, by which the engines run; "" = `profile`."""
 
 
 class EngineEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +87,9 @@ class EngineSpec(msgspec.Struct, frozen=True):
     engine_id: str
     group: EngineGroup
     latency: LatencyModel
+    """What it runs by."""
+    believed: LatencyModel | None = None
+    """What the scheduler is told; None = `latency`."""
 
 
 def load_cluster(path: Path) -> Cluster:
@@ -112,11 +117,8 @@ def resolve_engines(cluster: Cluster, folder: Path = Path()) -> tuple[EngineSpec
     specs: list[EngineSpec] = []
     named: dict[str, int] = defaultdict(int)
     for group in cluster.engines:
-        beside = folder / group.profile
-        try:
-            latency = load_latency_model(str(beside) if beside.is_file() else group.profile)
-        except ValueError as error:
-            raise ClusterError(f"cluster {cluster.name!r}: {error}") from error
+        latency = _profile(cluster, folder, group.profile)
+        believed = _profile(cluster, folder, group.believed) if group.believed else None
         if group.device_tokens < cluster.page_tokens:
             raise ClusterError(
                 f"cluster {cluster.name!r}: device_tokens below one page ({cluster.page_tokens})"
@@ -127,5 +129,15 @@ def resolve_engines(cluster: Cluster, folder: Path = Path()) -> tuple[EngineSpec
             )
         name = group.name or group.pool
         first, named[name] = named[name], named[name] + group.count
-        specs += [EngineSpec(f"{name}-{n}", group, latency) for n in range(first, first + group.count)]
+        numbers = range(first, first + group.count)
+        specs += [EngineSpec(f"{name}-{n}", group, latency, believed) for n in numbers]
     return tuple(specs)
+
+
+def _profile(cluster: Cluster, folder: Path, name: str) -> LatencyModel:
+    """A JSON file beside the cluster file, else whatever else the name stands for."""
+    beside = folder / name
+    try:
+        return load_latency_model(str(beside) if beside.is_file() else name)
+    except ValueError as error:
+        raise ClusterError(f"cluster {cluster.name!r}: {error}") from error

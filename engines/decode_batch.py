@@ -135,21 +135,21 @@ class DecodeBatch:
         return self._growth.pages(self.step, self.run_steps)
 
     def end_run(self, now: float) -> list[EngineRequest]:
-        """The steps are done. Who is finished or aborted leaves, and is returned."""
+        """The steps are done. Who is finished or aborted leaves, and is returned, in the batch's order."""
         steps = self.run_steps
         self._count_gaps(now - self.start_s, steps)
         self.step = step = self.step + steps
         self._context += len(self.requests) * steps
         self.run_steps = 0
-        over = [request for request in self.requests if request.aborted] if self.aborting else []
-        for request in over:
-            self.part(request)
-        ends = self._ends
+        ends, over = self._ends, []
         while ends and ends[0][0] <= step:
             _, seq, request = heappop(ends)
             if request.seq == seq:
-                self.part(request)
                 over.append(request)
+        if self.aborting:
+            over = [request for request in self.requests if request.aborted or request.end_step == step]
+        for request in over:
+            self.part(request)
         self._last_tokens = [(now, len(self.requests))] if self.requests else []
         return over
 

@@ -291,6 +291,8 @@ class BatchLoop:
     async def _decode(self) -> None:
         self._make_room()
         batch = list(self.running)
+        if not batch:  # none had room: no step
+            return
         context = sum(len(request.tokens) for request in batch)
         await self._pass(self._latency.decode_step_s(len(batch), context))
         self.totals.decode_steps += 1

@@ -3,11 +3,19 @@
 stack.py   start and stop a whole stack as child processes: Valkey, engines, gateway
 verify.py  teacher-forced check of a result's tokens with transformers
 demo.py    `make demo`: one command from nothing to a checked result
-bench.py   `make bench`: ratios measured in one run; bench_simulation.py: the simulator's speed
+bench.py   `make bench`: ratios measured in one run; bench_decisions.py: cores that decide,
+           bench_simulation.py: the simulator's speed
+Fuzzing the core
+    fuzz.py        `make fuzz`: episodes, and what they must have tried; fuzz_episode.py is one of them
+    fuzz_world.py  makes the events; fuzz_driver.py follows the commands; fuzz_policy.py draws
+    state_digest.py        whether anything in an object has changed
 Simulating
     simulate.py    `antiphon simulate`; simulation_plan.py what it is told, simulation_result.py what it found
     load.py        engine-seconds of a session: `--load`, and what an idle fleet would attain
     sweep.py       `antiphon sweep`; sweep_spec.py is its grid
+    standard.py    `make eval`; standard_grid.py is what it runs, standard_traces.py on which sessions,
+                   standard_data.py reads what it found, standard_page.py shows it with standard_tables.py
+                   and standard_plots.py
     report.py      `antiphon report`; report_data.py groups the results; report_tables.py, report_plots.py
                    show them, report_time.py shows rounds in time; report_style.py is the plots' look,
                    report_page.py makes the HTML of data/report.html.j2

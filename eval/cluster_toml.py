@@ -25,13 +25,13 @@ def write_cluster(directory: Path, cluster: Cluster, profile: LatencyModel) -> P
 def cluster_toml(cluster: Cluster) -> str:
     """The file that `load_cluster` reads back as `cluster`."""
     plain: dict[str, Any] = msgspec.to_builtins(cluster)
-    lines = [_line(name, value) for name, value in plain.items() if _is_scalar(value)]
+    lines = [toml_line(name, value) for name, value in plain.items() if _is_scalar(value)]
     for name, value in plain.items():
         if isinstance(value, dict):
-            lines += ["", f"[{name}]", *(_line(key, inner) for key, inner in value.items())]
+            lines += ["", f"[{name}]", *(toml_line(key, inner) for key, inner in value.items())]
         elif not _is_scalar(value):
             for item in value or ():
-                found = [_line(key, inner) for key, inner in item.items() if inner is not None]
+                found = [toml_line(key, inner) for key, inner in item.items() if inner is not None]
                 lines += ["", f"[[{name}]]", *found]
     return "\n".join(lines) + "\n"
 
@@ -40,7 +40,8 @@ def _is_scalar(value: object) -> bool:
     return isinstance(value, str | int | float)
 
 
-def _line(key: str, value: object) -> str:
+def toml_line(key: str, value: object) -> str:
+    """`key = value` for texts, numbers, truths and lists of them."""
     # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
     text = msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
     return f"{key} = {text}"

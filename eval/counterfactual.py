@@ -199,7 +199,9 @@ def column(policy: str, records: Sequence[RoundRecord], counts: Mapping[str, int
         itl_p50_s=itl.p50 if itl else None,
         itl_p90_s=itl.p90 if itl else None,
         arms=dict(sorted(Counter(record.arm for record in done).items())),
-        bytes_moved=sum(r.bytes_decode_to_prefill + r.bytes_prefill_to_decode for r in done),
+        bytes_moved=sum(
+            r.bytes_decode_to_prefill + r.bytes_prefill_to_decode + r.bytes_home_to_home for r in done
+        ),
     )
 
 

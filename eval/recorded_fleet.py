@@ -89,6 +89,7 @@ def _record(item: RecordedRound, number: int, receipt: dict[str, Any], began_s: 
         push_s=receipt.get("push_s"),
         bytes_decode_to_prefill=receipt.get("bytes_decode_to_prefill", 0),
         bytes_prefill_to_decode=receipt.get("bytes_prefill_to_decode", 0),
+        bytes_home_to_home=receipt.get("bytes_home_to_home", 0),
         pulled_tokens=receipt.get("pulled_tokens", 0),
         receipt=bool(receipt),
     )

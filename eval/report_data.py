@@ -267,7 +267,7 @@ def _scenario(runs: Sequence[Run]) -> Scenario:
     several = len({run.result.ordering for run in runs}) > 1
     cells: dict[tuple[str, float | None], list[Run]] = {}
     for run in runs:
-        name = run.result.policy or "unknown"
+        name = run.result.variant or run.result.policy or "unknown"
         if several:
             name = f"{name}, {run.result.ordering or 'unknown'}"
         cells.setdefault((name, run.load), []).append(run)

@@ -30,7 +30,8 @@ def run_simulation(options: SimulateOptions, prepared: Prepared | None = None) -
     ready = prepared or prepare(options)
     policy = _make(make_policy, options.policy, options.policy_parameters)
     ordering = _make(make_ordering, options.ordering, {})
-    core = Scheduler(policy, ordering, ready.bench.decode.latency, CoreConfig(publish=False))
+    config = CoreConfig(publish=False, corrections=options.corrections)
+    core = Scheduler(policy, ordering, ready.bench.decode.latency, config)
     ends: list[RoundEnd] = []
     simulation = Simulation(core, ready.cluster, ready.specs, ready.targets, ends.append, options.concurrency)
     tops, children = split_children(ready.sessions)

@@ -54,6 +54,10 @@ class SimulateOptions:
     """Of Mooncake traces with sessions (`traces/formats.py`)."""
     skip_bad: bool = False
     policy_parameters: Mapping[str, object] = field(default_factory=dict)
+    variant: str = ""
+    """What the result calls this policy with these parameters; "" = by its own name."""
+    corrections: bool = True
+    """Whether the core corrects its latency model by what engines really take."""
 
 
 @dataclass(frozen=True, slots=True)

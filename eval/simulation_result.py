@@ -49,6 +49,7 @@ def records_of(ready: Prepared, ends: Iterable[RoundEnd]) -> Iterator[RoundRecor
             receipt=True,
             bytes_decode_to_prefill=receipt.bytes_decode_to_prefill,
             bytes_prefill_to_decode=receipt.bytes_prefill_to_decode,
+            bytes_home_to_home=receipt.bytes_home_to_home,
             pulled_tokens=receipt.pulled_tokens,
             predicted_ttft_s=receipt.predicted_ttft_s,
             gateway_ttft_s=receipt.ttft_s,
@@ -78,7 +79,7 @@ def result_of(
     engines = [*simulation.engines.values(), *simulation.dead]
     completed = sum(record.completed for record in records)
     gpu_s = simulation.now_s * sum(spec.latency.gpus for spec in ready.specs)
-    return summarise(
+    found = summarise(
         kind="simulation",
         trace=ready.trace,
         conditions=_conditions(ready),
@@ -104,6 +105,8 @@ def result_of(
         cost_per_1k_rounds=_cost(ready, simulation.now_s, completed),
         simulated_s=simulation.now_s,
     )
+    found.variant, found.policy_parameters = options.variant, dict(options.policy_parameters)
+    return found
 
 
 def _refused(ready: Prepared) -> Iterator[RoundRecord]:

@@ -6,6 +6,9 @@
     loads = [0.3, 0.7]            # or session_rates = [...]
     seeds = [0, 1]
     max_sessions = 60             # and, optional: orderings, max_gap_s, slo_ttft_s, slo_itl_s, rounds
+    [variants.ampd-strict]        # a policy under other parameters, as one more series
+    policy = "ampd"
+    parameters = {alpha = 0.7}
 
 Frozen and strict: an unknown key is an error. Traces and cluster files are looked for beside the spec first.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -28,15 +31,31 @@ from antiphon.traces.readers import trace_sha256
 
 Some = Annotated[tuple[str, ...], Meta(min_length=1)]
 Positive = Annotated[float, Meta(gt=0.0)]
+Series = tuple[str, str, str, dict[str, Any], bool]
+"""Variant or "", policy, ordering, parameters, corrections."""
+
+
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A policy as it is not by default: one more series of the grid, under a name of its own."""
+
+    policy: str
+    parameters: dict[str, Any] = {}
+    ordering: str = "fcfs"
+    corrections: bool = True
+    """Whether the core corrects its latency model by what engines really take."""
 
 
 class SweepSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A grid: every combination of the lists is one cell."""
+    """A grid: every combination of the lists is one cell; of variants, every one with traces, clusters, loads
+    and seeds."""
 
     traces: Some
     clusters: Some
-    policies: Some
+    policies: tuple[str, ...] = ()
     orderings: Some = ("fcfs",)
+    one_ordering: tuple[str, ...] = ()
+    """Policies under which nothing waits in a queue of the scheduler: they run under the first ordering."""
+    variants: dict[Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Variant] = {}
     loads: tuple[Positive, ...] = ()
     """Shares of the fleet's time (rho)."""
     session_rates: tuple[Positive, ...] = ()
@@ -63,6 +82,10 @@ class Cell(msgspec.Struct, frozen=True):
     seed: int
     load: float | None
     session_rate: float | None
+    variant: str = ""
+    """Its name; "" for a policy by its defaults."""
+    parameters: dict[str, Any] = {}
+    corrections: bool = True
 
     def options(self, spec: SweepSpec, out: Path) -> SimulateOptions:
         """What `run_simulation` is given; results go into `out`."""
@@ -82,6 +105,9 @@ class Cell(msgspec.Struct, frozen=True):
             rounds_path=out / f"{self.name}.rounds.jsonl.gz" if spec.rounds else None,
             share_system=spec.share_system,
             skip_bad=spec.skip_bad,
+            policy_parameters=self.parameters,
+            variant=self.variant,
+            corrections=self.corrections,
         )
 
 
@@ -93,9 +119,12 @@ def read_spec(path: Path) -> SweepSpec:
         raise SimulationError(f"{path}: {error}") from error
     if bool(spec.loads) == bool(spec.session_rates):
         raise SimulationError(f"{path}: give either loads or session_rates")
+    if not spec.policies and not spec.variants:
+        raise SimulationError(f"{path}: give policies, or variants")
     try:
-        for name in spec.policies:
-            make_policy(name)
+        for _, policy, ordering, parameters, _ in series_of(spec):
+            make_policy(policy, parameters)
+            make_ordering(ordering)
         for name in spec.orderings:
             make_ordering(name)
     except ValueError as error:
@@ -118,18 +147,21 @@ def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
         [spec.max_sessions, spec.max_gap_s, spec.slo_ttft_s, spec.slo_itl_s, spec.share_system, spec.skip_bad]
     )
     cells = []
-    for trace, cluster, policy, ordering, (load, rate), seed in itertools.product(
-        spec.traces, spec.clusters, spec.policies, spec.orderings, loads, spec.seeds
+    for trace, cluster, series, (load, rate), seed in itertools.product(
+        spec.traces, spec.clusters, series_of(spec), loads, spec.seeds
     ):
-        what = [hashes[trace], policy, ordering, load, rate, seed]
-        content = contents[cluster] + common + msgspec.json.encode(what)
+        variant, policy, ordering, parameters, corrections = series
+        what: list[object] = [hashes[trace], policy, ordering, load, rate, seed]
+        what += [parameters, corrections] if variant else []
+        content = contents[cluster] + common + msgspec.json.encode(what, order="sorted")
         digest = hashlib.sha256(content).hexdigest()[:10]
         amount = f"rho{load:g}" if load is not None else f"rate{rate:g}"
         folder_name, file_name = Path(trace).parent.name, Path(trace).name.split(".")[0]
         stem = f"{folder_name}-{file_name}" if folder_name else file_name
+        stem = f"{stem}-{clusters[cluster].stem}-{variant or policy}-{ordering}"
         cells.append(
             Cell(
-                name=f"{stem}-{clusters[cluster].stem}-{policy}-{ordering}-{amount}-s{seed}-{digest}",
+                name=f"{stem}-{amount}-s{seed}-{digest}",
                 trace=str(traces[trace]),
                 cluster=str(clusters[cluster]),
                 policy=policy,
@@ -137,15 +169,32 @@ def cells_of(spec: SweepSpec, folder: Path) -> list[Cell]:
                 seed=seed,
                 load=load,
                 session_rate=rate,
+                variant=variant,
+                parameters=parameters,
+                corrections=corrections,
             )
         )
     return list({cell.name: cell for cell in cells}.values())  # who lists a thing twice means it once
 
 
+def series_of(spec: SweepSpec) -> list[Series]:
+    """In the order of the lists; variants come last."""
+    plain: list[Series] = [
+        ("", policy, ordering, {}, True)
+        for policy in spec.policies
+        for ordering in (spec.orderings[:1] if policy in spec.one_ordering else spec.orderings)
+    ]
+    return plain + [
+        (name, it.policy, it.ordering, it.parameters, it.corrections) for name, it in spec.variants.items()
+    ]
+
+
 def _content(cluster: Path) -> bytes:
     """The file, and the coefficients that it names."""
     specs = resolve_engines(load_cluster(cluster), cluster.parent)
-    return cluster.read_bytes() + b"".join(msgspec.json.encode(spec.latency) for spec in specs)
+    told = [spec.believed for spec in specs if spec.believed is not None]
+    profiles = [spec.latency for spec in specs] + told
+    return cluster.read_bytes() + b"".join(map(msgspec.json.encode, profiles))
 
 
 def _beside(folder: Path, name: str) -> Path:

@@ -8,10 +8,10 @@ With L prompt tokens, home d, prefill engine p and H(e) = history on e:
 
 An engine always computes at least the prompt's last token. Prefill runs in chunks of C with K decode steps
 of the engine's own batch between two of them (`EngineView.chunk_tokens`, `decode_interval`): those steps are
-part of its prefill time. Predictions are multiplied by the engine's corrections. NOT in any term: the harm that a prefill does to the ITL of the rounds that decode
-on the same engine (AMPD's local prefill "pauses the batch"); policies guard it by their rules, not by this
-estimate. Transfers are priced on an idle link. Every engine is priced by its own latency model, a transfer by
-the slower of the two engines that it joins.
+part of its prefill time. Predictions are multiplied by the engine's corrections. NOT in any term: the harm
+that a prefill does to the ITL of the rounds that decode on the same engine (AMPD's local prefill "pauses the
+batch"); policies guard it by their rules, not by this estimate. Transfers are priced on an idle link. Every
+engine is priced by its own latency model, a transfer by the slower of the two engines that it joins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int) -> fl
 
 
 def decode_step(engine: EngineView, more_rounds: int = 0, more_tokens: int = 0) -> float:
-    """Seconds of a decode step of the engine's batch with `more_rounds` of `more_tokens` of context in all."""
+    """Seconds of a decode step of its batch with `more_rounds` of `more_tokens` of context in all."""
     step_s = engine.latency.decode_step_s(engine.batch + more_rounds, engine.context_tokens + more_tokens)
     return step_s * engine.corrections.decode
 
@@ -57,15 +57,21 @@ def remote_recompute(round: RoundView, engine: EngineView, home: EngineView) -> 
     return Candidate(Arm.REMOTE_RECOMPUTE, engine.engine_id, engine.queue_s, prefill_s, 0.0, push_s)
 
 
-def remote_pull(round: RoundView, engine: EngineView, home: EngineView) -> Candidate:
-    """`engine` first fetches what `home` holds beyond it. With nothing to fetch it is `remote_recompute`."""
-    history = round.held(home.engine_id)
+def remote_pull(
+    round: RoundView, engine: EngineView, home: EngineView, source: EngineView | None = None
+) -> Candidate:
+    """`engine` first fetches what `source` (default: the home) holds beyond it.
+
+    With nothing to fetch it is `remote_recompute`.
+    """
+    source = home if source is None else source
+    history = round.held(source.engine_id)
     pulled = history - round.held(engine.engine_id)
     if pulled <= 0:
         return remote_recompute(round, engine, home)
     prefill_s = prefill_on(engine, round.prompt_tokens, history)
-    pull_s = transfer_between(home, engine, pulled)
-    push_s = transfer_between(engine, home, round.prompt_tokens - history)
+    pull_s = transfer_between(source, engine, pulled)
+    push_s = transfer_between(engine, home, round.prompt_tokens - round.held(home.engine_id))
     return Candidate(Arm.REMOTE_PULL, engine.engine_id, engine.queue_s, prefill_s, pull_s, push_s)
 
 

@@ -120,6 +120,10 @@ class EngineView(Struct, frozen=True, gc=False):
     its target; at most SLACKS of them, those that have missed it left out."""
     arrivals_per_s: float = 0.0
     """Rounds that were placed there for prefill, per second of the past window."""
+    prefill_share: float = 0.0
+    """Seconds of prefill that were placed there, per second of the past window."""
+    kv_share: float = 0.0
+    """KV there of sessions that are expected back, as a share of its page store; above 1 it evicts some."""
 
 
 SLACKS = 16

@@ -65,6 +65,6 @@ def _wrong(placement: Placement, cluster: ClusterView) -> str:
     for engine_id in (home, prefill_engine):
         if engine_id not in cluster.engines:
             return f"engine {engine_id} is not alive"
-    if (placement.arm is Arm.LOCAL) != (home == prefill_engine):
+    if (placement.arm in (Arm.LOCAL, Arm.MOVE)) != (home == prefill_engine):
         return f"{placement.arm.value} with home {home} and prefill engine {prefill_engine}"
     return ""

@@ -27,10 +27,10 @@ def can_be_home(engine: EngineView, round: RoundView) -> bool:
 
 def least_used(engines: Iterable[EngineView]) -> EngineView | None:
     """The default rule: least share of KV in use, then fewest sessions, then engine id."""
-    return min(engines, key=_use, default=None)
+    return min(engines, key=use, default=None)
 
 
-def _use(engine: EngineView) -> tuple[float, int, str]:
+def use(engine: EngineView) -> tuple[float, int, str]:
     return engine.used_tokens / max(1, engine.pool_tokens), engine.sessions, engine.engine_id
 
 

@@ -13,11 +13,23 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from antiphon.policies.adaptive import Adaptive, AdaptiveParameters
 from antiphon.policies.ampd import Ampd, AmpdParameters
+from antiphon.policies.ampd_reorder import AmpdReorder, AmpdReorderParameters
 from antiphon.policies.base import Ordering, Policy
+from antiphon.policies.deflect import Deflect, DeflectParameters
+from antiphon.policies.edf import Edf, EdfParameters
 from antiphon.policies.fcfs import Fcfs, FcfsParameters
+from antiphon.policies.first_remote import FirstRemote, FirstRemoteParameters
+from antiphon.policies.isl_bounding import IslBounding, IslBoundingParameters
 from antiphon.policies.local import Local, LocalParameters
+from antiphon.policies.mooncake import Mooncake, MooncakeParameters
+from antiphon.policies.ppd import Ppd, PpdParameters
 from antiphon.policies.remote import Remote, RemoteParameters
+from antiphon.policies.remote_pull_always import RemotePullAlways, RemotePullAlwaysParameters
+from antiphon.policies.sjf import Sjf, SjfParameters
+from antiphon.policies.threshold import Threshold, ThresholdParameters
+from antiphon.policies.threshold_queue import ThresholdQueue, ThresholdQueueParameters
 
 
 class Entry(NamedTuple):
@@ -28,13 +40,29 @@ class Entry(NamedTuple):
 
 POLICIES: Mapping[str, Entry] = MappingProxyType(
     {
+        "adaptive": Entry(Adaptive, AdaptiveParameters),
         "ampd": Entry(Ampd, AmpdParameters),
+        "deflect": Entry(Deflect, DeflectParameters),
+        "first_remote": Entry(FirstRemote, FirstRemoteParameters),
+        "isl_bounding": Entry(IslBounding, IslBoundingParameters),
         "local": Entry(Local, LocalParameters),
+        "mooncake": Entry(Mooncake, MooncakeParameters),
+        "ppd": Entry(Ppd, PpdParameters),
         "remote": Entry(Remote, RemoteParameters),
+        "remote_pull_always": Entry(RemotePullAlways, RemotePullAlwaysParameters),
+        "threshold": Entry(Threshold, ThresholdParameters),
+        "threshold_queue": Entry(ThresholdQueue, ThresholdQueueParameters),
     }
 )
 
-ORDERINGS: Mapping[str, Entry] = MappingProxyType({"fcfs": Entry(Fcfs, FcfsParameters)})
+ORDERINGS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "ampd_reorder": Entry(AmpdReorder, AmpdReorderParameters),
+        "edf": Entry(Edf, EdfParameters),
+        "fcfs": Entry(Fcfs, FcfsParameters),
+        "sjf": Entry(Sjf, SjfParameters),
+    }
+)
 
 
 def make_policy(name: str, parameters: Mapping[str, object] | None = None) -> Policy:

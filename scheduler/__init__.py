@@ -10,6 +10,8 @@ Core (no clock, no I/O)
     receipts.py    a round's receipt, from its record
     attempts.py    what the core does with a round: decide, start, give up a try, end
     core.py        Scheduler.receive(event, now) -> commands; core_config.py is what it can be told
+    corrections.py what the predictions for an engine are multiplied by; observer.py learns it from rounds,
+                   clean_times.py says which of their times tell something
     checks.py      check_invariants(): do the books contradict each other
 Drivers and state
     runtime.py     asyncio driver: commands -> engine and ledger calls, results -> events
@@ -17,11 +19,13 @@ Drivers and state
     simulated_sessions.py  its clients: what they send, when, and which pages their prompts share
     engine_calls.py  the calls on engines that answer once
     rounds.py      a round as the gateway sees it: its request, its stream to the client
-    recorder.py    the driver's calls to the ledger: claim, record, publish reservations
+    recorder.py    the driver's calls to the ledger: claim, move a home, record, publish reservations
+    explanation.py what would be decided of a round, asked of ledger and core without a trace
     discovery.py   engine registry and configuration -> EngineUp / EngineDown
     heartbeat.py   keeps this replica's leases alive
     ledger.py      Redis: claims, completions, residency, totals (data/*.lua)
     ledger_connection.py  one connection to it: deadlines, errors, names of keys
+    ledger_answers.py     what its scripts answer, as our types
     ledger_views.py       reading it: sessions, receipts, counters
     receipt_log.py the latest receipts of this replica
     round_log.py   `serve --record`: every round as a line of lengths and times
@@ -29,7 +33,8 @@ Drivers and state
     valkey.py      the embedded Valkey
 Doors
     gateway.py     ASGI app: routes, health, metrics, receipts
-    completions.py one completion request: checked, submitted, answered
+    completions.py one completion request: submitted and answered, or explained
+    intake.py      before that: read whole, checked, made a round
     requests.py    checks of what clients send
     identity.py    whose round it is: the session id
     prompts.py     tokenizer and chat template

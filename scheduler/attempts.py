@@ -22,10 +22,11 @@ from antiphon.scheduler.messages import (
     Prefetch,
     Prefill,
     Refuse,
+    Rehome,
     RoundFinished,
     Try,
 )
-from antiphon.scheduler.receipts import is_remote, make_receipt
+from antiphon.scheduler.receipts import history_source, is_remote, make_receipt
 from antiphon.scheduler.states import Phase, Round
 
 
@@ -56,38 +57,75 @@ class Attempts:
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
             return
         round.placement, round.history = answer, view.history_tokens
+        round.source = history_source(answer, view.home)
         round.tried_s = now if round.tries else round.arrived_s
         round.tries.append(Try(answer))
         round.history_tokens = view.held(answer.home)
-        self.books.reserve(round, answer, now)
+        self.books.reserve(round, answer, view, now)
         if is_remote(answer.arm):
-            round.enter(Phase.QUEUED, now)
-            self.books.fleet.books[answer.prefill_engine].queue.append(round.round_id)
+            self._enqueue(round, answer.prefill_engine, now)
+            return
+        round.dispatched_s = now
+        if answer.arm is Arm.MOVE:
+            self._move(round, now)
         else:
-            round.dispatched_s = now
             self._generate(round, now)
+
+    def _enqueue(self, round: Round, engine_id: str, now: float) -> None:
+        round.enter(Phase.QUEUED, now)
+        book = self.books.fleet.books[engine_id]
+        if not book.queue and len(book.in_flight) < self.config.prefill_in_flight:
+            self._start_prefill(round, book, now)  # there is nobody to order it among
+        else:
+            round.queue_key = self.ordering.key(self.books.view(round, now, round.history))
+            book.queue.add(round.queue_key, round.round_id)
 
     def _dispatch(self, book: EngineBook, now: float) -> None:
         """Start waiting rounds while the prefill engine has room, in the ordering's order."""
         while book.queue and len(book.in_flight) < self.config.prefill_in_flight:
-            first = book.queue[0]
-            if len(book.queue) > 1:
-                rounds = map(self.rounds.__getitem__, book.queue)
+            head = book.queue.head(self.ordering.window)
+            first = head[0]
+            if len(head) > 1:
+                rounds = map(self.rounds.__getitem__, head)
                 waiting = [self.books.view(round, now, round.history) for round in rounds]
                 first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
-            book.queue.remove(first)
-            book.in_flight.add(first)
-            self._start_prefill(self.rounds[first], now)
+                for passed in head[: head.index(first)]:
+                    self.rounds[passed].postponed += 1
+            chosen = self.rounds[first]
+            book.queue.remove(chosen.queue_key, first)
+            self._start_prefill(chosen, book, now)
 
-    def _start_prefill(self, round: Round, now: float) -> None:
+    def _start_prefill(self, round: Round, book: EngineBook, now: float) -> None:
         assert round.placement is not None
         placement, round.dispatched_s = round.placement, now
-        pages = self.books.held_by(round, placement.home) // round.arrived.page_size_tokens
-        if placement.arm is Arm.REMOTE_PULL and pages > 0:
-            round.enter(Phase.PULLING, now)
-            self._prefetch(round, placement.prefill_engine, placement.home, pages)
+        book.in_flight.add(round.round_id)
+        if round.source is not None:
+            pages = self.books.held_by(round, round.source) // round.arrived.page_size_tokens
+            if pages > 0:
+                round.enter(Phase.PULLING, now)
+                self._prefetch(round, placement.prefill_engine, round.source, pages)
+                return
+            self.books.transfer_over(round.round_id, placement.prefill_engine, round.source)
+        self._prefill(round, now)
+
+    def _move(self, round: Round, now: float) -> None:
+        """Have the new home fetch what the source holds beyond it, if anything."""
+        assert round.placement is not None
+        home, source, held = round.placement.home, round.source, round.history.get
+        if source is not None and held(source, 0) > held(home, 0):
+            round.enter(Phase.PUSHING, now)
+            self._prefetch(round, home, source, held(source, 0) // round.arrived.page_size_tokens)
         else:
-            self._prefill(round, now)
+            self._moved(round, now)
+
+    def _moved(self, round: Round, now: float) -> None:
+        """The new home has what it gets of the session's KV: from now on the session is there."""
+        assert round.placement is not None
+        home, before = round.placement.home, self.books.home(round)
+        if before is not None and before != home:
+            self._commands.append(Rehome(round.round_id, before, home))
+        self.books.settle(round, home, round.arrived.prompt_tokens, now)
+        self._generate(round, now)
 
     # ---------------------------------------------------------------- acting
 
@@ -117,12 +155,12 @@ class Attempts:
         if round.phase is not Phase.QUEUED:
             self._commands.append(Abort(round.round_id, round.engine_id or "", round.rid))
 
-    def _give_up_try(self, round: Round, engine_id: str, failure: str) -> None:
+    def _give_up_try(self, round: Round, engine_id: str, failure: str, now: float) -> None:
         """Undo the present try; the caller then tries again or refuses."""
         round.tries[-1] = replace(round.tries[-1], failure=f"{engine_id}: {failure}")
         round.excluded |= {engine_id}
-        self.books.release(round)
-        round.placement = None
+        self.books.release(round, now)
+        round.placement = round.source = None
         round.rid = ""
         round.pull_s = round.prefilled_s = round.push_s = 0.0
         round.pulled_tokens = 0
@@ -150,7 +188,7 @@ class Attempts:
     def _end(self, round: Round, outcome: Outcome, now: float, finished: RoundFinished | None = None) -> None:
         receipt = make_receipt(round, outcome, now, finished)
         holdings = self.books.new_holdings(round, finished) if finished else ()
-        self.books.release(round)
+        self.books.release(round, now)
         round.enter(Phase.ENDED, now)
         del self.rounds[round.round_id]
         self.ended[outcome] += 1

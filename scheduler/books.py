@@ -2,30 +2,37 @@
 
 Reservations of a round (made in the step that decides, given back by `release`):
     decode[round]     at the home, from the decision to the end
+    slacks            at the home, from the decision to the end: the stall that its ITL target leaves
     prefill_s[round]  at the prefill engine, from the decision until the prefill is done (local: first token)
     queue / in_flight at the prefill engine of a remote round
+    incoming/outgoing at both ends of a transfer, from the decision until it is over
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from antiphon.policies.base import ClusterView, Placement, RoundView
+from antiphon.policies.base import Arm, ClusterView, Placement, RoundView
 from antiphon.policies.latency import LatencyModel
-from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, Fleet, SessionKey
+from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, EngineBook, Fleet
 from antiphon.scheduler.messages import (
     Claimed,
     EngineUp,
     HeldChain,
+    Holding,
     LoadReported,
     Reserved,
     RoundFinished,
     Totals,
 )
 from antiphon.scheduler.receipts import is_remote
-from antiphon.scheduler.residency import ResidencyIndex
+from antiphon.scheduler.residency import ResidencyIndex, checkpoint_limit
 from antiphon.scheduler.sessions import SessionTable
 from antiphon.scheduler.states import Round
+from antiphon.scheduler.store_use import SessionKey
+
+UNKNOWN_OUTPUT_TOKENS = 256
+"""What a round is taken to generate, if it may, before any round has ended."""
 
 
 class Books:
@@ -52,7 +59,9 @@ class Books:
 
     def view(self, round: Round, now: float, history: Mapping[str, int] | None = None) -> RoundView:
         """`history`: H(e) as known from before; None = look it up now."""
-        arrived = round.arrived
+        arrived, placement = round.arrived, round.placement
+        session = self.sessions.get(session_key(round))
+        predicted = placement.predicted if placement is not None else None
         return RoundView(  # by position, as once per decision: keywords cost five times as much
             round.round_id,
             round.session_id,
@@ -61,25 +70,76 @@ class Books:
             arrived.max_output_tokens,
             arrived.slo_ttft_s,
             arrived.slo_itl_s,
-            self.sessions.live_home(session_key(round)),
+            session.home if session is not None and session.home in self.fleet.books else None,
             now - round.arrived_s,
             self.held(round) if history is None else history,
             round.excluded,
             round.arrived_s,
+            min(self.sessions.expected_output(session), arrived.max_output_tokens),
+            predicted.pull_s + predicted.prefill_s if predicted is not None else 0.0,
+            predicted.push_s if predicted is not None else 0.0,
+            round.postponed,
         )
 
     # ---- reservations
 
-    def reserve(self, round: Round, placement: Placement, now: float) -> None:
-        """Book the round's work on its engines and settle the session at its home."""
-        arrived = round.arrived
+    def reserve(self, round: Round, placement: Placement, view: RoundView, now: float) -> None:
+        """Book the round's work on its engines and settle the session at its home.
+
+        A session that moves is settled when its KV has come: a move that fails leaves it where it was.
+        """
+        arrived, round_id, predicted = round.arrived, round.round_id, placement.predicted
+        home, engine = self.fleet.books[placement.home], self.fleet.books[placement.prefill_engine]
+        held = view.history_tokens.get
+        cached = held(placement.prefill_engine, 0)
+        if round.source is not None:
+            cached = max(cached, held(round.source, 0))
+        self._work(round, (home, engine), now)
+        engine.stall(now, predicted.prefill_s, max(1, arrived.prompt_tokens - cached))
+        pulled_in_turn = placement.arm is Arm.REMOTE_PULL
+        engine.add_prefill(round_id, predicted.prefill_s + (predicted.pull_s if pulled_in_turn else 0.0))
         slot = DecodeSlot(arrived.prompt_tokens + arrived.max_output_tokens, arrived.slo_itl_s)
-        self.fleet.books[placement.home].add_decode(arrived.round_id, slot)
-        work_s = placement.predicted.prefill_s + placement.predicted.pull_s
-        self.fleet.books[placement.prefill_engine].add_prefill(arrived.round_id, work_s)
-        self.settle(round, placement.home, arrived.prompt_tokens, now)
-        self.touch(placement.home)
-        self.touch(placement.prefill_engine)
+        expected = view.expected_output_tokens or min(arrived.max_output_tokens, UNKNOWN_OUTPUT_TOKENS)
+        home.add_decode(round_id, slot, expected)
+        for puller, source, tokens in round.transfers():
+            self._owe(round_id, puller, source, tokens)
+        if placement.arm is not Arm.MOVE:
+            self.settle(round, placement.home, arrived.prompt_tokens, now)
+        home.touch()
+        engine.touch()
+        self.dirty.update((placement.home, placement.prefill_engine))
+
+    def _work(self, round: Round, engines: tuple[EngineBook, EngineBook], now: float) -> None:
+        """The session is back, and its KV is at work in the stores of both engines."""
+        key, prompt_tokens = session_key(round), round.arrived.prompt_tokens
+        if len(round.tries) == 1:
+            session = self.sessions.get(key)
+            if session is None:
+                self.fleet.returns.began()
+            else:
+                self.fleet.returns.came_back(now - session.seen_s)
+        for book in engines:
+            book.store.use(key, prompt_tokens)
+
+    def _owe(self, round_id: str, puller: str, source: str, tokens: int) -> None:
+        into, out_of = self.fleet.books[puller], self.fleet.books.get(source)
+        owed_bytes = into.kv_bytes(tokens)
+        into.incoming.add(round_id, owed_bytes)
+        into.touch()
+        if out_of is not None:
+            out_of.outgoing.add(round_id, owed_bytes)
+            out_of.touch()
+
+    def transfer_over(self, round_id: str, puller: str, source: str | None) -> None:
+        """Nothing is owed any more of what `puller` was to fetch from `source`."""
+        into = self.fleet.books.get(puller)
+        if into is not None:
+            into.incoming.drop(round_id)
+            into.touch()
+        out_of = self.fleet.books.get(source or "")
+        if out_of is not None:
+            out_of.outgoing.drop(round_id)
+            out_of.touch()
 
     def prefill_over(self, round: Round, engine_id: str) -> None:
         """The prefill engine has done its part."""
@@ -88,24 +148,32 @@ class Books:
         book.drop_prefill(round.round_id)
         self.touch(engine_id)
 
-    def release(self, round: Round) -> None:
+    def release(self, round: Round, now: float) -> None:
         """Give back everything that the round still holds."""
         if round.placement is None:
             return
         home, prefill_engine = round.placement.home, round.placement.prefill_engine
         for engine_id in (home,) if home == prefill_engine else (home, prefill_engine):
             book = self.fleet.books.get(engine_id)
-            if book is None:
-                continue
-            book.drop_decode(round.round_id)
-            book.drop_prefill(round.round_id)
-            book.in_flight.discard(round.round_id)
-            if round.round_id in book.queue:
-                book.queue.remove(round.round_id)
-            self.touch(engine_id)
+            if book is not None:
+                book.release(round.round_id, round.queue_key)
+                book.store.leave(session_key(round), now)
+                self.touch(engine_id)
+        source = self.fleet.books.get(round.source or "")
+        if source is not None:
+            source.drop_transfers(round.round_id)
+            source.touch()
+
+    def home(self, round: Round) -> str | None:
+        """The home of the round's session, if that engine is alive."""
+        return self.sessions.live_home(session_key(round))
 
     def settle(self, round: Round, home: str, tokens: int, now: float) -> None:
         self.sessions.settle(session_key(round), home, tokens, round.round_number, now)
+
+    def answered(self, round: Round, tokens: int) -> None:
+        """The round has ended with so many tokens of output: later ones are expected to resemble it."""
+        self.sessions.answered(session_key(round), tokens)
 
     def count_others(self, claimed: Claimed) -> None:
         """Take over what the other replicas have reserved."""
@@ -127,11 +195,8 @@ class Books:
 
     def transfer_s(self, puller: str, source: str, tokens: int) -> float:
         """Seconds to move the KV of `tokens` between two engines; those that are gone do not count."""
-        one, other = self.fleet.books.get(puller), self.fleet.books.get(source)
-        seconds = one.latency.transfer_s(tokens) if one else 0.0
-        if other is None or (one is not None and other.latency is one.latency):
-            return seconds
-        return max(seconds, other.latency.transfer_s(tokens))
+        ends = (self.fleet.books.get(puller), self.fleet.books.get(source))
+        return max((book.transfer_s(tokens) for book in ends if book is not None), default=0.0)
 
     def touch(self, engine_id: str) -> None:
         """This engine's view must be rebuilt and its totals published."""
@@ -143,15 +208,16 @@ class Books:
         changed = []
         for engine_id in sorted(self.dirty):
             book = self.fleet.books.get(engine_id)
-            totals = book.totals() if book is not None else Totals()
-            if self._published.get(engine_id, Totals()) != totals:
+            totals = book.totals() if book is not None else NO_TOTALS
+            if self._published.get(engine_id, NO_TOTALS) != totals:
                 self._published[engine_id] = totals
                 changed.append(Reserved(engine_id, totals))
         return changed
 
     def engine_up(self, up: EngineUp) -> None:
         self.fleet.add(up)
-        self.residency.admit(up.engine_id, up.incarnation)
+        limit = checkpoint_limit(up.store_tokens, up.pool_tokens)
+        self.residency.admit(up.engine_id, up.incarnation, limit)
         self.sessions.engine_returned(up.engine_id)
 
     def engine_gone(self, engine_id: str, incarnation: str) -> None:
@@ -180,14 +246,9 @@ class Books:
 
     def hold_claimed(self, round: Round, claimed: Claimed) -> None:
         """Take over what the ledger knows; holdings of an old incarnation are void."""
-        hashes, size = round.arrived.hashes, round.arrived.page_size_tokens
-        self.residency.merge(hashes, size, claimed.holdings)
-        if claimed.tip is not None:
-            # The end of a round that another replica served lies between our checkpoints.
-            page_hash, holding = claimed.tip
-            pages = holding.tokens // size
-            if 0 < pages <= len(hashes) and hashes[pages - 1] == page_hash:
-                self.residency.merge(hashes, size, [holding])
+        holdings = claimed_holdings(round, claimed)
+        if holdings:
+            self.residency.merge(round.arrived.hashes, round.arrived.page_size_tokens, holdings)
 
     def new_holdings(self, round: Round, finished: RoundFinished) -> tuple[HeldChain, ...]:
         """What the ledger learns: the home holds prompt and output, a remote prefill engine the prompt."""
@@ -201,6 +262,17 @@ class Books:
         if self.residency.held_by(up.engine_id, prompt.hashes, size) < len(prompt.hashes) * size:
             return (home,)  # it was replaced since: what it held went with it
         return home, HeldChain(up.engine_id, up.incarnation, prompt.hashes)
+
+
+def claimed_holdings(round: Round, claimed: Claimed) -> tuple[Holding, ...]:
+    """Who holds how much of the round's prompt, as the ledger knows it."""
+    if claimed.tip is None:
+        return claimed.holdings
+    # The end of a round that another replica served lies between our checkpoints.
+    page_hash, holding = claimed.tip
+    hashes, pages = round.arrived.hashes, holding.tokens // round.arrived.page_size_tokens
+    ours = 0 < pages <= len(hashes) and hashes[pages - 1] == page_hash
+    return (*claimed.holdings, holding) if ours else claimed.holdings
 
 
 def session_key(round: Round) -> SessionKey:

@@ -55,7 +55,7 @@ def serve(
     check: Annotated[bool, typer.Option("--check", help="Print the resolved configuration.")] = False,
     host: Annotated[str | None, typer.Option()] = None,
     port: Annotated[int | None, typer.Option(help="0 = any free port.")] = None,
-    policy: Annotated[str | None, typer.Option(help="local, remote, ampd, ...")] = None,
+    policy: Annotated[str | None, typer.Option(help="adaptive, ampd, local, ...")] = None,
     profile: Annotated[str | None, typer.Option(help="Latency profile: a name or a JSON file.")] = None,
     ledger: Annotated[str | None, typer.Option(help="Redis URL; default: an embedded Valkey.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="For the embedded Valkey and the fleet key.")] = None,

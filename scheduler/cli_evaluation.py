@@ -100,6 +100,7 @@ def simulate(
     share_system: ShareSystem = False,
     form: Form = "auto",
     skip_bad: SkipBad = False,
+    correction: Annotated[bool, typer.Option(help="Learn from rounds how far off the profiles are.")] = True,
 ) -> None:
     """Run a trace through the production scheduler on simulated engines."""
     from rich.console import Console
@@ -127,6 +128,7 @@ def simulate(
         share_system=share_system,
         skip_bad=skip_bad,
         form=form,  # type: ignore[arg-type]  # ReadOptions refuses others
+        corrections=correction,
     )
     console = Console(stderr=True)
     with _user_errors("simulate"):

@@ -1,4 +1,4 @@
-"""The completion routes: one request in, one round submitted, its answer streamed or folded.
+"""The completion routes: one request in, one round submitted, its answer streamed or folded; or explained.
 
 Status and headers go out with the round's first event, so a refused round has a real status. A client that
 goes away at any moment cancels its request, which leaves the round's `async with` and so stops the decode.
@@ -8,40 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from antiphon.scheduler import relay, requests
+from antiphon.scheduler import relay
 from antiphon.scheduler.config import Config
-from antiphon.scheduler.errors import (
-    ApiError,
-    UserError,
-    body_too_large,
-    deadline_exceeded,
-    from_refusal,
-    invalid,
-    model_not_found,
-    no_engine,
-    stream_broke,
-)
-from antiphon.scheduler.identity import identify
+from antiphon.scheduler.errors import ApiError, deadline_exceeded, from_refusal, stream_broke
+from antiphon.scheduler.intake import ClientGone, Intake, endpoint_of
 from antiphon.scheduler.metrics import Metrics
-from antiphon.scheduler.prompts import (
-    PromptTokenizer,
-    TemplateOptions,
-    TokenizerSource,
-    content_chars,
-    encode_off_loop,
-)
-from antiphon.scheduler.requests import CHAT_ROUTE, Body, ChatBody
-from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRefused, RoundRequest, RoundRunner
+from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRefused, RoundRunner
 
 log = logging.getLogger(__name__)
 
@@ -52,22 +35,6 @@ LOG_FIELDS = "antiphon.log"
 """Key in the ASGI scope: a dict whose entries end up in the request's log line."""
 CLOSING_DEADLINE_S = 5.0
 """For telling a client that its stream failed."""
-DRAIN_FACTOR = 4
-"""Of a body over the limit this many limits are read and dropped, so that the client gets to see the 413."""
-
-
-class FleetModel(Protocol):
-    """What the fleet says of the model that it serves."""
-
-    def model_ids(self) -> tuple[str, ...]:
-        """Model ids by the engines' hellos; empty while none is known."""
-
-    def context_tokens(self) -> int:
-        """The smallest window of the live engines; 0 = unknown."""
-
-
-class ClientGone(Exception):
-    """The client closed its connection."""
 
 
 @dataclass(slots=True)
@@ -80,53 +47,34 @@ class _Progress:
     """Status and headers are out."""
 
 
-def served_names(config: Config, fleet: FleetModel) -> tuple[str, ...]:
-    """Names by which clients may call the model; empty while none is known."""
-    if config.model.names:
-        return config.model.names
-    ids = fleet.model_ids()
-    if not ids and config.model.path:
-        return (Path(config.model.path).name,)
-    short = [model_id.rstrip("/").rpartition("/")[2] for model_id in ids]
-    return tuple(dict.fromkeys([*short, *ids]))
-
-
 class CompletionRoute:
     """ASGI application of /v1/chat/completions or /v1/completions."""
 
     def __init__(
-        self,
-        route: str,
-        runner: RoundRunner,
-        tokenizers: TokenizerSource,
-        config: Config,
-        fleet: FleetModel,
-        metrics: Metrics,
+        self, route: str, runner: RoundRunner, intake: Intake, config: Config, metrics: Metrics
     ) -> None:
         self._route = route
-        self._chat = route == CHAT_ROUTE
         self._runner = runner
-        self._tokenizers = tokenizers
-        self._config = config
-        self._fleet = fleet
+        self._intake = intake
+        self._deadline_s = config.scheduler.request_deadline_s
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         progress = _Progress()
-        limits = self._config.gateway
         try:
-            raw = await read_body(receive, headers, limits.body_limit_bytes, limits.body_deadline_s)
+            raw = await self._intake.body(receive, headers)
             progress.phase = "waiting"
             await while_connected(receive, self._answer(raw, scope, send, progress))
         except ClientGone:
             self._metrics.disconnects.labels(progress.phase).inc()
 
     async def _answer(self, raw: bytes, scope: Scope, send: Send, progress: _Progress) -> None:
-        request, form = await self._prepare(raw, Headers(scope=scope), scope[ROUND_ID])
+        checked = await self._intake.check(self._route, raw, Headers(scope=scope), scope[ROUND_ID])
+        request, form = checked.request, checked.form
         fields: dict[str, Any] = scope[LOG_FIELDS]
         fields |= {"session": request.session_id, "round_id": request.round_id}
-        deadline_s = self._config.scheduler.request_deadline_s
+        deadline_s = self._deadline_s
         try:
             async with asyncio.timeout(deadline_s), self._runner.submit(request) as handle:
                 await handle.start()
@@ -139,64 +87,6 @@ class CompletionRoute:
             await self._fail(stream_broke(str(broke)), send, progress)
         except TimeoutError:
             await self._fail(deadline_exceeded(deadline_s), send, progress)
-
-    async def _prepare(
-        self, raw: bytes, headers: Headers, round_id: str
-    ) -> tuple[RoundRequest, relay.AnswerForm]:
-        """All checks, then the round and how to answer it; raises `ApiError` before anything has happened."""
-        body: Body
-        if self._chat:
-            body, prompt = requests.parse_chat(raw), None
-        else:
-            body, prompt = requests.parse_completion(raw)
-        identity = identify(headers, body.session.id if body.session else None, body.session_id)
-        self._check_model(body.model)
-        try:
-            tokenizer = await self._tokenizers.get()
-        except UserError as error:
-            raise _unusable_model(str(error)) from error
-        input_ids = await _input_ids(tokenizer, body, prompt)
-        limit = requests.output_limit(body, len(input_ids), self._window_tokens(tokenizer))
-        scheduler = self._config.scheduler
-        targets = requests.slos(body.session, requests.Slos(scheduler.slo_ttft_s, scheduler.slo_itl_s))
-        request = RoundRequest(
-            round_id=round_id,
-            session_id=identity.session_id,
-            tenant=identity.tenant,
-            path=self._route,
-            input_ids=input_ids,
-            body=requests.engine_fields(body, limit),
-            max_output_tokens=limit,
-            slo_ttft_s=targets.ttft_s,
-            slo_itl_s=targets.itl_s,
-            cache_salt=body.cache_salt,
-            tool=requests.tool_answered(body),
-        )
-        stream = bool(body.stream)
-        asked_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        form = relay.AnswerForm(
-            chat=self._chat,
-            model=body.model,
-            answer_id=f"{'chatcmpl' if self._chat else 'cmpl'}-{round_id}",
-            stream=stream,
-            include_usage=asked_usage or not stream,
-            token_ids=bool(body.return_token_ids),
-            identified_by=identity.identified_by,
-        )
-        return request, form
-
-    def _check_model(self, model: str) -> None:
-        served = served_names(self._config, self._fleet)
-        if not served:
-            raise no_engine("No engine has told its model yet; try again when one is up.")
-        if model not in served:
-            raise model_not_found(model, served)
-
-    def _window_tokens(self, tokenizer: PromptTokenizer) -> int:
-        known = [tokens for tokens in (self._fleet.context_tokens(), tokenizer.context_tokens) if tokens > 0]
-        if not known:
-            raise _unusable_model("The model's window is unknown: its config.json does not say it.")
-        return min(known)
 
     async def _stream(
         self, handle: RoundHandle, form: relay.AnswerForm, send: Send, progress: _Progress
@@ -239,30 +129,36 @@ class CompletionRoute:
                 await send({"type": "http.response.body", "body": relay.error_frame(error)})
 
 
-async def read_body(receive: Receive, headers: Headers, limit_bytes: int, deadline_s: float) -> bytes:
-    """The whole body; raises `ApiError` (413 over the limit, 408 past the deadline) or `ClientGone`."""
-    announced = headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit_bytes * DRAIN_FACTOR:
-        raise body_too_large(limit_bytes)
-    pieces: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(deadline_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                piece: bytes = message.get("body", b"")
-                size += len(piece)
-                if size <= limit_bytes:
-                    pieces.append(piece)
-                if not message.get("more_body", False) or size > limit_bytes * DRAIN_FACTOR:
-                    break
-    except TimeoutError as error:
-        raise ApiError(408, "body_timeout", f"The body did not come within {deadline_s:g} s.") from error
-    if size > limit_bytes:
-        raise body_too_large(limit_bytes)
-    return b"".join(pieces)
+class ExplainRoute:
+    """ASGI application of /v1/explain: the body of a completion, checked alike, decided and not run."""
+
+    def __init__(self, runner: RoundRunner, intake: Intake, config: Config, metrics: Metrics) -> None:
+        self._runner = runner
+        self._intake = intake
+        self._scheduler = config.scheduler
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        try:
+            raw = await self._intake.body(receive, headers)
+        except ClientGone:
+            self._metrics.disconnects.labels("body").inc()
+            return
+        route = endpoint_of(raw)
+        checked = await self._intake.check(route, raw, headers, scope[ROUND_ID])
+        found = await self._runner.explain(checked.request)
+        found["session"]["identified_by"] = checked.form.identified_by
+        shown = {
+            "object": "antiphon.explanation",
+            "endpoint": route,
+            "model": checked.form.model,
+            "policy": self._scheduler.policy,
+            "ordering": self._scheduler.ordering,
+            **found,
+            "slo": dataclasses.asdict(checked.targets),
+        }
+        await Response(msgspec.json.encode(shown), media_type="application/json")(scope, receive, send)
 
 
 async def while_connected(receive: Receive, work: Awaitable[None]) -> None:
@@ -291,36 +187,9 @@ async def _raise_when_gone(receive: Receive) -> None:
     raise ClientGone
 
 
-async def _input_ids(
-    tokenizer: PromptTokenizer, body: Body, prompt: str | tuple[int, ...] | None
-) -> tuple[int, ...]:
-    if isinstance(body, ChatBody):
-        messages = body.messages
-        options = TemplateOptions(
-            requests.template_tools(body),
-            requests.template_kwargs(body),
-            continue_final_message=bool(body.continue_final_message),
-        )
-        ids = await encode_off_loop(lambda: tokenizer.encode_chat(messages, options), content_chars(messages))
-    elif isinstance(prompt, str):
-        text = prompt
-        ids = await encode_off_loop(lambda: tokenizer.encode_text(text), len(text))
-    else:
-        ids = prompt or ()
-    if not ids:
-        raise invalid("The prompt has no tokens.", param="messages" if prompt is None else "prompt")
-    requests.check_token_ids(ids, tokenizer.vocabulary_tokens)
-    return ids
-
-
 def _round_headers(handle: RoundHandle) -> list[tuple[bytes, bytes]]:
     return [
         (b"x-session-id", handle.session_id.encode()),
         (b"x-session-round", str(handle.round_number).encode()),
         (b"x-antiphon-arm", handle.arm.encode()),
     ]
-
-
-def _unusable_model(message: str) -> ApiError:
-    log.error("model unusable", extra={"reason": message})
-    return ApiError(503, "model_unavailable", message, kind="server_error", retry_after_s=5.0)

@@ -50,6 +50,8 @@ class SchedulerConfig:
     ordering: str = "fcfs"
     profile: str = "tiny-cpu"
     """Latency profile: a bundled name or a JSON file."""
+    profiles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Engine id or pool -> profile of engines that differ; the id counts before the pool."""
     slo_ttft_s: float = 2.0
     slo_itl_s: float = 0.1
     max_tries: int = 3
@@ -184,12 +186,12 @@ def to_toml(config: Config) -> str:
         value = getattr(config, section.name)
         if section.name == "engines":
             for engine in value:
-                lines += ["[[engines]]", *_assignments(dataclasses.asdict(engine)), ""]
+                lines += ["[[engines]]", *_assignments(_fields(engine)), ""]
         elif section.name == "policy":
             for name, parameters in value.items():
                 lines += [f"[policy.{_key(name)}]", *_assignments(parameters), ""]
         else:
-            lines += [f"[{section.name}]", *_assignments(dataclasses.asdict(value)), ""]
+            lines += [f"[{section.name}]", *_assignments(_fields(value)), ""]
     return "\n".join(lines)
 
 
@@ -219,6 +221,11 @@ def _refuse_unknown(kind: type, table: object, where: str) -> None:
         elif key == "engines" and isinstance(value, list):
             for index, item in enumerate(value):
                 _refuse_unknown(EngineConfig, item, f"{path}[{index}]")
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    """Not `asdict`, which cannot copy a read-only mapping."""
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
 
 
 def _assignments(values: Mapping[str, Any]) -> list[str]:

@@ -6,17 +6,18 @@ per round is under way at any time; the driver reports how it ended. Life of a r
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from antiphon.policies.base import Ordering, Policy
+from antiphon.policies.base import Arm, Ordering, Placement, Policy, Reject
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.attempts import Attempts
 from antiphon.scheduler.books import session_key
 from antiphon.scheduler.checks import check_scheduler
 from antiphon.scheduler.core_config import CoreConfig
+from antiphon.scheduler.corrections import CorrectionConfig
+from antiphon.scheduler.explaining import explain
 from antiphon.scheduler.messages import (
     Claim,
     Claimed,
@@ -36,7 +37,8 @@ from antiphon.scheduler.messages import (
     RoundFinished,
     Tick,
 )
-from antiphon.scheduler.states import IllegalEvent, Phase, Round
+from antiphon.scheduler.observer import Observer
+from antiphon.scheduler.states import IllegalEvent, Phase, Round, new_round
 
 
 class Scheduler(Attempts):
@@ -48,6 +50,9 @@ class Scheduler(Attempts):
         super().__init__(policy, ordering, latency, config or CoreConfig())
         self.accepted = 0
         self._deadlines: list[tuple[float, str]] = []
+        self.observer: Observer | None = None
+        if self.config.corrections:
+            self.observer = Observer(self.books.fleet, self.rounds, CorrectionConfig())
 
     # ---------------------------------------------------------------- the port
 
@@ -68,6 +73,8 @@ class Scheduler(Attempts):
             if self.config.publish:
                 self._commands.extend(self.books.publish())
             dirty.clear()
+        if self.observer is not None:
+            self.observer.observe(event, self._commands, now)
         return self._commands
 
     def next_deadline(self) -> float | None:
@@ -83,6 +90,13 @@ class Scheduler(Attempts):
         """
         return self.books.residency.checkpoints(hashes, page_size_tokens)
 
+    def explain(self, arrived: RoundArrived, claimed: Claimed | None, now: float) -> Placement | Reject:
+        """What `receive` would decide now for such a round and claim. Pure: nothing is begun or believed.
+
+        `claimed` None: as without a ledger. The round must not have arrived.
+        """
+        return explain(self.policy, self.books, arrived, claimed, now)
+
     def check_invariants(self) -> None:
         """Raise AssertionError when the books contradict each other. Tests call it after every event."""
         check_scheduler(self)
@@ -92,11 +106,8 @@ class Scheduler(Attempts):
     def _on_arrived(self, event: RoundArrived, now: float) -> None:
         if event.round_id in self.rounds:
             raise IllegalEvent(f"round {event.round_id} has arrived already")
-        digest = hashlib.sha256(f"{event.session_id}\0{event.round_id}".encode()).digest()
         deadline_s = now + self.config.first_token_deadline_s
-        seed = int.from_bytes(digest[:8], "little")
-        round = Round(event.round_id, event, now, deadline_s, seed, event.session_id)
-        self.rounds[event.round_id] = round
+        self.rounds[event.round_id] = new_round(event, now, deadline_s)
         self.accepted += 1
         heapq.heappush(self._deadlines, (deadline_s, event.round_id))
         self._commands.append(Claim(event.round_id))
@@ -130,14 +141,22 @@ class Scheduler(Attempts):
         self.books.hold(round, event.engine_id, event.pages)
         if event.reason:
             round.notes.append(f"{round.phase.value} on {event.engine_id}: {event.reason}")
-        if round.phase is Phase.PULLING:
+        placement = round.placement
+        assert placement is not None
+        if round.source is not None and (round.phase is Phase.PULLING or placement.arm is Arm.MOVE):
             round.pull_s = elapsed_s
-            round.bytes_decode_to_prefill += event.pulled_bytes
             round.pulled_tokens = event.pulled_pages * round.arrived.page_size_tokens
-            self._prefill(round, now)
+            self.books.transfer_over(round.round_id, placement.prefill_engine, round.source)
+            if placement.arm is Arm.MOVE:
+                round.bytes_home_to_home += event.pulled_bytes
+                self._moved(round, now)
+            else:
+                round.bytes_decode_to_prefill += event.pulled_bytes
+                self._prefill(round, now)
         else:
             round.push_s = elapsed_s
             round.bytes_prefill_to_decode += event.pulled_bytes
+            self.books.transfer_over(round.round_id, placement.home, placement.prefill_engine)
             self._generate(round, now)
 
     def _on_prefill_done(self, round: Round, event: PrefillDone, now: float) -> None:
@@ -153,7 +172,7 @@ class Scheduler(Attempts):
             round.enter(Phase.PUSHING, now)
             self._prefetch(round, round.placement.home, engine_id, pages)
         else:
-            self._generate(round, now)
+            self._generate(round, now)  # nothing was owed either
 
     def _on_client_gone(self, round: Round, event: ClientGone, now: float) -> None:
         self._abort(round)
@@ -164,7 +183,9 @@ class Scheduler(Attempts):
         round.enter(Phase.DECODING, now)
         round.first_token_s = now
         placement, books = round.placement, self.books.fleet.books
-        books[placement.home].drop_prefill(round.round_id)
+        home = books[placement.home]
+        home.drop_prefill(round.round_id)
+        home.slacks.begin(round.round_id, home.prefill_sum_s)
         self.books.touch(placement.home)
         if placement.prefill_engine in books:
             books[placement.prefill_engine].ttft.add(now, now - round.tried_s)
@@ -177,6 +198,8 @@ class Scheduler(Attempts):
             home.itl.add(now, (now - round.first_token_s) / (event.completion_tokens - 1))
         tokens = round.arrived.prompt_tokens + event.completion_tokens
         self.books.settle(round, round.placement.home, tokens, now)
+        self.books.answered(round, event.completion_tokens)
+        home.store.use(session_key(round), tokens)
         size = round.arrived.page_size_tokens
         self.books.residency.record(home.up.engine_id, home.up.incarnation, event.hashes, size)
         self._end(round, Outcome.COMPLETED, now, event)
@@ -188,7 +211,7 @@ class Scheduler(Attempts):
             self._break(round, event.message, now)
             return
         round.all_unreachable = round.all_unreachable and event.kind == "unreachable"
-        self._give_up_try(round, event.engine_id, f"{event.kind}: {event.message}")
+        self._give_up_try(round, event.engine_id, f"{event.kind}: {event.message}", now)
         if event.kind == "bad_request":
             self._refuse(round, "bad_upstream_request", event.message, now)
         else:
@@ -203,7 +226,7 @@ class Scheduler(Attempts):
                 limit_s = self.config.first_token_deadline_s
                 message = f"no token within {limit_s:g} s (the round was {round.phase.value})"
                 if round.placement is not None:
-                    self._give_up_try(round, round.engine_id or round.placement.prefill_engine, message)
+                    self._give_up_try(round, round.engine_id or round.placement.prefill_engine, message, now)
                 self._refuse(round, "upstream_failed", message, now)
 
     def _has_token(self, round_id: str) -> bool:
@@ -236,7 +259,7 @@ class Scheduler(Attempts):
         for round in touched:
             self._abort(round)
             if round.phase is not Phase.DECODING:
-                self._give_up_try(round, engine_id, f"gone: {event.reason}")
+                self._give_up_try(round, engine_id, f"gone: {event.reason}", now)
         for round in touched:
             if round.phase is Phase.DECODING:
                 self._break(round, reason, now)

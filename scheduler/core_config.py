@@ -19,5 +19,7 @@ class CoreConfig:
     retry_after_s: float = 1.0
     session_ttl_s: float = 3600.0
     max_sessions: int = 100_000
+    corrections: bool = True
+    """Whether rounds that finish correct the latency model (`corrections.py`)."""
     publish: bool = True
     """Whether anybody else counts our reservations: without, no `Reserved` is commanded."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from antiphon.engines.base import Engine, EngineError, EngineRecord, FailureKind, LoadReport
 from antiphon.engines.wire import Hello
 from antiphon.policies.base import Pool
+from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
 from antiphon.scheduler.messages import EngineDown, EngineUp
 
@@ -75,7 +77,9 @@ class Discovery:
         static: Sequence[EngineRecord] = (),
         on_load: Callable[[str, LoadReport], None] | None = None,
         times: DiscoveryTimes | None = None,
+        profiles: Mapping[str, LatencyModel] = MappingProxyType({}),
     ) -> None:
+        """`profiles`: engine id or pool -> what work costs there, where it is not the core's default."""
         self.engines: dict[str, Engine] = {}
         self._ledger = ledger
         self._make_engine = make_engine
@@ -83,6 +87,7 @@ class Discovery:
         self._static = {record.engine_id: record for record in static}
         self._on_load = on_load
         self._times = times or DiscoveryTimes()
+        self._profiles = profiles
         self._watches: dict[str, _Watch] = {}
         self._ledger_away = False
 
@@ -201,6 +206,8 @@ class Discovery:
                 kv_bytes_per_token=hello.page_bytes // hello.page_size_tokens * hello.world_size,
                 chunk_tokens=record.chunk_tokens,
                 decode_interval=record.decode_interval,
+                store_tokens=hello.store_pages * hello.page_size_tokens,
+                latency=self._profile(record),
             )
         load = await watch.engine.load(deadline_s=self._times.probe_deadline_s)
         reference = self._reference()
@@ -214,7 +221,11 @@ class Discovery:
             pool_tokens=load.pool_tokens,
             chunk_tokens=record.chunk_tokens,
             decode_interval=record.decode_interval,
+            latency=self._profile(record),
         )
+
+    def _profile(self, record: EngineRecord) -> LatencyModel | None:
+        return self._profiles.get(record.engine_id) or self._profiles.get(record.pool)
 
     async def _probe_until_down(self, watch: _Watch) -> str:
         """Returns why the engine counts as down."""

@@ -6,7 +6,6 @@ looks at; the windows (mean TTFT and ITL of the past 10 s) age, so a view also e
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -14,43 +13,16 @@ from types import MappingProxyType
 
 from msgspec import Struct
 
-from antiphon.policies.base import EngineView, Pool
+from antiphon.policies.base import NEUTRAL, SLACKS, Corrections, EngineView, Pool
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.messages import EngineUp, Totals
-
-WINDOW_S = 10.0
-"""AMPD's window of latency statistics (reference: section 2 of the paper's readings)."""
-
-
-SessionKey = tuple[str, str]
-"""(tenant, session id)."""
+from antiphon.scheduler.residency import DEVICES_IN_A_STORE
+from antiphon.scheduler.store_use import Returns, SessionKey, StoreUse
+from antiphon.scheduler.tallies import WINDOW_S, Owed, PrefillQueue, Slacks, Window
 
 INFINITY = float("inf")
 NO_TOTALS = Totals()
 """One object, so that "nobody else" is told by identity."""
-
-
-@dataclass(slots=True)
-class Window:
-    """Mean over the past WINDOW_S seconds."""
-
-    samples: deque[tuple[float, float]] = field(default_factory=deque)
-    total: float = 0.0
-
-    def add(self, now: float, value: float) -> None:
-        self.samples.append((now, value))
-        self.total += value
-        self.trim(now)
-
-    def trim(self, now: float) -> None:
-        while self.samples and self.samples[0][0] <= now - WINDOW_S:
-            self.total -= self.samples.popleft()[1]
-
-    def mean(self, now: float) -> float | None:
-        samples = self.samples
-        if samples and samples[0][0] <= now - WINDOW_S:
-            self.trim(now)
-        return self.total / len(samples) if samples else None
 
 
 class DecodeSlot(Struct, frozen=True, gc=False):
@@ -69,8 +41,8 @@ class EngineBook:
     """Counts where `up` has none."""
     stale: set[str]
     """Of the whole fleet: ids of engines whose view must be built anew."""
-    queue: list[str] = field(default_factory=list)
-    """Round ids that wait for their prefill here, in order of arrival."""
+    queue: PrefillQueue = field(default_factory=PrefillQueue)
+    """Rounds that wait for their prefill here."""
     in_flight: set[str] = field(default_factory=set)
     """Round ids that pull or prefill here."""
     prefill_s: dict[str, float] = field(default_factory=dict)
@@ -83,6 +55,19 @@ class EngineBook:
     """The other replicas' reservations."""
     ttft: Window = field(default_factory=Window)
     itl: Window = field(default_factory=Window)
+    placed: Window = field(default_factory=Window)
+    """Prefills that were placed here: when, and the seconds of each."""
+    slacks: Slacks = field(default_factory=Slacks)
+    """Of the rounds in `decode`, those that are expected to have an ITL at all."""
+    incoming: Owed = field(default_factory=Owed)
+    """KV that rounds in flight still have to bring here."""
+    outgoing: Owed = field(default_factory=Owed)
+    """KV that rounds in flight still have to fetch from here."""
+    store: StoreUse = field(default_factory=StoreUse)
+    returns: Returns = field(default_factory=Returns)
+    """Of the whole fleet."""
+    corrections: Corrections = NEUTRAL
+    """Who sets it calls `touch`."""
     idle_tokens: int = 0
     """Sum of `session_tokens`."""
     prefill_sum_s: float = 0.0
@@ -95,6 +80,8 @@ class EngineBook:
     """Device KV in use by the engine's own last word."""
     pool: Pool = field(init=False)
     latency: LatencyModel = field(init=False)
+    store_tokens: int = field(init=False)
+    """What its page store holds."""
 
     def __post_init__(self) -> None:
         self.renew(self.up)
@@ -104,6 +91,7 @@ class EngineBook:
         self.up = up
         self.pool = Pool(up.pool)
         self.latency = up.latency or self.default_latency
+        self.store_tokens = max(1, up.store_tokens or DEVICES_IN_A_STORE * up.pool_tokens)
         self.touch()
 
     def touch(self) -> None:
@@ -120,21 +108,67 @@ class EngineBook:
         if seconds is not None:
             self.prefill_sum_s = self.prefill_sum_s - seconds if self.prefill_s else 0.0
 
-    def add_decode(self, round_id: str, slot: DecodeSlot) -> None:
+    def stall(self, now: float, prefill_s: float, new_tokens: int) -> None:
+        """A prefill of `new_tokens`, predicted to take `prefill_s`, was placed here: the decodes wait for it.
+
+        They do not wait in the steps that they run themselves between two of its chunks.
+        """
+        if self.batch and self.up.chunk_tokens and self.up.decode_interval:
+            steps = (new_tokens - 1) // self.up.chunk_tokens * self.up.decode_interval
+            if steps > 0:
+                prefill_s = max(0.0, prefill_s - steps * self.decode_step_s())
+        self.placed.add(now, prefill_s)
+        self.slacks.stall(prefill_s)
+
+    @property
+    def batch(self) -> int:
+        """Rounds that decode here, or will: ours and the other replicas'."""
+        return len(self.decode) + self.others.decode_rounds
+
+    def decode_step_s(self) -> float:
+        """Predicted seconds of a step of all that decodes here."""
+        context_tokens = self.context_tokens + self.others.context_tokens
+        return self.latency.decode_step_s(self.batch, context_tokens) * self.corrections.decode
+
+    def add_decode(self, round_id: str, slot: DecodeSlot, expected_tokens: int = 0) -> None:
+        """`expected_tokens`: of its output. Of a single token no ITL can be missed."""
         self.drop_decode(round_id)
         self.decode[round_id] = slot
         self.context_tokens += slot.context_tokens
         self.itl_slos[slot.itl_slo_s] = self.itl_slos.get(slot.itl_slo_s, 0) + 1
+        if expected_tokens > 1:
+            budget_s = (expected_tokens - 1) * (slot.itl_slo_s - self.decode_step_s())
+            self.slacks.add(round_id, budget_s)
 
     def drop_decode(self, round_id: str) -> None:
         slot = self.decode.pop(round_id, None)
         if slot is not None:
+            self.slacks.drop(round_id)
             self.context_tokens -= slot.context_tokens
             left = self.itl_slos[slot.itl_slo_s] - 1
             if left:
                 self.itl_slos[slot.itl_slo_s] = left
             else:
                 del self.itl_slos[slot.itl_slo_s]
+
+    def drop_transfers(self, round_id: str) -> None:
+        self.incoming.drop(round_id)
+        self.outgoing.drop(round_id)
+
+    def release(self, round_id: str, queue_key: float) -> None:
+        """Give back everything that the round holds here."""
+        self.drop_decode(round_id)
+        self.drop_prefill(round_id)
+        self.drop_transfers(round_id)
+        self.in_flight.discard(round_id)
+        self.queue.remove(queue_key, round_id)
+
+    def kv_bytes(self, tokens: int) -> int:
+        return tokens * (self.up.kv_bytes_per_token or self.latency.transfer.kv_bytes_per_token)
+
+    def transfer_s(self, tokens: int) -> float:
+        """Predicted seconds to move the KV of `tokens` over this engine's idle link."""
+        return self.latency.transfer_s(tokens) * self.corrections.transfer
 
     def set_session(self, session: SessionKey, tokens: int) -> None:
         self.idle_tokens += tokens - self.session_tokens.get(session, 0)
@@ -151,14 +185,20 @@ class EngineBook:
 
     def expires_s(self) -> float:
         """When a view built now ages by itself: a sample leaves its window."""
-        ttft, itl = self.ttft.samples, self.itl.samples
-        return min(ttft[0][0] if ttft else INFINITY, itl[0][0] if itl else INFINITY) + WINDOW_S
+        oldest_s = INFINITY
+        for samples in (self.ttft.samples, self.itl.samples, self.placed.samples):
+            if samples and samples[0][0] < oldest_s:
+                oldest_s = samples[0][0]
+        return min(oldest_s + WINDOW_S, self.store.oldest_s() + self.returns.horizon_s)
 
-    def view(self, now: float) -> EngineView:
-        others = self.others
+    def view(self, now: float, others: Totals | None = None) -> EngineView:
+        """`others`: to be counted instead of those that are known; nothing is remembered of them."""
+        if others is None:
+            others = self.others
         # What idle homes hold can exceed the device: their oldest KV is in the page store by then.
         used_tokens = max(self.idle_tokens + others.context_tokens, self.reported_tokens)
-        up = self.up
+        up, ttft, itl = self.up, self.ttft, self.itl
+        arrivals_per_s, prefill_share = self.placed.rates(now)
         return EngineView(  # by position, as several times per decision: keywords cost five times as much
             up.engine_id,
             self.pool,
@@ -171,11 +211,18 @@ class EngineBook:
             min(used_tokens, up.pool_tokens),
             len(self.session_tokens),
             self.latency,
-            self.ttft.mean(now),
-            self.itl.mean(now),
+            ttft.mean(now) if ttft.samples else None,
+            itl.mean(now) if itl.samples else None,
             min(self.itl_slos) if self.itl_slos else None,
             up.chunk_tokens,
             up.decode_interval,
+            self.corrections,
+            self.incoming.total,
+            self.outgoing.total,
+            self.slacks.least(SLACKS),
+            arrivals_per_s,
+            prefill_share,
+            self.store.live_tokens(now, self.returns.horizon_s) / self.store_tokens,
         )
 
 
@@ -185,23 +232,27 @@ class Fleet:
     def __init__(self, latency: LatencyModel) -> None:
         """`latency` is the profile of engines that come without one."""
         self._latency = latency
+        self.returns = Returns()
         self.books: dict[str, EngineBook] = {}
         """Ordered by id."""
         self._stale: set[str] = set()
-        self._views: Mapping[str, EngineView] = MappingProxyType({})
+        self._engines: dict[str, EngineView] = {}
+        """Never changed once it was given away: `views` copies it."""
+        self._views: Mapping[str, EngineView] = MappingProxyType(self._engines)
         self._expiries: list[tuple[float, str]] = []
         """A heap: when views age. Of an engine only the entry that `_expires_s` has too counts."""
         self._expires_s: dict[str, float] = {}
 
     def add(self, up: EngineUp) -> None:
-        books = {**self.books, up.engine_id: EngineBook(up, self._latency, self._stale)}
+        books = {**self.books, up.engine_id: EngineBook(up, self._latency, self._stale, returns=self.returns)}
         self.books = dict(sorted(books.items()))
 
     def remove(self, engine_id: str) -> None:
         del self.books[engine_id]
         self._stale.discard(engine_id)
         self._expires_s.pop(engine_id, None)
-        self._views = MappingProxyType({e: view for e, view in self._views.items() if e != engine_id})
+        self._engines = {e: view for e, view in self._engines.items() if e != engine_id}
+        self._views = MappingProxyType(self._engines)
 
     def views(self, now: float) -> Mapping[str, EngineView]:
         """Immutable views of the live engines, ordered by id; the same object while nothing changed."""
@@ -212,17 +263,18 @@ class Fleet:
                 del expires_s[engine_id]
                 self._stale.add(engine_id)
         if self._stale:
-            fresh = {engine_id: self.books[engine_id].view(now) for engine_id in self._stale}
-            views = {**self._views, **fresh}
-            if len(views) > len(self._views):
-                views = dict(sorted(views.items()))
-            self._views = MappingProxyType(views)
+            engines, known = self._engines.copy(), len(self._engines)
             for engine_id in self._stale:
-                when = self.books[engine_id].expires_s()
+                book = self.books[engine_id]
+                engines[engine_id] = book.view(now)
+                when = book.expires_s()
                 if when == INFINITY:
                     expires_s.pop(engine_id, None)
                 elif when != expires_s.get(engine_id):
                     expires_s[engine_id] = when
                     heappush(expiries, (when, engine_id))
+            if len(engines) > known:
+                engines = dict(sorted(engines.items()))
+            self._engines, self._views = engines, MappingProxyType(engines)
             self._stale.clear()
         return self._views

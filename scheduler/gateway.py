@@ -18,10 +18,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from antiphon.scheduler.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, FleetModel, served_names
+from antiphon.scheduler.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, ExplainRoute
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, invalid, model_not_found
 from antiphon.scheduler.identity import given_request_id
+from antiphon.scheduler.intake import FleetModel, Intake, served_names
 from antiphon.scheduler.logs import request_id_var
 from antiphon.scheduler.metrics import CONTENT_TYPE, Metrics
 from antiphon.scheduler.prompts import TokenizerSource
@@ -76,12 +77,14 @@ def create_app(
     """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it."""
     metrics.watch_engines(lambda: state.readiness().engines_alive)
     pages = _Pages(config, state, metrics)
+    intake = Intake(tokenizers, config, state)
     completions = [
-        Route(path, CompletionRoute(path, runner, tokenizers, config, state, metrics), methods=["POST"])
+        Route(path, CompletionRoute(path, runner, intake, config, metrics), methods=["POST"])
         for path in (CHAT_ROUTE, COMPLETION_ROUTE)
     ]
     routes = [
         *completions,
+        Route("/v1/explain", ExplainRoute(runner, intake, config, metrics), methods=["POST"]),
         Route("/v1/models", pages.models),
         Route("/v1/models/{model:path}", pages.model),
         Route("/v1/receipts", pages.receipts),

@@ -1,6 +1,6 @@
 """The ledger: what must outlive a replica, in Redis. Leases, sessions, residency, totals, receipts.
 
-One script per claim and one per completion (data/*.lua), each atomic and safe to repeat; never one per token.
+One script per claim, move and completion (data/*.lua), each atomic and safe to repeat; never one per token.
 A fence is max(last + 1, the server's clock in microseconds): strictly increasing, and above all that an
 emptied or rolled-back Redis ever gave, because the clock went on meanwhile.
 """
@@ -8,7 +8,6 @@ emptied or rolled-back Redis ever gave, because the clock went on meanwhile.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -20,13 +19,12 @@ import msgspec
 from antiphon.engines.base import EngineRecord
 from antiphon.engines.registry import list_engines
 from antiphon.scheduler import ledger_views
+from antiphon.scheduler.ledger_answers import Look, Moved, read_claim, read_look
 from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, RoundTaken, escaped
 from antiphon.scheduler.ledger_views import SessionRecord
-from antiphon.scheduler.messages import Claimed, Holding, Receipt, Totals
+from antiphon.scheduler.messages import Claimed, Receipt, Totals
 
-__all__ = ["Ledger", "LedgerUnavailable", "RoundTaken", "SessionRecord", "thin"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Ledger", "LedgerUnavailable", "Look", "Moved", "RoundTaken", "SessionRecord", "thin"]
 
 DENSE_CANDIDATES = 24
 RECEIPTS_KEPT = 10_000
@@ -40,14 +38,12 @@ WRITTEN_LIMIT = 65_536
 HoldingEntry = tuple[bytes, int, str, str]
 """(page hash, tokens up to its end, engine id, incarnation), as in `messages.Complete`."""
 
-_totals_decoder = msgspec.json.Decoder(dict[str, Totals])
-
 
 class Ledger:
     """One process's ledger. Every call ends within `deadline_s` or raises `LedgerUnavailable`.
 
-    After a failed call, claims fail at once for `retry_after_s`: a ledger that hangs then costs one round
-    its deadline, and not every round.
+    After a failed call, claims, looks and moves fail at once for `retry_after_s`: a ledger that hangs then
+    costs one round its deadline, and not every round.
     """
 
     def __init__(
@@ -92,8 +88,7 @@ class Ledger:
         `candidates` are (tokens, page hash), longest first; a long list is thinned. Repeating a claim gives
         the same answer. Raises `LedgerUnavailable`, or `RoundTaken` if another live replica runs this round.
         """
-        if self.connection.failed_within(self._retry_after_s):
-            raise LedgerUnavailable("the ledger failed a moment ago")
+        self._not_if_it_failed()
         c = self.connection
         fork_of = session_id[: MAX_ID_CHARS - FORK_SUFFIX_CHARS]
         keys = [
@@ -113,7 +108,34 @@ class Ledger:
             raise
         self._unsettled.pop((replica, round_id), None)
         self._see_epoch(answer[1])
-        return _claimed(round_id, answer)
+        return read_claim(round_id, answer)
+
+    async def look(
+        self, *, replica: str, session_id: str, tenant: str, candidates: Sequence[tuple[int, bytes]]
+    ) -> Look:
+        """What a claim would be told now. Reads only: no lease, no fence, no TTL is touched.
+
+        `candidates` as for `claim`. Raises `LedgerUnavailable`.
+        """
+        self._not_if_it_failed()
+        c = self.connection
+        keys = [
+            *c.keys("replicas"),
+            c.session_key(tenant, session_id),
+            *c.residency_keys(tenant, [page_hash for _, page_hash in thin(candidates)]),
+        ]
+        return read_look(session_id, await c.script("look", keys, [c.tag, escaped(replica)]))
+
+    async def rehome(
+        self, *, fence: int, session_id: str, tenant: str, from_home: str, to_home: str
+    ) -> Moved:
+        """Compare-and-set the home of the session that `fence` claimed; `Moved` says what came of it.
+
+        Repeating it changes nothing and answers the same. Raises `LedgerUnavailable`.
+        """
+        self._not_if_it_failed()
+        key = self.connection.session_key(tenant, session_id)
+        return Moved(await self.connection.script("rehome", [key], [fence, from_home, to_home]))
 
     async def complete(
         self,
@@ -227,6 +249,10 @@ class Ledger:
     async def close(self) -> None:
         await self.connection.close()
 
+    def _not_if_it_failed(self) -> None:
+        if self.connection.failed_within(self._retry_after_s):
+            raise LedgerUnavailable("the ledger failed a moment ago")
+
     # ---------------------------------------------------------------- what need not be written again
 
     def _remember(self, tenant: str, entries: Sequence[HoldingEntry], now: float) -> None:
@@ -256,21 +282,6 @@ def thin(candidates: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
     ]
 
 
-def _claimed(round_id: str, answer: Sequence[Any]) -> Claimed:
-    fence, _, session_id, parent_id, rounds, home, holdings, totals, tip = answer
-    return Claimed(
-        round_id=round_id,
-        fence=int(fence),
-        session_id=session_id,
-        round_number=int(rounds) + 1,
-        parent_id=parent_id or None,
-        home=home or None,
-        holdings=tuple(_holding(*pair) for pair in zip(holdings[::2], holdings[1::2], strict=True)),
-        others=_summed(totals),
-        tip=_read_tip(tip),
-    )
-
-
 def _tip(home: str | None, holdings: Sequence[tuple[bytes, int, str, str]]) -> str:
     """Where the round ended, of what its home holds; "" if it holds nothing."""
     ends = [(tokens, page_hash, inc) for page_hash, tokens, engine_id, inc in holdings if engine_id == home]
@@ -278,38 +289,6 @@ def _tip(home: str | None, holdings: Sequence[tuple[bytes, int, str, str]]) -> s
         return ""
     tokens, page_hash, incarnation = max(ends)
     return f"{page_hash.hex()}|{tokens}|{incarnation}|{home}"
-
-
-def _read_tip(text: str) -> tuple[bytes, Holding] | None:
-    if not text:
-        return None
-    page_hash, tokens, incarnation, engine_id = text.split("|", 3)
-    return bytes.fromhex(page_hash), Holding(engine_id, incarnation, int(tokens))
-
-
-def _holding(engine_id: str, value: str) -> Holding:
-    incarnation, _, tokens = value.rpartition("|")
-    return Holding(engine_id, incarnation, int(tokens))
-
-
-def _summed(encoded: Sequence[str]) -> dict[str, Totals]:
-    """The other replicas' totals by engine; one that cannot be read is left out."""
-    total: dict[str, Totals] = {}
-    for text in encoded:
-        try:
-            replica = _totals_decoder.decode(text)
-        except msgspec.MsgspecError as error:
-            log.warning("the totals of a replica cannot be read and are ignored: %s", error)
-            continue
-        for engine_id, theirs in replica.items():
-            ours = total.get(engine_id, Totals())
-            total[engine_id] = Totals(
-                ours.prefill_s + theirs.prefill_s,
-                ours.prefill_rounds + theirs.prefill_rounds,
-                ours.decode_rounds + theirs.decode_rounds,
-                ours.context_tokens + theirs.context_tokens,
-            )
-    return total
 
 
 def _milliseconds(seconds: float) -> int:

@@ -30,7 +30,15 @@ from antiphon.engines.registry import fleet_tag, shown
 
 T = TypeVar("T")
 
-SCRIPTS = ("claim", "complete", "release", "heartbeat")
+SCRIPTS = {
+    "claim": ("reading", "claim"),
+    "look": ("reading", "look"),
+    "rehome": ("rehome",),
+    "complete": ("complete",),
+    "release": ("release",),
+    "heartbeat": ("heartbeat",),
+}
+"""Script -> the files of data/ that it is made of, in order."""
 
 
 class LedgerUnavailable(Exception):
@@ -65,7 +73,10 @@ class LedgerConnection:
         )
         self.redis = redis.asyncio.Redis.from_pool(pool)
         folder = resources.files("antiphon.scheduler") / "data"
-        self._texts = {name: (folder / f"{name}.lua").read_text() for name in SCRIPTS}
+        self._texts = {
+            name: "\n".join((folder / f"{part}.lua").read_text() for part in parts)
+            for name, parts in SCRIPTS.items()
+        }
         self._scripts = {name: self.redis.register_script(text) for name, text in self._texts.items()}
 
     async def call(self, call: Callable[[], Awaitable[T]]) -> T:

@@ -142,6 +142,8 @@ class EngineUp(Struct, frozen=True, gc=False):
     decode_interval: int = 0
     latency: LatencyModel | None = None
     """None: the core's default profile."""
+    store_tokens: int = 0
+    """What its page store can hold; 0 = not told."""
 
 
 class EngineDown(Struct, frozen=True, gc=False):
@@ -308,7 +310,7 @@ class Receipt(Struct, frozen=True, gc=False):
     bytes_decode_to_prefill: int
     bytes_prefill_to_decode: int
     pulled_tokens: int
-    """History that the prefill engine pulled."""
+    """History that the prefill engine pulled; of a `move`, the new home."""
     predicted_ttft_s: float
     ttft_s: float | None
     queue_s: float
@@ -318,3 +320,8 @@ class Receipt(Struct, frozen=True, gc=False):
     itl_s: float | None
     notes: tuple[str, ...] = ()
     """What did not go as planned: pages that did not come, and why."""
+    bytes_home_to_home: int = 0
+    """What a `move` brought to the new home; in neither of the other two."""
+    slo_ttft_s: float = 0.0
+    """The targets that it was placed for: the request's own, else the cluster's. 0 = not told."""
+    slo_itl_s: float = 0.0

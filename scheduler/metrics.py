@@ -52,9 +52,10 @@ class Metrics:
         self.tokens = self._counter(
             "tokens", "Tokens of completed rounds: prompt, cached (of the prompt), pulled, completion", "kind"
         )
-        self.transfer_bytes = self._counter("kv_transfer_bytes", "KV moved between pools", "direction")
+        self.transfer_bytes = self._counter("kv_transfer_bytes", "KV moved between engines", "direction")
         self.failed_tries = self._counter("failed_tries", "Tries of rounds that an engine failed", "arm")
         self.degraded = self._counter("degraded_rounds", "Rounds decided without the ledger")
+        self.moves = self._counter("moves", "Homes of sessions that `move` set in the ledger", "result")
         self.unrecorded = self._counter("unrecorded_rounds", "Rounds that --record could not write down")
 
     def watch_engines(self, count: Callable[[], int]) -> None:
@@ -73,6 +74,7 @@ class Metrics:
             self.degraded.inc()
         self.transfer_bytes.labels("decode_to_prefill").inc(receipt.bytes_decode_to_prefill)
         self.transfer_bytes.labels("prefill_to_decode").inc(receipt.bytes_prefill_to_decode)
+        self.transfer_bytes.labels("home_to_home").inc(receipt.bytes_home_to_home)
         if receipt.completion_tokens:
             self._observe_tokens(receipt)
         if receipt.ttft_s is not None:

@@ -18,15 +18,16 @@ def receipt_json(receipt: Receipt) -> dict[str, Any]:
     """All fields, enums by value; a placement's predictions carry their sum as `ttft_s`."""
     record: dict[str, Any] = msgspec.to_builtins(receipt)
     for entry, attempt in zip(record["tries"], receipt.tries, strict=True):
-        placement = entry["placement"]
-        _add_sum(placement["predicted"], attempt.placement.predicted)
-        for shown, candidate in zip(placement["considered"], attempt.placement.considered, strict=True):
-            _add_sum(shown, candidate)
+        placement, shown = attempt.placement, entry["placement"]
+        shown["predicted"] = candidate_json(placement.predicted)
+        shown["considered"] = [candidate_json(candidate) for candidate in placement.considered]
     return record
 
 
-def _add_sum(shown: dict[str, Any], candidate: Candidate) -> None:
-    shown["ttft_s"] = candidate.ttft_s
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """All fields, and `ttft_s`, their sum."""
+    shown: dict[str, Any] = msgspec.to_builtins(candidate)
+    return shown | {"ttft_s": candidate.ttft_s}
 
 
 class ReceiptLog:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from antiphon.policies.base import Arm
+from antiphon.policies.base import Arm, Placement
 from antiphon.scheduler.messages import Outcome, Receipt, RoundFinished
 from antiphon.scheduler.states import Round
 
@@ -55,9 +55,23 @@ def make_receipt(
         round.push_s,
         itl_s,
         tuple(round.notes),
+        round.bytes_home_to_home,
+        round.arrived.slo_ttft_s,
+        round.arrived.slo_itl_s,
     )
 
 
 def is_remote(arm: Arm | None) -> bool:
     """The round's prompt is prefilled on another engine than the one that decodes it."""
-    return arm in (Arm.REMOTE_RECOMPUTE, Arm.REMOTE_PULL)
+    return arm is Arm.REMOTE_RECOMPUTE or arm is Arm.REMOTE_PULL
+
+
+def history_source(placement: Placement, home_before: str | None) -> str | None:
+    """Where the placement has history pulled from; None = nothing is pulled."""
+    if placement.arm is Arm.REMOTE_PULL:
+        source = placement.source or placement.home
+    elif placement.arm is Arm.MOVE:
+        source = placement.source or home_before or ""
+    else:
+        return None
+    return source if source and source != placement.prefill_engine else None

@@ -28,6 +28,8 @@ class EngineFacts(msgspec.Struct, frozen=True):
     decode_interval: int
     window_tokens: int
     """0 = unknown."""
+    profile: LatencyModel | None = None
+    """Its own, if it has one; else the replica's holds."""
 
 
 class EngineChange(msgspec.Struct, frozen=True):
@@ -64,6 +66,7 @@ class ReplicaFacts(msgspec.Struct):
                 chunk_tokens=event.chunk_tokens,
                 decode_interval=event.decode_interval,
                 window_tokens=hello.context_tokens if hello is not None else 0,
+                profile=event.latency,
             )
         kind = "up" if isinstance(event, EngineUp) else "down"
         self.changes.append(EngineChange(at_s, event.engine_id, kind))

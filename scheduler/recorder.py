@@ -1,14 +1,14 @@
-"""The runtime's calls to the ledger: claim, record with patience, publish reservations without waiting."""
+"""The runtime's calls to the ledger: claim, move a home, record with patience, publish reservations."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, RoundTaken
-from antiphon.scheduler.messages import Claimed, ClaimLost, Receipt, Reserved, Totals
+from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved, RoundTaken
+from antiphon.scheduler.messages import Claimed, ClaimLost, Receipt, Rehome, Reserved, Totals
 from antiphon.scheduler.rounds import RoundRequest
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,16 @@ class RecorderConfig:
 class Recorder:
     """One replica's side of the ledger. Raises nothing: without a ledger rounds are degraded, not failed."""
 
-    def __init__(self, ledger: Ledger, replica: str, config: RecorderConfig | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        replica: str,
+        config: RecorderConfig | None = None,
+        *,
+        on_move: Callable[[str], None] = lambda result: None,
+    ) -> None:
+        """`on_move` gets the result of every `rehome`: a `Moved`, "away" or "unclaimed"."""
+        self._on_move = on_move
         self._ledger = ledger
         self._replica = replica
         self._config = config or RecorderConfig()
@@ -49,6 +58,41 @@ class Recorder:
             )
         except (LedgerUnavailable, RoundTaken) as error:
             return ClaimLost(request.round_id, str(error))
+
+    async def look(
+        self, tenant: str, session_id: str, candidates: Sequence[tuple[int, bytes]]
+    ) -> Look | LedgerUnavailable:
+        """What a claim would be told, without claiming; the error if the ledger is away."""
+        try:
+            return await self._ledger.look(
+                replica=self._replica, session_id=session_id, tenant=tenant, candidates=candidates
+            )
+        except LedgerUnavailable as error:
+            return error
+
+    async def rehome(self, tenant: str, session_id: str, fence: int, command: Rehome) -> None:
+        """Tell the ledger of a session's new home, once: the round's completion says it again.
+
+        `fence` is the claim's, 0 for a round that runs degraded: it holds nothing that it could change.
+        """
+        result = "unclaimed"
+        why = "the round runs without the ledger"
+        if fence:
+            try:
+                moved = await self._ledger.rehome(
+                    fence=fence,
+                    session_id=session_id,
+                    tenant=tenant,
+                    from_home=command.from_home,
+                    to_home=command.to_home,
+                )
+                result = why = moved.value
+            except LedgerUnavailable as error:
+                result, why = "away", str(error)
+        self._on_move(result)
+        if result != Moved.MOVED.value:
+            route = f"from {command.from_home} to {command.to_home}"
+            log.warning("round %s: the home is not moved %s: %s", command.round_id, route, why)
 
     async def record(
         self,

@@ -76,12 +76,18 @@ class Replica:
             make_engine=lambda record: HttpEngine(record, fleet_key),
             on_event=self._on_engine_event,
             on_load=lambda engine_id, load: self.runtime.post(LoadReported(engine_id, load.used_tokens)),
+            profiles={name: load_latency_model(profile) for name, profile in settings.profiles.items()},
         )
         # A try that hangs must leave time for another.
         try_s = settings.first_token_deadline_s / settings.max_tries
         self.runtime = Runtime(
             self.core,
-            Recorder(ledger, name, RecorderConfig(session_ttl_s=config.ledger.session_ttl_s)),
+            Recorder(
+                ledger,
+                name,
+                RecorderConfig(session_ttl_s=config.ledger.session_ttl_s),
+                on_move=lambda result: metrics.moves.labels(result).inc(),
+            ),
             self._discovery.engines,
             deadlines=CallDeadlines(prefill_s=try_s, event_s=try_s),
             on_receipt=self._on_receipt,
@@ -128,6 +134,9 @@ class Replica:
 
     def submit(self, request: RoundRequest) -> RoundHandle:
         return self.runtime.submit(request)
+
+    async def explain(self, request: RoundRequest) -> dict[str, Any]:
+        return (await self.runtime.explain(request)).json()
 
     def readiness(self) -> Readiness:
         ledger = "degraded" if self._heartbeat.away else "ok" if self._heartbeat.beats else "starting"

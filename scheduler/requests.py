@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -118,13 +118,18 @@ _OURS = frozenset({
 _chat_decoder = msgspec.json.Decoder(ChatBody)
 _completion_decoder = msgspec.json.Decoder(CompletionBody)
 _AT_PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
+_DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 _MISSING = re.compile(r"missing required field `(?P<field>\w+)`")
 
 
 @dataclass(frozen=True, slots=True)
 class Slos:
+    """A round's targets, and what named each: "body", "header" or "default"."""
+
     ttft_s: float
     itl_s: float
+    ttft_from: str = field(default="default", compare=False)
+    itl_from: str = field(default="default", compare=False)
 
 
 def parse_chat(raw: bytes) -> ChatBody:
@@ -218,15 +223,42 @@ def template_kwargs(body: ChatBody) -> dict[str, Any]:
     return variables | (body.chat_template_kwargs or {})
 
 
-def slos(session: SessionFields | None, default: Slos) -> Slos:
-    """The request's own targets where it names them."""
-    asked = session.slo if session is not None else None
-    if asked is None:
-        return default
+def slos(session: SessionFields | None, default: Slos, hints: str = "") -> Slos:
+    """The request's own targets where it names them: the body's `session.slo`, else `hints`, else `default`.
+
+    `hints` is the header `X-Session-Hints`, for who cannot touch the body: "ttft_ms=800, tpot_ms=40".
+    Raises `ApiError` (400) for a hint that is no number above 0.
+    """
+    asked = (session.slo if session is not None else None) or Slo()
+    hinted = _hinted_slo(hints) if hints else Slo()
+    ttft_ms, ttft_from = _first(asked.ttft_ms, hinted.ttft_ms)
+    itl_ms, itl_from = _first(asked.tpot_ms, hinted.tpot_ms)
     return Slos(
-        default.ttft_s if asked.ttft_ms is None else asked.ttft_ms / 1000,
-        default.itl_s if asked.tpot_ms is None else asked.tpot_ms / 1000,
+        default.ttft_s if ttft_ms is None else ttft_ms / 1000,
+        default.itl_s if itl_ms is None else itl_ms / 1000,
+        ttft_from,
+        itl_from,
     )
+
+
+def _first(in_body: float | None, in_header: float | None) -> tuple[float | None, str]:
+    if in_body is not None:
+        return in_body, "body"
+    return in_header, "default" if in_header is None else "header"
+
+
+def _hinted_slo(hints: str) -> Slo:
+    """Of an RFC 8941 dictionary; a key that comes twice counts as it came last, other keys are ignored."""
+    found: dict[str, float] = {}
+    for item in hints.split(","):
+        key, _, value = item.partition(";")[0].strip().partition("=")
+        if key in ("ttft_ms", "tpot_ms"):
+            if not _DECIMAL.fullmatch(value) or not float(value) > 0:
+                raise invalid(
+                    f"`{key}` must be a number above 0, got {value[:20]!r}.", param=f"X-Session-Hints.{key}"
+                )
+            found[key] = float(value)
+    return Slo(**found)
 
 
 def check_token_ids(ids: tuple[int, ...], vocabulary_tokens: int) -> None:

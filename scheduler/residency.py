@@ -5,9 +5,10 @@ stride) and at its end. The checkpoint below a checkpoint is the stride before i
 checkpoint holds all below it, so that a look-up bisects over the strides. A belief may be wrong (engines
 evict): that costs a recomputation, never a wrong token.
 
-Memory: at most `checkpoints_per_engine` per engine. Only a checkpoint with none above it is ever dropped, the
-least recently recorded first. What it stood on then goes next, so that a chain that nobody uses is dropped
-from its end on; but if it was recorded as an end itself while others stood on it, it counts as recorded now.
+Memory: per engine at most the checkpoints that its page store can hold. Only a checkpoint with none above it
+is ever dropped, the least recently recorded first. What it stood on then goes next, so that a chain that
+nobody uses is dropped from its end on; but if it was recorded as an end itself while others stood on it, it
+counts as recorded now.
 
 Written only by the core, on one thread. Engines are bits of an integer. Costs: recording, what is new;
 a look-up, the logarithm of the length for every length at which beliefs end, and less than a stride of pages.
@@ -23,6 +24,12 @@ from antiphon.scheduler.messages import Holding
 
 CHECKPOINT_TOKENS = 512
 
+DEVICES_IN_A_STORE = 4
+"""How much more than its device an engine's page store is taken to hold, where it has not told."""
+
+LEAST_LIMIT = 1024
+"""Checkpoints of an engine, however small."""
+
 NAMES_LIMIT = 4096
 """Combinations of engines whose names are remembered."""
 
@@ -32,6 +39,16 @@ def stride_pages(page_size: int) -> int:
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1 token, got {page_size}")
     return CHECKPOINT_TOKENS // page_size or 1
+
+
+def checkpoint_limit(store_tokens: int, pool_tokens: int) -> int:
+    """How many checkpoints of an engine are worth keeping: twice the strides that its store can hold.
+
+    Twice, as a chain's end is one too. What is believed beyond that has been evicted there. `store_tokens` 0:
+    the engine has not told, and its device's `pool_tokens` stand in.
+    """
+    tokens = store_tokens or DEVICES_IN_A_STORE * pool_tokens
+    return max(LEAST_LIMIT, 2 * -(-tokens // CHECKPOINT_TOKENS))
 
 
 def chain_checkpoints(hashes: Sequence[bytes], page_size: int) -> list[tuple[int, bytes]]:
@@ -49,6 +66,7 @@ class _Tree:
 
     incarnation: str
     bit: int
+    limit: int
     leaves: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     """Checkpoints with none above them, least recently recorded first."""
     above: dict[bytes, int] = field(default_factory=dict)
@@ -63,10 +81,7 @@ class _Tree:
 class ResidencyIndex:
     """Beliefs on every admitted engine. Whatever is stamped with another incarnation is ignored."""
 
-    def __init__(self, checkpoints_per_engine: int = 16384) -> None:
-        if checkpoints_per_engine < 1:
-            raise ValueError(f"checkpoints_per_engine must be at least 1, got {checkpoints_per_engine}")
-        self._limit = checkpoints_per_engine
+    def __init__(self) -> None:
         self._trees: dict[str, _Tree] = {}
         self._by_bit: dict[int, str] = {}
         self._all = 0
@@ -84,8 +99,13 @@ class ResidencyIndex:
 
     # ---- engines
 
-    def admit(self, engine_id: str, incarnation: str) -> None:
-        """An engine said hello: from now on only this incarnation counts; another one's beliefs are void."""
+    def admit(self, engine_id: str, incarnation: str, limit: int = 16384) -> None:
+        """An engine said hello: from now on only this incarnation counts; another one's beliefs are void.
+
+        `limit`: most checkpoints to keep of it (`checkpoint_limit`).
+        """
+        if limit < 1:
+            raise ValueError(f"the limit of {engine_id} must be at least 1 checkpoint, got {limit}")
         tree = self._trees.get(engine_id)
         if tree is not None:
             if tree.incarnation == incarnation:
@@ -94,7 +114,7 @@ class ResidencyIndex:
         bit = 1
         while bit in self._by_bit:
             bit <<= 1
-        self._trees[engine_id] = _Tree(incarnation, bit)
+        self._trees[engine_id] = _Tree(incarnation, bit, limit)
         self._by_bit[bit] = engine_id
         self._all |= bit
         self._names.clear()
@@ -138,7 +158,7 @@ class ResidencyIndex:
             leaves[tip] = None
             stride = stride_pages(page_size)
             self._stand(tree, hashes, end, (end - 1) // stride * stride, stride)
-            if len(leaves) + len(tree.above) > self._limit:
+            if len(leaves) + len(tree.above) > tree.limit:
                 self._trim(tree)
         elif tip in leaves:
             leaves.move_to_end(tip)
@@ -268,7 +288,7 @@ class ResidencyIndex:
         """Drop checkpoints from the least recent end on until the limit is kept."""
         leaves, above, bit = tree.leaves, tree.above, tree.bit
         masks, below_of = self._masks, self._below
-        for _ in range(len(leaves) + len(above) - self._limit):
+        for _ in range(len(leaves) + len(above) - tree.limit):
             oldest, _ = leaves.popitem(last=False)
             base = below_of[oldest]
             mask = masks[oldest] ^ bit
@@ -303,7 +323,7 @@ class ResidencyIndex:
         masks: dict[bytes, int] = {}
         for engine_id, tree in self._trees.items():
             assert self._by_bit[tree.bit] == engine_id, f"{engine_id}: bit {tree.bit} is another engine's"
-            assert len(tree) <= self._limit, f"{engine_id}: {len(tree)} checkpoints"
+            assert len(tree) <= tree.limit, f"{engine_id}: {len(tree)} checkpoints"
             assert not tree.leaves.keys() & tree.above.keys(), f"{engine_id}: a leaf has some above it"
             assert tree.renewed <= tree.above.keys(), f"{engine_id}: a leaf is to be renewed"
             above: dict[bytes, int] = {}

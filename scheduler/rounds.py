@@ -188,3 +188,6 @@ class RoundRunner(Protocol):
 
     def submit(self, request: RoundRequest) -> RoundHandle:
         """Accept a round; decides and acts in the background."""
+
+    async def explain(self, request: RoundRequest) -> dict[str, Any]:
+        """What would be decided of it now, JSON-ready (`explanation.Explanation.json`); nothing is done."""

@@ -17,6 +17,7 @@ from antiphon.engines.base import Engine, EngineError, FailureKind, GenerateRequ
 from antiphon.engines.page_hash import page_hashes
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.engine_calls import CallDeadlines, EngineCalls
+from antiphon.scheduler.explanation import Explanation, explain
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
@@ -35,6 +36,7 @@ from antiphon.scheduler.messages import (
     Prefill,
     Receipt,
     Refuse,
+    Rehome,
     Reserved,
     RoundArrived,
     RoundFinished,
@@ -128,28 +130,34 @@ class Runtime:
         if self._tasks is None:
             handle.finish(RoundRefused("no_engine_available", "the gateway is shutting down", 1.0))
             return handle
+        arrived = self._arrived(request)
+        self._live[request.round_id] = LiveRound(
+            request, handle, arrived.hashes, self._page_tokens, submitted_s=self._clock()
+        )
+        self._idle.clear()
+        self.post(arrived)
+        self._deadline_changed.set()
+        return handle
+
+    async def explain(self, request: RoundRequest) -> Explanation:
+        """What would be decided of the round if it came now. Nothing is begun, reserved or written."""
+        return await explain(self._core, self._recorder, self._arrived(request), self._clock)
+
+    def _arrived(self, request: RoundRequest) -> RoundArrived:
         hashes: tuple[bytes, ...] = ()
         if self._hashing:
             hashes = page_hashes(request.input_ids, self._page_tokens, seed_of(request))
-        self._live[request.round_id] = LiveRound(
-            request, handle, hashes, self._page_tokens, submitted_s=self._clock()
+        return RoundArrived(
+            round_id=request.round_id,
+            session_id=request.session_id,
+            tenant=request.tenant,
+            prompt_tokens=len(request.input_ids),
+            hashes=hashes,
+            page_size_tokens=self._page_tokens,
+            max_output_tokens=request.max_output_tokens,
+            slo_ttft_s=request.slo_ttft_s,
+            slo_itl_s=request.slo_itl_s,
         )
-        self._idle.clear()
-        self.post(
-            RoundArrived(
-                round_id=request.round_id,
-                session_id=request.session_id,
-                tenant=request.tenant,
-                prompt_tokens=len(request.input_ids),
-                hashes=hashes,
-                page_size_tokens=self._page_tokens,
-                max_output_tokens=request.max_output_tokens,
-                slo_ttft_s=request.slo_ttft_s,
-                slo_itl_s=request.slo_itl_s,
-            )
-        )
-        self._deadline_changed.set()
-        return handle
 
     def post(self, event: Event) -> None:
         """Give an event to the core and carry out what it commands."""
@@ -180,6 +188,8 @@ class Runtime:
                 self._call(live, command.engine_id, partial(self._calls.prefill, live, command))
             case Generate():
                 self._call(live, command.engine_id, partial(self._generate, live, command))
+            case Rehome():
+                self._rehome(live, command)
             case Abort():
                 self._abort(live, command)
             case Refuse():
@@ -233,6 +243,11 @@ class Runtime:
             live.call.cancel()
             live.call = None
         self._background(partial(self._calls.abort, command.engine_id, command.rid))
+
+    def _rehome(self, live: LiveRound, command: Rehome) -> None:
+        """Tell the ledger; the round goes on meanwhile."""
+        tenant, session_id = live.request.tenant, live.handle.session_id
+        self._background(partial(self._recorder.rehome, tenant, session_id, live.fence, command))
 
     def _complete(self, live: LiveRound, command: Complete) -> None:
         live.handle.receipt = command.receipt

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from antiphon.scheduler.fleet import Fleet, SessionKey
+from antiphon.scheduler.fleet import Fleet
+from antiphon.scheduler.store_use import SessionKey
 
 
 @dataclass(slots=True)
@@ -14,6 +15,12 @@ class Session:
     tokens: int
     seen_s: float
     round_number: int
+    output_tokens: float = 0.0
+    """Mean length of its answers, later ones counting more; 0 before the first has ended."""
+
+
+OUTPUT_WEIGHT = 0.1
+"""Of the latest answer in the mean length of answers."""
 
 
 class SessionTable:
@@ -24,6 +31,8 @@ class SessionTable:
         self._ttl_s = ttl_s
         self._limit = limit
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+        self.output_tokens = 0.0
+        """Mean length of all answers; 0 before the first has ended."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -59,6 +68,19 @@ class SessionTable:
         self._fleet.books[home].set_session(key, tokens)
         self._trim(now)
 
+    def answered(self, key: SessionKey, tokens: int) -> None:
+        """A round of the session has ended with so many tokens of output."""
+        tokens = max(1, tokens)
+        self.output_tokens = _mean(self.output_tokens, tokens)
+        session = self._sessions.get(key)
+        if session is not None:
+            session.output_tokens = _mean(session.output_tokens, tokens)
+
+    def expected_output(self, session: Session | None) -> int:
+        """Tokens that the session's next answer is expected to have; 0 = nothing is known."""
+        mean = session.output_tokens if session is not None else 0.0
+        return round(mean or self.output_tokens)
+
     def engine_returned(self, engine_id: str) -> None:
         """A new incarnation took over the name: its sessions still have their home there, with no KV."""
         for key, session in self._sessions.items():
@@ -77,3 +99,7 @@ class SessionTable:
         book = self._fleet.books.get(session.home)
         if book is not None:
             book.drop_session(key)
+
+
+def _mean(before: float, latest: int) -> float:
+    return before + OUTPUT_WEIGHT * (latest - before) if before else float(latest)

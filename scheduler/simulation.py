@@ -378,5 +378,6 @@ def up_event(spec: EngineSpec, incarnation: str, page_tokens: int) -> EngineUp:
         kv_bytes_per_token=spec.latency.transfer.kv_bytes_per_token,
         chunk_tokens=group.chunk_tokens,
         decode_interval=group.decode_interval,
-        latency=spec.latency,
+        latency=spec.believed or spec.latency,
+        store_tokens=group.store_tokens,
     )

@@ -6,6 +6,7 @@ Rules of this file: every change of phase goes through `Round.enter`; an event t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from enum import Enum
 
@@ -38,15 +39,15 @@ class Phase(Enum):
     """The prefill engine fetches history."""
     PREFILLING = "prefilling"
     PUSHING = "pushing"
-    """The home fetches what it lacks from the prefill engine."""
+    """The home fetches what it lacks from the prefill engine; a new home, from where the session's KV is."""
     GENERATING = "generating"
     """Sent to the home; no token yet."""
     DECODING = "decoding"
     ENDED = "ended"
 
 
-PLACEABLE = frozenset({Phase.QUEUED, Phase.GENERATING, Phase.ENDED})
-"""Where a (re)placement can lead: a prefill queue, the home at once, or a refusal."""
+PLACEABLE = frozenset({Phase.QUEUED, Phase.PUSHING, Phase.GENERATING, Phase.ENDED})
+"""Where a (re)placement can lead: a prefill queue, a move to a new home, the home at once, or a refusal."""
 
 SUCCESSORS: dict[Phase, frozenset[Phase]] = {
     Phase.CLAIMING: PLACEABLE,
@@ -77,6 +78,15 @@ PREFILL_RESERVED = frozenset({Phase.QUEUED, Phase.PULLING, Phase.PREFILLING})
 """A remote round's prefill work is reserved from the decision until it is done."""
 
 
+TRANSFER_PHASES: dict[Arm, tuple[frozenset[Phase], frozenset[Phase]]] = {
+    Arm.LOCAL: (frozenset(), frozenset()),
+    Arm.REMOTE_RECOMPUTE: (frozenset(), PREFILL_RESERVED | {Phase.PUSHING}),
+    Arm.REMOTE_PULL: (frozenset({Phase.QUEUED, Phase.PULLING}), PREFILL_RESERVED | {Phase.PUSHING}),
+    Arm.MOVE: (frozenset({Phase.PUSHING}), frozenset()),
+}
+"""While which phases a round's transfers are reserved: that of history, that from the prefill engine home."""
+
+
 class IllegalEvent(Exception):
     """An event that the core must not get now: a bug in a driver. Nothing was changed."""
 
@@ -99,10 +109,16 @@ class Round(Struct):
     all_unreachable: bool = True
     """No try reached an engine so far."""
     placement: Placement | None = None
+    source: str | None = None
+    """Where the placement has history pulled from; None = nothing is pulled."""
     history: Mapping[str, int] = field(default_factory=dict)
     """H(e) as believed at the decision."""
     history_tokens: int = 0
     """H(home) as believed at the decision."""
+    queue_key: float = 0.0
+    """Where it stands in its prefill engine's queue: what the ordering's `key` said."""
+    postponed: int = 0
+    """How often one behind it in a queue was started first."""
     rid: str = ""
     """Of the engine call under way; "" between calls."""
     tried_s: float = 0.0
@@ -118,12 +134,29 @@ class Round(Struct):
     pulled_tokens: int = 0
     bytes_decode_to_prefill: int = 0
     bytes_prefill_to_decode: int = 0
+    bytes_home_to_home: int = 0
     first_token_s: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def arm(self) -> Arm | None:
         return self.placement.arm if self.placement else None
+
+    def transfers(self) -> list[tuple[str, str, int]]:
+        """(puller, source, tokens) as planned: of history, and from the prefill engine home."""
+        if self.placement is None or self.placement.arm is Arm.LOCAL:
+            return []
+        home, engine_id, held = self.placement.home, self.placement.prefill_engine, self.history.get
+        planned = []
+        if self.source is not None:
+            tokens = held(self.source, 0) - held(engine_id, 0)
+            if tokens > 0:
+                planned.append((engine_id, self.source, tokens))
+        if home != engine_id:
+            tokens = len(self.arrived.hashes) * self.arrived.page_size_tokens - held(home, 0)
+            if tokens > 0:
+                planned.append((home, engine_id, tokens))
+        return planned
 
     @property
     def engine_id(self) -> str | None:
@@ -150,3 +183,10 @@ class Round(Struct):
             raise IllegalEvent(f"round {self.round_id} cannot go from {self.phase.value} to {phase.value}")
         self.phase = phase
         self.entered_s = now
+
+
+def new_round(arrived: RoundArrived, now: float, deadline_s: float) -> Round:
+    """The record of a round that has just arrived."""
+    digest = hashlib.sha256(f"{arrived.session_id}\0{arrived.round_id}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "little")
+    return Round(arrived.round_id, arrived, now, deadline_s, seed, arrived.session_id)

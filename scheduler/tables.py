@@ -73,6 +73,7 @@ RECEIPT_COLUMNS = (
     Column("cached", "cached_tokens", count, right=True),
     Column("d->p MiB", "bytes_decode_to_prefill", mebibytes, right=True),
     Column("p->d MiB", "bytes_prefill_to_decode", mebibytes, right=True),
+    Column("d->d MiB", "bytes_home_to_home", mebibytes, right=True),
     Column("predicted", "predicted_ttft_s", seconds, right=True),
     Column("TTFT", "ttft_s", seconds, right=True),
     Column("ITL", "itl_s", seconds, right=True),

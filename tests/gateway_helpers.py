@@ -61,6 +61,10 @@ class ScriptedRunner:
         task.add_done_callback(self.tasks.discard)
         return handle
 
+    async def explain(self, request: RoundRequest) -> dict[str, Any]:
+        self.requests.append(request)
+        return {"arm": "local", "session": {"id": request.session_id}}
+
     async def _run(self, handle: RoundHandle) -> None:
         await self.script(handle)
 

@@ -25,6 +25,7 @@ port = 9000
 
 [scheduler]
 policy = "local"
+profiles = { p0 = "big.json", decode = "small.json" }
 slo_ttft_s = 1
 
 [ledger]
@@ -70,6 +71,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert config.engines[1].pool == "decode"
     assert config.model.names == ("agent", "tiny")
     assert config.policy_parameters() == {}
+    assert config.scheduler.profiles == {"p0": "big.json", "decode": "small.json"}
     assert config.policy["ampd"] == {"alpha": 0.5, "tiers": [1, 2]}
 
 

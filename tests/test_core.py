@@ -7,14 +7,12 @@ from msgspec import structs
 
 from antiphon.policies.base import Arm
 from antiphon.policies.latency import TransferCost
-from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
     Claim,
     ClaimLost,
     ClientGone,
-    Command,
     Complete,
     EngineDown,
     EngineFailed,
@@ -36,34 +34,7 @@ from antiphon.scheduler.messages import (
     Totals,
 )
 from antiphon.scheduler.states import ACCEPTS, SUCCESSORS, IllegalEvent, Phase
-from tests.core_helpers import LATENCY, Chosen, arrived, claimed, engine_up, scheduler
-
-
-class Bench:
-    """A core with two engines and a clock that moves 0.1 s an event; invariants checked after each."""
-
-    def __init__(self, **config: float) -> None:
-        self.policy = Chosen()
-        self.core: Scheduler = scheduler(self.policy, **config)
-        self.now = 0.0
-        self.send(engine_up("d0", "decode"))
-        self.send(engine_up("p0", "prefill"))
-
-    def send(self, event: Event) -> list[Command]:
-        self.now += 0.1
-        commands = self.core.receive(event, self.now)
-        self.core.check_invariants()
-        return [c for c in commands if not isinstance(c, Reserved)]
-
-    def place(self, round_id: str, *choice: tuple[Arm, str, str], tokens: int = 100) -> list[Command]:
-        self.policy.next.extend(choice)
-        self.send(arrived(round_id, tokens=tokens))
-        return self.send(claimed(round_id))
-
-
-LOCAL = (Arm.LOCAL, "d0", "d0")
-PULL = (Arm.REMOTE_PULL, "d0", "p0")
-RECOMPUTE = (Arm.REMOTE_RECOMPUTE, "d0", "p0")
+from tests.core_helpers import LATENCY, LOCAL, PULL, RECOMPUTE, Bench, arrived, claimed, engine_up
 
 
 def test_a_local_round_is_claimed_generated_and_completed() -> None:
@@ -385,7 +356,12 @@ def test_a_view_ages_with_its_samples() -> None:
     first_sample_s = bench.core.books.fleet.books["d0"].ttft.samples[0][0]
     before = views(bench.now)
     assert before["d0"].window_ttft_s == pytest.approx(0.5)
-    assert views(first_sample_s + 9.99) is before
+    first_placed_s = bench.core.books.fleet.books["d0"].placed.samples[0][0]
+    assert before["d0"].arrivals_per_s == 0.2 and before["d0"].prefill_share == pytest.approx(0.02)
+    assert views(first_placed_s + 9.99) is before
+    aged = views(first_placed_s + 10.01)["d0"]
+    assert aged.arrivals_per_s == 0.1 and aged.prefill_share == pytest.approx(0.01)
+    assert views(first_sample_s + 9.99)["d0"] is aged
     assert views(first_sample_s + 10.01)["d0"].window_ttft_s == pytest.approx(0.75)
     assert views(sampled_s + 9.99)["d0"].window_ttft_s == pytest.approx(0.75)
     assert views(sampled_s + 10.01)["d0"].window_ttft_s is None

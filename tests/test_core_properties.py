@@ -1,15 +1,21 @@
-"""A Hypothesis state machine drives the core as a driver may: any order of answers, failures and deaths."""
+"""A Hypothesis state machine drives the core as a driver may: any order of answers, failures and deaths.
+
+Under every registered policy and ordering, and under one that draws all arms, sources and homes at random.
+"""
 
 from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from antiphon.policies.base import Arm, Policy, Reject
+from antiphon.policies.registry import ORDERINGS, POLICIES, make_ordering, make_policy
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
     Claim,
+    Claimed,
     ClaimLost,
     ClientGone,
     Command,
@@ -19,15 +25,19 @@ from antiphon.scheduler.messages import (
     Event,
     FirstToken,
     Generate,
+    Holding,
+    LoadReported,
     Prefetch,
     PrefetchDone,
     Prefill,
     PrefillDone,
     Refuse,
+    Rehome,
     RoundFinished,
     Tick,
+    Totals,
 )
-from tests.core_helpers import Drawn, arrived, claimed, engine_up, scheduler
+from tests.core_helpers import Drawn, arrived, engine_up, scheduler
 
 ENGINES = {"d0": "decode", "d1": "decode", "p0": "prefill", "p1": "prefill"}
 
@@ -37,7 +47,6 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = scheduler(Drawn(), first_token_deadline_s=30.0, max_sessions=3)
         self.now = 0.0
         self.calls: dict[str, Command] = {}
         self.streaming: set[str] = set()
@@ -45,6 +54,16 @@ class Machine(RuleBasedStateMachine):
         self.number = 0
         self.incarnations: dict[str, str] = {}
         self.rids: set[str] = set()
+
+    @initialize(
+        policy=st.sampled_from(["drawn"] * len(POLICIES) + sorted(POLICIES)),
+        ordering=st.sampled_from(sorted(ORDERINGS)),
+    )
+    def start(self, policy: str, ordering: str) -> None:
+        chosen: Policy = Drawn() if policy == "drawn" else make_policy(policy)
+        self.core = scheduler(chosen, make_ordering(ordering), first_token_deadline_s=30.0, max_sessions=3)
+        for engine in ENGINES:
+            self.an_engine_comes(engine)
 
     def send(self, event: Event) -> None:
         self.now += 0.05
@@ -64,6 +83,10 @@ class Machine(RuleBasedStateMachine):
             case Abort(round_id=r):
                 self.calls.pop(r, None)
                 self.streaming.discard(r)
+            case Rehome(round_id=r, from_home=left, to_home=home):
+                round = self.core.rounds[r]
+                assert round.arm is Arm.MOVE and self.core.books.home(round) == home != left
+                assert left in self.incarnations, f"{command} from a dead home"
             case Refuse(round_id=r):
                 assert r not in self.streaming, "refused after its first token"
             case Broke(round_id=r):
@@ -88,34 +111,70 @@ class Machine(RuleBasedStateMachine):
         self.send(engine_up(engine, ENGINES[engine], incarnation))
 
     @precondition(lambda self: self.incarnations)
-    @rule(data=st.data(), stale=st.booleans())
-    def an_engine_dies(self, data: st.DataObject, stale: bool) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["stale", "dead", "restarted"]))
+    def an_engine_dies(self, data: st.DataObject, how: str) -> None:
         engine = data.draw(st.sampled_from(sorted(self.incarnations)))
-        if stale:
+        if how == "stale":
             self.send(EngineDown(engine, "long ago", "stale"))
         else:
             self.send(EngineDown(engine, self.incarnations.pop(engine), "killed"))
+        if how == "restarted":
+            self.an_engine_comes(engine)
 
     @rule(session=st.integers(0, 5), pages=st.integers(0, 80))
     def a_round_arrives(self, session: int, pages: int) -> None:
         self.number += 1
         tokens = pages * 16 + self.number % 16 + 1
-        self.send(arrived(f"{self.number:06d}", f"s{session}", tokens, first=1000 * session))
+        self.send(arrived(f"{self.number:06d}", f"s{session}", tokens, first=10_000 * session))
+
+    @rule(session=st.integers(0, 2), pages=st.integers(1, 40), bad=st.integers(0, 12), data=st.data())
+    def a_session_goes_on(self, session: int, pages: int, bad: int, data: st.DataObject) -> None:
+        """A round arrives and runs; its `bad`-th call fails, or none."""
+        self.a_round_arrives(session, pages + self.number % 40)
+        round_id = f"{self.number:06d}"
+        for step in range(12):
+            if round_id in self.calls:
+                self.end_call(round_id, step != bad, data.draw(st.integers(0, 90)))
+
+    def a_claim_is_answered(self, round_id: str, pages: int) -> None:
+        """As explained, so decided: whatever the ledger tells of homes, holders and load."""
+        arrival = self.core.rounds[round_id].arrived
+        told = Claimed(
+            round_id, 1, arrival.session_id, 2, None, f"d{pages % 3}" if pages % 2 else None,
+            tuple(Holding(e, f"i{pages % 9}", pages * 16) for e in ("d0", "d1", "p0")[: pages % 4]),
+            {"d0": Totals(0.5, 1, pages, 999)} if pages % 5 == 0 else {},
+        )  # fmt: skip
+        round = self.core.rounds[round_id]
+        round.arrived_s = self.now + 0.05  # as one that arrives now: what is explained has not waited
+        explained = self.core.explain(arrival, told, round.arrived_s)
+        self.done(round_id, told)
+        if isinstance(explained, Reject):
+            assert not round.tries and round_id not in self.core.rounds
+        else:
+            assert round.tries[0].placement == explained
 
     @precondition(lambda self: self.calls)
-    @rule(data=st.data(), good=st.booleans(), pages=st.integers(0, 90))
-    def a_call_ends(self, data: st.DataObject, good: bool, pages: int) -> None:
-        round_id = data.draw(st.sampled_from(sorted(self.calls)))
+    @rule(data=st.data(), good=st.integers(0, 3), pages=st.integers(0, 90))
+    def a_call_ends(self, data: st.DataObject, good: int, pages: int) -> None:
+        self.end_call(data.draw(st.sampled_from(sorted(self.calls))), good > 0, pages)
+
+    @precondition(lambda self: self.calls)
+    @rule(pages=st.integers(0, 90))
+    def all_calls_end(self, pages: int) -> None:
+        for round_id in sorted(self.calls):
+            if round_id in self.calls:
+                self.end_call(round_id, True, pages)
+
+    def end_call(self, round_id: str, good: bool, pages: int) -> None:
         command = self.calls[round_id]
-        session = self.core.rounds[round_id].session_id
         match command:
+            case Claim() if good:
+                self.a_claim_is_answered(round_id, pages)
             case Claim():
-                event: Event = (
-                    claimed(round_id, session, 2, f"d{pages % 3}") if good else ClaimLost(round_id, "away")
-                )
-                self.done(round_id, event)
+                self.done(round_id, ClaimLost(round_id, "away"))
             case Prefetch(engine_id=engine, pages=asked):
-                self.done(round_id, PrefetchDone(round_id, engine, min(pages, asked), 0, pages, 0.1, "x"))
+                came = asked if pages % 2 else min(pages, asked)
+                self.done(round_id, PrefetchDone(round_id, engine, came, 0, pages, 0.1, "x"))
             case Prefill(engine_id=engine):
                 failed = EngineFailed(round_id, engine, ["refused", "deadline"][pages % 2], "x")
                 self.done(round_id, PrefillDone(round_id, pages) if good else failed)
@@ -131,6 +190,10 @@ class Machine(RuleBasedStateMachine):
                 else:
                     kind = ["bad_request", "refused", "unreachable", "deadline"][pages % 4]
                     self.done(round_id, EngineFailed(round_id, engine, kind, "x"))
+
+    @rule(engine=st.sampled_from(sorted(ENGINES)), used_tokens=st.integers(0, 40_000))
+    def an_engine_tells_its_load(self, engine: str, used_tokens: int) -> None:
+        self.send(LoadReported(engine, used_tokens))
 
     @precondition(lambda self: self.core.rounds)
     @rule(data=st.data())
@@ -173,6 +236,7 @@ class Machine(RuleBasedStateMachine):
         assert not self.core.rounds and sum(self.core.ended.values()) == self.core.accepted
         for book in self.core.books.fleet.books.values():
             assert not (book.queue or book.in_flight or book.prefill_s or book.decode)
+            assert not (book.incoming.parts or book.outgoing.parts or book.slacks)
 
 
 TestCore = Machine.TestCase

@@ -144,6 +144,7 @@ def test_a_registered_engine_comes_up_with_the_facts_of_its_hello(valkey_url: st
                     kv_bytes_per_token=hello.page_bytes // 16,
                     chunk_tokens=64,
                     decode_interval=4,
+                    store_tokens=hello.store_pages * 16,
                 )
                 assert watcher.discovery.engines["p0"].record == engine.record
                 await watcher.until(lambda: "p0" in watcher.loads)

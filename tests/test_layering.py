@@ -34,7 +34,7 @@ PURE = {
 }  # fmt: skip
 """What code without clock, I/O and chance may import."""
 
-DOORS = ("gateway", "completions", "relay", "requests", "identity", "serve", "cli")
+DOORS = ("gateway", "completions", "intake", "relay", "requests", "identity", "serve", "cli")
 """Modules of scheduler/ that speak to clients: nothing below them may import them."""
 
 

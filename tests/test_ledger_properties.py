@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from antiphon.scheduler.ledger import Ledger, RoundTaken
+from antiphon.scheduler.ledger import Ledger, Moved, RoundTaken
 from antiphon.scheduler.ledger_connection import LedgerConnection
 from antiphon.scheduler.messages import Claimed
 from antiphon.scheduler.valkey import EmbeddedValkey
@@ -32,6 +32,7 @@ from tests.ledger_helpers import TTL_S, claim, complete, ledger_at, page
 
 REPLICAS = ("A", "B", "C")
 SESSIONS = ("s", "s~1", "t:s", "{x}")
+HOMES = ("d0", "d1", "d2")
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class Running:
 
 
 class Leases(RuleBasedStateMachine):
-    """The ledger against a model: who holds which session, and the last fence seen there."""
+    """The ledger against a model: who holds which session, its home, and the last fence seen there."""
 
     url: ClassVar[str]
     rounds = Bundle("rounds")
@@ -62,6 +63,10 @@ class Leases(RuleBasedStateMachine):
         self.number = 0
         self.done: dict[str, int] = {}
         """Round -> fence of the completion that was recorded."""
+        self.homes: dict[str, str | None] = {}
+        """Of every session that the ledger has a record of."""
+        self.completed: dict[str, int] = {}
+        """Session -> fence of its last recorded completion."""
 
     async def _connect(self) -> None:
         self.ledger = Ledger(self.url, fleet=secrets.token_hex(6), deadline_s=10.0)
@@ -96,6 +101,8 @@ class Leases(RuleBasedStateMachine):
         assert claimed.parent_id == (session if busy else None)
         assert all(claimed.fence > fence for fence in self.fences)
         self.fences.append(claimed.fence)
+        assert claimed.home == self.homes.get(session)
+        self.homes.setdefault(claimed.session_id, claimed.home)
         return self._hold(Running(replica, claimed))
 
     @rule(target=rounds, old=rounds, replica=st.sampled_from(REPLICAS))
@@ -125,8 +132,35 @@ class Leases(RuleBasedStateMachine):
         self.last_fences[running.claimed.session_id] = running.claimed.fence
         return running
 
-    @rule(running=rounds)
-    def complete(self, running: Running) -> None:
+    @rule(
+        running=rounds,
+        session=st.sampled_from((None, None, None, *SESSIONS)),
+        from_home=st.sampled_from((None, None, *HOMES)),
+        to_home=st.sampled_from(HOMES),
+    )
+    def move(self, running: Running, session: str | None, from_home: str | None, to_home: str) -> None:
+        """Only the claim that holds the session moves it, from the home that it has, and twice as once."""
+        session = session or running.claimed.session_id
+        from_home = from_home or self.homes.get(session) or "d0"
+        fence, holder = running.claimed.fence, self.holders.get(session)
+        if session not in self.homes:
+            expected = Moved.UNKNOWN_SESSION
+        elif holder is None and self.completed.get(session) == fence:
+            expected = Moved.ENDED
+        elif holder is None or holder.claimed.fence != fence:
+            expected = Moved.FENCED
+        elif self.homes[session] in (from_home, to_home):
+            expected, self.homes[session] = Moved.MOVED, to_home
+        else:
+            expected = Moved.OTHER_HOME
+        for _ in range(2):
+            question = self.ledger.rehome(
+                fence=fence, session_id=session, tenant="t", from_home=from_home, to_home=to_home
+            )
+            assert self.runner.run(question) is expected
+
+    @rule(running=rounds, home=st.sampled_from(HOMES))
+    def complete(self, running: Running, home: str) -> None:
         """Recorded unless a newer claim was there; asked again, the same answer and nothing more."""
         claimed = running.claimed
         round_id, session_id, fence = claimed.round_id, claimed.session_id, claimed.fence
@@ -136,10 +170,11 @@ class Leases(RuleBasedStateMachine):
             expected = self.last_fences.get(session_id, 0) <= fence
             self.recorded += expected
         self.fenced += not expected
-        assert self.runner.run(complete(self.ledger, running.replica, claimed)) == expected
-        if not expected:
+        assert self.runner.run(complete(self.ledger, running.replica, claimed, home=home)) == expected
+        if not expected or round_id in self.done:
             return
-        self.done[round_id] = fence
+        self.done[round_id] = self.completed[session_id] = fence
+        self.homes[session_id] = home
         self.last_fences[session_id] = max(self.last_fences.get(session_id, 0), fence)
         if self.holders.get(session_id) is running:
             del self.holders[session_id]
@@ -153,16 +188,9 @@ class Leases(RuleBasedStateMachine):
         assert released == holds
         if holds:
             del self.holders[session_id]
-            self.last_fences[session_id] = self.last_completed(session_id)
-
-    def last_completed(self, session_id: str) -> int:
-        """What remains of a session's fences when its lease is given back."""
-
-        async def read() -> int:
-            key = self.ledger.connection.session_key("t", session_id)
-            return int(await self.ledger.connection.command("HGET", key, "last_fence") or 0)
-
-        return self.runner.run(read())
+            self.last_fences[session_id] = self.completed.get(session_id, 0)
+            if session_id not in self.completed:
+                del self.homes[session_id]
 
     # ---- losses
 
@@ -176,6 +204,8 @@ class Leases(RuleBasedStateMachine):
         self.alive.clear()
         self.recorded = self.fenced = 0
         self.done.clear()
+        self.homes.clear()
+        self.completed.clear()
 
     # ---- always
 
@@ -192,6 +222,7 @@ class Leases(RuleBasedStateMachine):
         if not hasattr(self, "runner"):
             return
         sessions, _ = self.runner.run(self.ledger.sessions(1000))
+        assert {s.session_id: s.home for s in sessions} == self.homes
         in_flight = {s.session_id: s.in_flight for s in sessions if s.in_flight}
         assert in_flight == {name: holder.claimed.round_id for name, holder in self.holders.items()}
         assert len(set(in_flight.values())) == len(in_flight), "one round holds two sessions"

@@ -36,6 +36,7 @@ def test_a_receipt_is_counted() -> None:
             pulled_tokens=30,
             bytes_decode_to_prefill=1000,
             bytes_prefill_to_decode=2000,
+            bytes_home_to_home=3000,
             predicted_ttft_s=0.05,
             ttft_s=0.1,
             degraded=True,
@@ -49,6 +50,7 @@ def test_a_receipt_is_counted() -> None:
     assert kinds == {"prompt": 100, "cached": 40, "pulled": 30, "completion": 3}
     assert value(metrics, "kv_transfer_bytes_total", direction="decode_to_prefill") == 1000
     assert value(metrics, "kv_transfer_bytes_total", direction="prefill_to_decode") == 2000
+    assert value(metrics, "kv_transfer_bytes_total", direction="home_to_home") == 3000
     assert value(metrics, "round_ttft_seconds_sum", arm="remote_pull") == pytest.approx(0.1)
     assert value(metrics, "round_ttft_actual_to_predicted_ratio_sum", arm="remote_pull") == pytest.approx(2.0)
     assert value(metrics, "round_phase_seconds_sum", phase="prefill") == pytest.approx(0.05)

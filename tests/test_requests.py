@@ -232,6 +232,29 @@ def test_slos_of_the_request_win() -> None:
     assert requests.slos(None, default) == default
 
 
+def test_targets_in_a_header() -> None:
+    """`X-Session-Hints` is for clients that cannot touch the body, whose own targets win over it."""
+    default = requests.Slos(2.0, 0.1)
+
+    def found(hints: str, session: requests.SessionFields | None = None) -> tuple[object, ...]:
+        slos = requests.slos(session, default, hints)
+        return slos.ttft_s, slos.itl_s, slos.ttft_from, slos.itl_from
+
+    assert found("ttft_ms=800, tpot_ms=40") == (0.8, 0.04, "header", "header")
+    assert found("osl=200,,ttft_ms=1;x=2 ,ttft_ms=250.5,flag") == (0.2505, 0.1, "header", "default")
+    body = requests.SessionFields(slo=requests.Slo(ttft_ms=500))
+    assert found("ttft_ms=800, tpot_ms=40", body) == (0.5, 0.04, "body", "header")
+    assert found("") == (2.0, 0.1, "default", "default")
+
+
+@pytest.mark.parametrize("value", ["", "0", "-5", "nan", "inf", "1e3", "0.0", "fast", "9" * 20, "\uff11"])
+def test_a_target_in_a_header_is_a_number_above_0(value: str) -> None:
+    """Anything else is the client's mistake and is told, not ignored."""
+    with pytest.raises(ApiError) as caught:
+        requests.slos(None, requests.Slos(2.0, 0.1), f"a=1, ttft_ms={value}")
+    assert (caught.value.status, caught.value.param) == (400, "X-Session-Hints.ttft_ms")
+
+
 def test_tools_in_the_prompt_follow_tool_choice() -> None:
     """The template gets all tools, only the named one, or none."""
     tools = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]

@@ -15,6 +15,7 @@ from antiphon.scheduler.residency import (
     CHECKPOINT_TOKENS,
     ResidencyIndex,
     chain_checkpoints,
+    checkpoint_limit,
     stride_pages,
 )
 
@@ -29,9 +30,9 @@ def chain(tokens: int, variant: int = 0, shared: int = 0, page_size: int = PAGE)
 
 
 def index_of(*engine_ids: str, limit: int = 16384) -> ResidencyIndex:
-    index = ResidencyIndex(limit)
+    index = ResidencyIndex()
     for engine_id in engine_ids:
-        index.admit(engine_id, "i1")
+        index.admit(engine_id, "i1", limit)
     return index
 
 
@@ -64,8 +65,15 @@ def test_a_page_size_below_one_is_refused() -> None:
     """A page has at least one token."""
     with pytest.raises(ValueError, match="page_size must be at least 1"):
         stride_pages(0)
-    with pytest.raises(ValueError, match="checkpoints_per_engine"):
-        ResidencyIndex(0)
+    with pytest.raises(ValueError, match="at least 1 checkpoint"):
+        ResidencyIndex().admit("d0", "i1", 0)
+
+
+def test_an_engine_has_as_many_checkpoints_as_its_store_has_room_for() -> None:
+    """Two to each stride of the page store; of a store that is not told, four times the device."""
+    assert checkpoint_limit(500_000, 1) == 2 * 977
+    assert checkpoint_limit(0, 500_000) == checkpoint_limit(2_000_000, 0) == 2 * 3907
+    assert checkpoint_limit(0, 0) == checkpoint_limit(4096, 4096) == 1024
 
 
 # ---------------------------------------------------------------- scenarios
@@ -214,12 +222,12 @@ class ResidencyMachine(RuleBasedStateMachine):
     @initialize(limit=st.sampled_from([3, 6, 1000]))
     def start(self, limit: int) -> None:
         self.limit = limit
-        self.index = ResidencyIndex(limit)
+        self.index = ResidencyIndex()
         self.naive: dict[str, NaiveEngine] = {}
 
     @rule(engine_id=ENGINES, incarnation=st.sampled_from(["i1", "i2"]))
     def admit(self, engine_id: str, incarnation: str) -> None:
-        self.index.admit(engine_id, incarnation)
+        self.index.admit(engine_id, incarnation, self.limit)
         known = self.naive.get(engine_id)
         if known is None or known.incarnation != incarnation:
             self.naive[engine_id] = NaiveEngine(incarnation, self.limit)

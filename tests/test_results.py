@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from antiphon.traces import provenance
 from antiphon.traces.display import result_table
@@ -193,6 +195,22 @@ def test_a_summary_worked_by_hand() -> None:
     assert msgspec.structs.astuple(result.ttft_s) == pytest.approx((3, 1.5, 1.0, 2.6, 2.96))
     assert result.itl_s is not None and result.itl_s.count == 2
     assert (result.simulated_s, result.gpu_seconds, result.cost_per_1k_rounds) == (9.0, 36.0, None)
+
+
+def test_bytes_of_moves_are_in_the_sums(tmp_path: Path) -> None:
+    """What new homes fetched counts apart and in the total; a file from before there were moves has none."""
+    moved = record("a", 2, round_id="r2", arm="move", bytes_decode_to_prefill=1)
+    add_receipts([moved], [{"round_id": "r2", "arm": "move", "bytes_home_to_home": 40}])
+    result = result_of([record("a", 1), moved], {"a": 2})
+    assert (result.bytes_home_to_home, result.bytes_moved, result.arms["move"]) == (40, 40, 1)
+    write_result(result, tmp_path / "new.json")
+    old = json.loads((tmp_path / "new.json").read_bytes())
+    assert old.pop("bytes_home_to_home") == 40
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read_result(tmp_path / "old.json").bytes_home_to_home == 0
+    shown = Console(width=120, record=True, file=io.StringIO())
+    shown.print(result_table(result))
+    assert "moved home -> home" in shown.export_text()
 
 
 def test_counts_add_up_to_the_total() -> None:

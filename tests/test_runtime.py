@@ -236,6 +236,20 @@ def test_a_killed_prefill_engine_costs_time_not_rounds(valkey_url: str) -> None:
     asyncio.run(scenario())
 
 
+def test_engines_may_have_profiles_of_their_own(valkey_url: str) -> None:
+    """An engine's id counts before its pool, both before the profile of all."""
+
+    async def scenario() -> None:
+        profiles = {"prefill": "llama-3.1-70b-h200-tp4", "p1": "mixtral-8x7b-h200-tp4"}
+        engines, scheduler = "p0 p1 d0", {"profiles": profiles}
+        async with cluster(valkey_url, "ampd", engines=engines, scheduler=scheduler) as c:
+            views = c.replica.core.books.fleet.views(c.replica.runtime.now())
+            names = {engine_id: view.latency.name for engine_id, view in views.items()}
+            assert names == {"d0": "tiny-cpu", "p0": profiles["prefill"], "p1": profiles["p1"]}
+
+    asyncio.run(scenario())
+
+
 def test_shutting_down_cuts_off_what_does_not_end(valkey_url: str) -> None:
     """After the grace period rounds in flight are cancelled, and nothing of them stays on the engine."""
 

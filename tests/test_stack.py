@@ -20,6 +20,7 @@ from antiphon.engines.page_hash import page_hashes
 from antiphon.eval.demo import DemoError, free_ports, judge
 from antiphon.eval.stack import EngineSpec, Stack, fetch_json
 from antiphon.eval.verify import verify_rounds
+from antiphon.policies.base import Arm
 from antiphon.traces.replay import ReplayOptions, replay
 from antiphon.traces.results import RoundRecord, RunResult, VerifyRecord
 from antiphon.traces.schema import RoundTrace, SessionTrace
@@ -168,7 +169,7 @@ def test_chat_over_http(
                 async with request as answer:
                     assert answer.headers["X-Session-ID"] == "chat-1"
                     assert answer.headers["X-Session-Round"] == "2"
-                    assert answer.headers["X-Antiphon-Arm"] in ("local", "remote_recompute", "remote_pull")
+                    assert answer.headers["X-Antiphon-Arm"] in {arm.value for arm in Arm}
                     lines = [line[6:] async for line in answer.content if line.startswith(b"data: ")]
             assert lines[-1].strip() == b"[DONE]"
             events = [msgspec.json.decode(line) for line in lines[:-1]]

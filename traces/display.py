@@ -111,6 +111,8 @@ def result_table(result: RunResult) -> Table:
     table.add_row("output tokens", f"{result.output_tokens_total:,}")
     table.add_row("moved decode -> prefill", _bytes(result.bytes_decode_to_prefill))
     table.add_row("moved prefill -> decode", _bytes(result.bytes_prefill_to_decode))
+    if result.bytes_home_to_home:
+        table.add_row("moved home -> home", _bytes(result.bytes_home_to_home))
     for name, figure in _closing_figures(result):
         table.add_row(name, figure)
     return table

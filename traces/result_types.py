@@ -60,6 +60,7 @@ class RoundRecord(msgspec.Struct, kw_only=True, gc=False):
     """Whether the fields below are known."""
     bytes_decode_to_prefill: int = 0
     bytes_prefill_to_decode: int = 0
+    bytes_home_to_home: int = 0
     pulled_tokens: int = 0
     predicted_ttft_s: float | None = None
     gateway_ttft_s: float | None = None
@@ -172,6 +173,10 @@ class RunResult(msgspec.Struct, kw_only=True):
     """None: a replay does not know its fleet."""
     policy: str | None
     ordering: str | None = None
+    variant: str = ""
+    """Of a sweep: what it calls the policy with these parameters; "" = by its own name."""
+    policy_parameters: dict[str, Any] = {}
+    """Those that were given; the others have their defaults."""
     seed: int
     slo: dict[str, float | None]
     """ttft_s, itl_s: targets of rounds whose session brings none of its own (of all, in a replay)."""
@@ -203,6 +208,8 @@ class RunResult(msgspec.Struct, kw_only=True):
     bytes_moved: int = 0
     bytes_decode_to_prefill: int
     bytes_prefill_to_decode: int
+    bytes_home_to_home: int = 0
+    """Fetched by new homes, with the arm `move`; 0 in files from before there was one."""
     prefill_tokens_computed: int | None = None
     prefill_tokens_reused: int | None = None
     prompt_tokens_total: int

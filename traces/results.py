@@ -123,6 +123,7 @@ class _Sums:
     attainable: int = 0
     bytes_decode_to_prefill: int = 0
     bytes_prefill_to_decode: int = 0
+    bytes_home_to_home: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -149,6 +150,7 @@ class _Sums:
         self.receipts += record.receipt
         self.bytes_decode_to_prefill += record.bytes_decode_to_prefill
         self.bytes_prefill_to_decode += record.bytes_prefill_to_decode
+        self.bytes_home_to_home += record.bytes_home_to_home
         self.prompt_tokens += record.prompt_tokens
         self.cached_tokens += record.cached_tokens
         self.output_tokens += record.output_tokens
@@ -177,9 +179,12 @@ class _Sums:
             "itl_s": distribution(self.itl_s),
             "e2e_s": distribution(self.e2e_s),
             "arms": dict(self.arms),
-            "bytes_moved": self.bytes_decode_to_prefill + self.bytes_prefill_to_decode,
+            "bytes_moved": self.bytes_decode_to_prefill
+            + self.bytes_prefill_to_decode
+            + self.bytes_home_to_home,
             "bytes_decode_to_prefill": self.bytes_decode_to_prefill,
             "bytes_prefill_to_decode": self.bytes_prefill_to_decode,
+            "bytes_home_to_home": self.bytes_home_to_home,
             "prompt_tokens_total": self.prompt_tokens,
             "cached_tokens_total": self.cached_tokens,
             "output_tokens_total": self.output_tokens,
@@ -259,6 +264,7 @@ def add_receipts(records: Iterable[RoundRecord], receipts: Iterable[Mapping[str,
         record.receipt = True
         record.bytes_decode_to_prefill = receipt.get("bytes_decode_to_prefill") or 0
         record.bytes_prefill_to_decode = receipt.get("bytes_prefill_to_decode") or 0
+        record.bytes_home_to_home = receipt.get("bytes_home_to_home") or 0
         record.pulled_tokens = receipt.get("pulled_tokens") or 0
         record.predicted_ttft_s = receipt.get("predicted_ttft_s")
         record.gateway_ttft_s = receipt.get("ttft_s")

@@ -5,22 +5,8 @@
 --       8 head of a fork's id, 9 head of a fork's key, 10 epoch for an empty ledger, 11 TTFT SLO, 12 ITL SLO
 -- Answers {fence, epoch, session id, parent id, rounds so far, home, {engine, value, ...}, {totals, ...}, tip}:
 -- the tip is where the session's last round ended and who holds it, "hash|tokens|incarnation|engine" or ''.
---
--- A lease is three fields of the session record. It holds while `lease_until` lies ahead and its replica's
--- heartbeat key lives; our own leases need no heartbeat: we are alive.
-local prefix, replica, round_id = ARGV[1], ARGV[2], ARGV[3]
+local round_id = ARGV[3]
 local ttl_ms, lease_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
-local clock = redis.call('TIME')
-local now_us = clock[1] * 1000000 + clock[2]
-local now_ms = math.floor(now_us / 1000)
-
-local function alive(other)
-    return other == replica or redis.call('EXISTS', prefix .. ':replica:' .. other) == 1
-end
-
-local function holds(lease)
-    return lease[1] and tonumber(lease[3]) > now_ms and alive(lease[2])
-end
 
 -- Above every fence of this ledger and, after a loss of its data, above those of the lost one too: the
 -- clock has gone on since. Microseconds stay exact in a double until the year 2255.
@@ -72,28 +58,6 @@ redis.call('ZADD', KEYS[3], string.format('%.0f', now_ms + keep_ms), key)
 redis.call('HSET', KEYS[4], 'session_key', key, 'session_id', session_id, 'replica', replica, 'lease_until', until_ms)
 redis.call('PEXPIRE', KEYS[4], lease_ms)
 
--- Longest prefix of each engine (and incarnation: the caller knows which one lives).
-local holdings, seen = {}, {}
-for i = 6, #KEYS do
-    local entries = redis.call('HGETALL', KEYS[i])
-    for j = 1, #entries, 2 do
-        local holder = entries[j] .. '\n' .. (string.match(entries[j + 1], '^(.*)|') or '')
-        if not seen[holder] then
-            seen[holder] = true
-            holdings[#holdings + 1] = entries[j]
-            holdings[#holdings + 1] = entries[j + 1]
-        end
-    end
-    if #entries > 0 then redis.call('PEXPIRE', KEYS[i], ttl_ms) end
-end
-
-local totals = {}
-for _, other in ipairs(redis.call('SMEMBERS', KEYS[2])) do
-    if other ~= replica and alive(other) then
-        totals[#totals + 1] = redis.call('GET', prefix .. ':totals:' .. other) or nil
-    end
-end
-
 local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home', 'tip')
 return {fence_text, redis.call('HGET', KEYS[1], 'epoch'), session_id, record[1] or '', record[2] or '0',
-    record[3] or '', holdings, totals, record[4] or ''}
+    record[3] or '', read_holdings(6, ttl_ms), read_totals(KEYS[2]), record[4] or ''}

@@ -1,0 +1,215 @@
+"""What surrounds a core that is fuzzed: engines that come and go, sessions that grow, other replicas.
+
+It makes the events; whether they are legal now is the episode's business. All chance is one seeded generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from random import Random
+
+from antiphon.engines.base import FailureKind
+from antiphon.policies.latency import LatencyModel
+from antiphon.scheduler.messages import (
+    Claimed,
+    ClaimLost,
+    ClientGone,
+    Command,
+    EngineDown,
+    EngineFailed,
+    EngineUp,
+    Event,
+    FirstToken,
+    Holding,
+    LoadReported,
+    Prefetch,
+    PrefetchDone,
+    PrefillDone,
+    RoundArrived,
+    RoundFinished,
+    Totals,
+)
+
+PAGE = 16
+TRUNKS = 3
+"""System prompts that sessions share."""
+
+ROUND_EVENTS: tuple[type, ...] = (
+    Claimed, ClaimLost, PrefetchDone, PrefillDone, FirstToken, RoundFinished, EngineFailed, ClientGone,
+)  # fmt: skip
+
+FAILURES = [kind.value for kind in FailureKind if kind is not FailureKind.BAD_REQUEST]
+
+
+def chain(name: str, pages: int, before: Sequence[bytes] = ()) -> tuple[bytes, ...]:
+    """`before` and so many pages more, with content that the name stands for."""
+    hashes = list(before)
+    for _ in range(pages):
+        hashes.append(sha256((hashes[-1] if hashes else b"") + name.encode()).digest())
+    return tuple(hashes)
+
+
+@dataclass(slots=True)
+class Talk:
+    """A session as its client knows it."""
+
+    session_id: str
+    tenant: str
+    hashes: tuple[bytes, ...]
+    rounds: int = 0
+
+
+@dataclass(slots=True)
+class World:
+    """`engines`: names that engines may have; "p..." usually prefill, "d..." usually decode."""
+
+    rng: Random
+    engines: Sequence[str]
+    profiles: Sequence[LatencyModel]
+    live: dict[str, EngineUp] = field(default_factory=dict)
+    talks: list[Talk] = field(default_factory=list)
+    rounds: dict[str, tuple[RoundArrived, Talk]] = field(default_factory=dict)
+    """Those in flight: whoever sees one end takes it out."""
+    number: int = 0
+    fence: int = 0
+
+    # ------------------------------------------------------------ engines
+
+    def engine_up(self) -> EngineUp:
+        """One comes, comes again under a new incarnation, or says hello again, perhaps with other words."""
+        rng = self.rng
+        name = rng.choice(self.engines)
+        before = self.live.get(name)
+        if before is not None and rng.random() < 0.5:
+            incarnation = before.incarnation
+        else:
+            self.number += 1
+            incarnation = f"{name}-{self.number}"
+        pool = ("prefill" if name[0] == "p" else "decode") if rng.random() < 0.9 else "decode"
+        self.live[name] = up = EngineUp(
+            name,
+            incarnation,
+            pool,
+            rng.random() < 0.9,
+            PAGE,
+            rng.choice([400, 4096, 100_000]),
+            2048,
+            rng.choice([0, 64, 512]),
+            rng.choice([0, 0, 4]),
+            rng.choice([None, *self.profiles]),
+        )
+        return up
+
+    def engine_down(self) -> EngineDown:
+        """One that lives, or the news is late and a newer one lives, or nobody knows it."""
+        rng = self.rng
+        name = rng.choice([*self.engines, "nobody"])
+        up = self.live.get(name)
+        if up is None or rng.random() < 0.2:
+            return EngineDown(name, "long ago", "stale")
+        del self.live[name]
+        return EngineDown(name, up.incarnation, "killed")
+
+    def load_report(self) -> LoadReported:
+        return LoadReported(self.rng.choice([*self.engines, "nobody"]), self.rng.randrange(0, 120_000))
+
+    # ------------------------------------------------------------ rounds
+
+    def arrival(self) -> RoundArrived:
+        """A new round of an old session, which goes on, is compacted or starts anew; or of a new session."""
+        rng = self.rng
+        self.number += 1
+        if not self.talks or rng.random() < 0.15:
+            trunk = chain(f"trunk {rng.randrange(TRUNKS)}", rng.choice([0, 2, 40]))
+            self.talks.append(Talk(f"s{self.number}", rng.choice(["", "t"]), trunk))
+            if len(self.talks) > 12:
+                del self.talks[0]
+        talk = rng.choice(self.talks)
+        if rng.random() < 0.1:
+            talk.hashes = talk.hashes[: rng.randrange(0, len(talk.hashes) + 1)]
+        talk.hashes = chain(f"{talk.session_id} {self.number}", rng.choice([0, 1, 3, 20]), talk.hashes)[:200]
+        round_id = f"{self.number:08d}"
+        tokens = len(talk.hashes) * PAGE + rng.randrange(0 if talk.hashes else 1, PAGE)
+        targets = rng.choice([0.05, 1.0, 30.0]), rng.choice([0.01, 0.1])
+        output = rng.choice([1, 16, 2000])
+        arrived = RoundArrived(
+            round_id, talk.session_id, talk.tenant, tokens, talk.hashes, PAGE, output, *targets
+        )
+        self.rounds[round_id] = arrived, talk
+        return arrived
+
+    def answer(self, kind: type, round_id: str, call: Command | None) -> Event:
+        """The event `kind` of this round; `call` is what is under way, None if that cannot be answered so."""
+        rng = self.rng
+        engine_id = getattr(call, "engine_id", "nobody")
+        if kind is Claimed:
+            return self._claimed(round_id)
+        if kind is ClaimLost:
+            return ClaimLost(round_id, "the ledger is away")
+        if kind is PrefetchDone:
+            asked = call.pages if isinstance(call, Prefetch) else 3
+            pages = asked if rng.random() < 0.6 else rng.randrange(0, asked + 1)
+            pulled = rng.randrange(0, pages + 1)
+            reason = "" if pages == asked else "late"
+            return PrefetchDone(round_id, engine_id, pages, pulled, pulled * 2048, rng.random(), reason)
+        if kind is PrefillDone:
+            return PrefillDone(round_id, self._cached(round_id))
+        if kind is FirstToken:
+            return FirstToken(round_id)
+        if kind is RoundFinished:
+            return self._finished(round_id)
+        if kind is EngineFailed:
+            failure = rng.choice([*FAILURES, *FAILURES, FailureKind.BAD_REQUEST.value])
+            return EngineFailed(round_id, engine_id, failure, "it failed")
+        return ClientGone(round_id)
+
+    def _finished(self, round_id: str) -> RoundFinished:
+        rng = self.rng
+        arrived, talk = self.rounds.get(round_id, (None, None))
+        hashes = chain(f"answer {round_id}", rng.choice([0, 1, 5]), arrived.hashes if arrived else ())
+        if talk is not None:
+            talk.hashes, talk.rounds = hashes, talk.rounds + 1
+        tokens, lagged = rng.choice([0, 1, 16, 80]), rng.random() < 0.1
+        return RoundFinished(round_id, tokens, self._cached(round_id), hashes, lagged)
+
+    def _cached(self, round_id: str) -> int:
+        """Of a prompt, as an engine says: nothing, a page, all but its last token."""
+        arrived, _ = self.rounds.get(round_id, (None, None))
+        most = arrived.prompt_tokens - 1 if arrived is not None else 0
+        return self.rng.choice([0, min(PAGE, most), most])
+
+    def _claimed(self, round_id: str) -> Claimed:
+        """The ledger's answer: perhaps of another replica's doings, and perhaps of engines long gone."""
+        rng = self.rng
+        self.fence += 1
+        arrived, talk = self.rounds.get(round_id, (None, None))
+        hashes = arrived.hashes if arrived else ()
+        session_id = arrived.session_id if arrived else "s"
+        number, parent = (talk.rounds if talk else 0) + 1, None
+        if rng.random() < 0.15:
+            number, parent, session_id = 1, session_id, f"{session_id}~{self.fence}"
+        home = rng.choice([*self.engines, "nobody"]) if rng.random() < 0.5 else None
+        holdings = tuple(self._holding(len(hashes) * PAGE) for _ in range(rng.choice([0, 0, 1, 3])))
+        others = {}
+        if rng.random() < 0.3:
+            for name in rng.sample([*self.engines, "nobody"], 2):
+                others[name] = Totals(
+                    rng.random() * 3, rng.randrange(4), rng.randrange(9), rng.randrange(9000)
+                )
+        tip = None
+        if hashes and rng.random() < 0.3:
+            pages = rng.randrange(1, len(hashes) + 1)
+            tip_hash = hashes[pages - 1] if rng.random() < 0.7 else b"\0" * 32
+            tip = tip_hash, self._holding(pages * PAGE)
+        return Claimed(round_id, self.fence, session_id, number, parent, home, holdings, others, tip)
+
+    def _holding(self, tokens: int) -> Holding:
+        rng = self.rng
+        name = rng.choice([*self.engines, "nobody"])
+        up = self.live.get(name)
+        incarnation = up.incarnation if up is not None and rng.random() < 0.8 else "long ago"
+        return Holding(
+            name, incarnation, rng.choice([tokens, tokens // 2, 512, rng.randrange(0, tokens + 99)])
+        )

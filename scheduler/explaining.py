@@ -1,0 +1,67 @@
+"""What the core would decide for a round, without deciding it: nothing is written anywhere.
+
+What a claim tells (the session's home, who holds what, the other replicas' load) goes into the books when a
+round is placed. Here it is laid over the views instead.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from msgspec.structs import replace
+
+from antiphon.policies.base import ClusterView, EngineView, Placement, Policy, Reject, RoundView
+from antiphon.scheduler.books import Books, claimed_holdings, session_key
+from antiphon.scheduler.fleet import NO_TOTALS, EngineBook
+from antiphon.scheduler.messages import Claimed, RoundArrived, Totals
+from antiphon.scheduler.states import Round, new_round
+
+
+def explain(
+    policy: Policy, books: Books, arrived: RoundArrived, claimed: Claimed | None, now: float
+) -> Placement | Reject:
+    """What the policy answers for this round now; `claimed` None = as without a ledger."""
+    round = new_round(arrived, now, now)
+    if claimed is None:
+        return policy.place(books.view(round, now), books.cluster(now))
+    round.session_id = claimed.session_id
+    return policy.place(_round_view(books, round, claimed, now), _cluster(books, round, claimed, now))
+
+
+def _round_view(books: Books, round: Round, claimed: Claimed, now: float) -> RoundView:
+    held, size = books.held(round), round.arrived.page_size_tokens
+    longest = len(round.arrived.hashes)
+    for holding in claimed_holdings(round, claimed):
+        book = books.fleet.books.get(holding.engine_id)
+        tokens = min(holding.tokens // size, longest) * size
+        ours = book is not None and book.up.incarnation == holding.incarnation
+        if ours and tokens > held.get(holding.engine_id, 0):
+            held[holding.engine_id] = tokens
+    view = books.view(round, now, held)
+    if claimed.home is None or claimed.home == view.home:
+        return view
+    return replace(view, home=claimed.home if claimed.home in books.fleet.books else None)
+
+
+def _cluster(books: Books, round: Round, claimed: Claimed, now: float) -> ClusterView:
+    """The engines with the other replicas' load as claimed, and the session no longer where it was."""
+    session = books.sessions.get(session_key(round))
+    moved = session is not None and claimed.home is not None and claimed.home != session.home
+    cluster = books.cluster(now)
+    changed: dict[str, EngineView] = {}
+    for engine_id, book in books.fleet.books.items():
+        others = claimed.others.get(engine_id, NO_TOTALS)
+        if others != book.others:
+            changed[engine_id] = book.view(now, others)
+        if moved and session is not None and engine_id == session.home:
+            view = changed.get(engine_id, cluster.engines[engine_id])
+            changed[engine_id] = _without(view, book, others, book.session_tokens.get(session_key(round)))
+    return ClusterView(MappingProxyType({**cluster.engines, **changed})) if changed else cluster
+
+
+def _without(view: EngineView, book: EngineBook, others: Totals, tokens: int | None) -> EngineView:
+    """The view without a session of `tokens`; None: it is not counted there."""
+    if tokens is None:
+        return view
+    used_tokens = max(book.idle_tokens - tokens + others.context_tokens, book.reported_tokens)
+    return replace(view, used_tokens=min(used_tokens, view.pool_tokens), sessions=view.sessions - 1)
