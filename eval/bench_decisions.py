@@ -42,8 +42,8 @@ WAITING = 8
 """Rounds that wait on the first prefill engine; 2 on the others of a fleet that is not calm."""
 WORK_S = 0.25
 """Of each."""
-ENGINE_STEP_S = 0.32
-"""Between two decisions, on the core's clock, times the engines: about three a second for each."""
+ENGINE_STEP_S = 1.0
+"""Between two decisions, on the core's clock, times the engines: a calm fleet stays calm."""
 TENANT = "t"
 
 

@@ -40,6 +40,7 @@ ABLATION: Mapping[str, Variant] = {
 PROFILES = ("claude-code", "toolbench", "hotpotqa", "dureader")
 """Those whose load is reached within the rounds of a run: sessions of the others mostly sleep."""
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.1)
+"""What is sent is the same for all of them, and for a run of fewer of them."""
 MAX_GAP_S = 60.0
 
 
@@ -106,7 +107,7 @@ def _scenario(
     scale: Scale, source: Source, sessions: Sequence[SessionTrace], cluster: str, bench: Workbench, out: Path
 ) -> Scenario:
     name = f"{source.name}-{Path(cluster).stem}"
-    sample = sample_of(sessions, bench, max(scale.loads), scale.amount)
+    sample = sample_of(sessions, bench, max(LOADS), scale.amount)
     trace = _write(out / "traces" / f"{name}.jsonl", msgspec.json.Encoder().encode_lines(sample.sessions()))
     spec = SweepSpec(
         traces=(f"../traces/{trace.name}",),

@@ -5,6 +5,7 @@ Core (no clock, no I/O)
     states.py      a round's life as tables; the record of a round in flight
     residency.py   which engine is believed to hold which prefix
     fleet.py       one engine's books: reservations, queue, windows -> EngineView
+    store_use.py   how full page stores are with KV of sessions that are expected back
     sessions.py    what is remembered of sessions between rounds
     books.py       fleet, sessions and residency in one place: views, reservations, beliefs
     receipts.py    a round's receipt, from its record

@@ -116,8 +116,9 @@ class Books:
             session = self.sessions.get(key)
             if session is None:
                 self.fleet.returns.began()
-            else:
-                self.fleet.returns.came_back(now - session.seen_s)
+            elif self.fleet.returns.came_back(now - session.seen_s):
+                for book in self.fleet.books.values():
+                    book.touch()  # what counts as expected back has changed everywhere
         for book in engines:
             book.store.use(key, prompt_tokens)
 

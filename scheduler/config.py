@@ -46,7 +46,7 @@ class GatewayConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    policy: str = "ampd"
+    policy: str = "adaptive"
     ordering: str = "fcfs"
     profile: str = "tiny-cpu"
     """Latency profile: a bundled name or a JSON file."""

@@ -39,8 +39,8 @@ class Returns:
         """A session's first round."""
         self._began += 1
 
-    def came_back(self, gap_s: float) -> None:
-        """A later one, so long after the one before it was last heard of."""
+    def came_back(self, gap_s: float) -> bool:
+        """A later one, so long after the one before was last heard of; True when the horizon changed."""
         bucket, limit_s = 0, 1.0
         while gap_s > limit_s and bucket < BUCKETS - 1:
             bucket, limit_s = bucket + 1, 2 * limit_s
@@ -49,8 +49,10 @@ class Returns:
         if self._rounds >= FORGET_AT:
             self._gaps = [count // 2 for count in self._gaps]
             self._began, self._rounds = self._began // 2, sum(self._gaps)
+        before_s = self.horizon_s
         if self._rounds < LOOK_EVERY or self._rounds % LOOK_EVERY == 0:
             self._look()
+        return self.horizon_s != before_s
 
     def _look(self) -> None:
         """Of those idle for so long, as many came back later as have ended; twice that, to be sure."""
