@@ -124,6 +124,8 @@ class EngineView(Struct, frozen=True, gc=False):
     """Seconds of prefill that were placed there, per second of the past window."""
     kv_share: float = 0.0
     """KV there of sessions that are expected back, as a share of its page store; above 1 it evicts some."""
+    in_time_per_s: float = 0.0
+    """Of `arrivals_per_s`, the rounds that were expected to meet their TTFT target."""
 
 
 SLACKS = 16

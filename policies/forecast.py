@@ -6,7 +6,7 @@ What it expects to be lost, in SLOs (`Candidate.misses`), is the sum of
 
     own       1 - (1 - chance(TTFT)) * (1 - chance(ITL)); chance is logistic in predicted / target
     harmed    rounds that decode where W seconds are prefilled and can take a stall of less (`itl_slacks_s`)
-    delayed   rounds that come there meanwhile: delay_weight * arrivals_per_s * (late(queue + W) - late(queue)),
+    delayed   rounds that come there meanwhile: delay_weight * in_time_per_s * (late(queue + W) - late(queue)),
               late(x) = the integral of min(1, wait / target) from 0 to x: whoever comes waits for what is left
     evicted   sessions that lose their history to KV that comes to a store: evict_weight * the share of this KV
               that is new there * kv_share^2 * (1 + seconds to compute it again / target)
@@ -110,10 +110,10 @@ class Forecast(Struct, frozen=True, gc=False):
                 if slack_s >= work_s:
                     break
                 lost += 1.0
-        if engine.arrivals_per_s:
+        if engine.in_time_per_s:
             queue_s, target_s = backlog(engine), self.round.slo_ttft_s
             more = late(queue_s + work_s, target_s) - late(queue_s, target_s)
-            lost += self.delay_weight * engine.arrivals_per_s * more
+            lost += self.delay_weight * engine.in_time_per_s * more
         return lost
 
     def evicted(self, engine: EngineView) -> float:

@@ -5,6 +5,7 @@ Core (no clock, no I/O)
     states.py      a round's life as tables; the record of a round in flight
     residency.py   which engine is believed to hold which prefix
     fleet.py       one engine's books: reservations, queue, windows -> EngineView
+    tallies.py     what such a book is made of: windows, bytes owed, stall budgets, the prefill queue
     store_use.py   how full page stores are with KV of sessions that are expected back
     sessions.py    what is remembered of sessions between rounds
     books.py       fleet, sessions and residency in one place: views, reservations, beliefs
@@ -13,6 +14,7 @@ Core (no clock, no I/O)
     core.py        Scheduler.receive(event, now) -> commands; core_config.py is what it can be told
     corrections.py what the predictions for an engine are multiplied by; observer.py learns it from rounds,
                    clean_times.py says which of their times tell something
+    what_if.py     what would be decided for a round, without a trace
     checks.py      check_invariants(): do the books contradict each other
 Drivers and state
     runtime.py     asyncio driver: commands -> engine and ledger calls, results -> events

@@ -95,7 +95,8 @@ class Books:
         if round.source is not None:
             cached = max(cached, held(round.source, 0))
         self._work(round, (home, engine), now)
-        engine.stall(now, predicted.prefill_s, max(1, arrived.prompt_tokens - cached))
+        in_time = view.waited_s + predicted.ttft_s <= arrived.slo_ttft_s
+        engine.stall(now, predicted.prefill_s, max(1, arrived.prompt_tokens - cached), in_time)
         pulled_in_turn = placement.arm is Arm.REMOTE_PULL
         engine.add_prefill(round_id, predicted.prefill_s + (predicted.pull_s if pulled_in_turn else 0.0))
         slot = DecodeSlot(arrived.prompt_tokens + arrived.max_output_tokens, arrived.slo_itl_s)

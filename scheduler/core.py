@@ -17,7 +17,6 @@ from antiphon.scheduler.books import session_key
 from antiphon.scheduler.checks import check_scheduler
 from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.corrections import CorrectionConfig
-from antiphon.scheduler.explaining import explain
 from antiphon.scheduler.messages import (
     Claim,
     Claimed,
@@ -39,6 +38,7 @@ from antiphon.scheduler.messages import (
 )
 from antiphon.scheduler.observer import Observer
 from antiphon.scheduler.states import IllegalEvent, Phase, Round, new_round
+from antiphon.scheduler.what_if import explain
 
 
 class Scheduler(Attempts):

@@ -57,6 +57,8 @@ class EngineBook:
     itl: Window = field(default_factory=Window)
     placed: Window = field(default_factory=Window)
     """Prefills that were placed here: when, and the seconds of each."""
+    in_time: Window = field(default_factory=Window)
+    """Of them, those whose rounds were expected to meet their TTFT target."""
     slacks: Slacks = field(default_factory=Slacks)
     """Of the rounds in `decode`, those that are expected to have an ITL at all."""
     incoming: Owed = field(default_factory=Owed)
@@ -108,16 +110,18 @@ class EngineBook:
         if seconds is not None:
             self.prefill_sum_s = self.prefill_sum_s - seconds if self.prefill_s else 0.0
 
-    def stall(self, now: float, prefill_s: float, new_tokens: int) -> None:
+    def stall(self, now: float, prefill_s: float, new_tokens: int, in_time: bool) -> None:
         """A prefill of `new_tokens`, predicted to take `prefill_s`, was placed here: the decodes wait for it.
 
-        They do not wait in the steps that they run themselves between two of its chunks.
+        `in_time`: its round is expected to meet its TTFT target. The decodes do not wait in the steps that they run themselves between two of its chunks.
         """
         if self.batch and self.up.chunk_tokens and self.up.decode_interval:
             steps = (new_tokens - 1) // self.up.chunk_tokens * self.up.decode_interval
             if steps > 0:
                 prefill_s = max(0.0, prefill_s - steps * self.decode_step_s())
         self.placed.add(now, prefill_s)
+        if in_time:
+            self.in_time.add(now, prefill_s)
         self.slacks.stall(prefill_s)
 
     @property
@@ -186,7 +190,7 @@ class EngineBook:
     def expires_s(self) -> float:
         """When a view built now ages by itself: a sample leaves its window."""
         oldest_s = INFINITY
-        for samples in (self.ttft.samples, self.itl.samples, self.placed.samples):
+        for samples in (self.ttft.samples, self.itl.samples, self.placed.samples, self.in_time.samples):
             if samples and samples[0][0] < oldest_s:
                 oldest_s = samples[0][0]
         return min(oldest_s + WINDOW_S, self.store.oldest_s() + self.returns.horizon_s)
@@ -223,6 +227,7 @@ class EngineBook:
             arrivals_per_s,
             prefill_share,
             self.store.live_tokens(now, self.returns.horizon_s) / self.store_tokens,
+            self.in_time.rates(now)[0],
         )
 
 

@@ -66,6 +66,8 @@ class Chosen:
     def __init__(self) -> None:
         self.next: list[Choice] = []
         self.seen: list[RoundView] = []
+        self.predicted_s = (0.0, 0.1, 0.0, 0.0)
+        """Queue, prefill, pull, push."""
 
     def place(self, round: RoundView, cluster: ClusterView) -> Placement | Reject:
         self.seen.append(round)
@@ -74,7 +76,7 @@ class Chosen:
             return Reject("no engine", 1.0)
         chosen = self.next.pop(0) if self.next else (Arm.LOCAL, usable[0], usable[0])
         arm, home, prefill, source = chosen if len(chosen) == 4 else (*chosen, None)
-        candidate = Candidate(arm, prefill, 0.0, 0.1, 0.0, 0.0)
+        candidate = Candidate(arm, prefill, *self.predicted_s)
         return Placement(arm, home, prefill, "chosen", candidate, source=source)
 
 

@@ -29,7 +29,7 @@ def traces(core: Scheduler) -> tuple[Any, ...]:
 
 
 def _value(kept: Any) -> Any:
-    if type(kept).__name__ in ("Slacks", "PrefillQueue"):
+    if type(kept).__name__ in ("PrefillQueue", "Returns", "Slacks", "StoreUse"):
         return [getattr(kept, name) for name in type(kept).__slots__]
     return kept
 

@@ -153,6 +153,7 @@ def test_a_move_without_a_source_pulls_from_the_home() -> None:
 def test_a_move_reserves_its_work_at_the_new_home() -> None:
     """Prefill until the first token and a place in the batch at d1; at d0 only what is fetched from it."""
     bench = bench_with_history()
+    bench.policy.predicted_s = (0.0, 0.1, 0.4, 0.0)  # the pull keeps d1 from nothing
     bench.place("r2", MOVE, tokens=200)
     view = bench.view("d1")
     assert (view.batch, view.context_tokens, view.queued_rounds) == (1, 216, 1)

@@ -85,7 +85,8 @@ class Machine(RuleBasedStateMachine):
                 self.streaming.discard(r)
             case Rehome(round_id=r, from_home=left, to_home=home):
                 round = self.core.rounds[r]
-                assert round.arm is Arm.MOVE and self.core.books.home(round) == home != left
+                assert round.placement is not None and round.arm is Arm.MOVE
+                assert round.placement.home == home != left
                 assert left in self.incarnations, f"{command} from a dead home"
             case Refuse(round_id=r):
                 assert r not in self.streaming, "refused after its first token"
@@ -240,4 +241,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestCore = Machine.TestCase
-TestCore.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestCore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

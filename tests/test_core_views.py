@@ -242,6 +242,28 @@ def test_expected_output_is_the_sessions_own_then_the_fleets() -> None:
     assert bench.policy.seen[-1].expected_output_tokens == 16, "max_output_tokens"
 
 
+def test_what_a_prefill_engine_does_for_a_pull_is_work_too() -> None:
+    """remote_pull: the round has its place there while it pulls; only the prefill stalls who decodes there."""
+    bench = Bench()
+    bench.run("r1", LOCAL)
+    bench.policy.predicted_s = (0.0, 0.1, 0.4, 0.2)
+    bench.place("r2", PULL, tokens=200)
+    assert bench.view("p0").queue_s == pytest.approx(0.5)
+    assert bench.view("p0").prefill_share == pytest.approx(0.01)
+
+
+def test_pulled_tokens_are_in_no_chunk() -> None:
+    """Of 200 tokens 112 are pulled: two chunks of 64, so K steps once."""
+    bench = Bench()
+    bench.send(engine_up("p0", "prefill", "two", chunk_tokens=64, decode_interval=2))
+    bench.run("r1", LOCAL)
+    bench.place("b", (Arm.LOCAL, "p0", "p0"), session="b", first=1000)
+    book = bench.core.books.fleet.books["p0"]
+    before_s = book.slacks.stalled_s
+    bench.place("r2", PULL, tokens=200)
+    assert book.slacks.stalled_s - before_s == pytest.approx(0.1 - 1 * 2 * STEP_S)
+
+
 def test_a_waiting_round_tells_its_ordering_what_it_was_placed_for() -> None:
     """work_s is pull and prefill at the prefill engine, push_s the way home, as the policy predicted."""
     bench = Bench()

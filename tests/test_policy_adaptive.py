@@ -62,9 +62,9 @@ def test_others_are_counted() -> None:
     1 s, the queue makes late(0.5) = 0.125 SLOs late, with 0.4 s more late(0.9) = 0.405.
     """
     look = Forecast(a_round(slo_ttft_s=1.0), 0.15, 0.05)
-    busy = engine("d0", itl_slacks_s=(0.1, 0.39, 0.4), arrivals_per_s=2.0, queue_s=0.5)
+    busy = engine("d0", itl_slacks_s=(0.1, 0.39, 0.4), in_time_per_s=2.0, queue_s=0.5)
     assert look.others(busy, 0.4) == pytest.approx(2 + 2.0 * (0.405 - 0.125))
-    waiting = engine("d0", arrivals_per_s=2.0, queue_s=1.0)
+    waiting = engine("d0", in_time_per_s=2.0, queue_s=1.0)
     assert look.others(waiting, 0.4) == pytest.approx(2.0 * 0.4)  # whoever comes is late anyway, 0.4 s longer
     blind = Forecast(a_round(), 0.15, 0.05, guard=False, decode_tax=0.5)
     assert blind.others(engine("d0", batch=3, itl_slacks_s=(0.1,)), 0.4) == pytest.approx(0.5 * 3 * 0.4)
@@ -132,7 +132,7 @@ def test_a_busy_home_is_left() -> None:
 
 def test_a_lost_round_goes_where_it_delays_the_fewest() -> None:
     """5.1 s of prefill miss 1 s anywhere; on d0, where 2 rounds a second come, 6 * 2 * (5.1 - 0.5) more count."""
-    view = cluster(engine("d0", arrivals_per_s=2.0), engine("d1"))
+    view = cluster(engine("d0", in_time_per_s=2.0), engine("d1"))
     answer = placed(Adaptive().place(a_round(prompt_tokens=5000, slo_ttft_s=1.0), view))
     assert (answer.arm, answer.home) == (Arm.LOCAL, "d1")
     assert by_arm(answer.considered)["local", "d0", "d0"].misses == pytest.approx(1 + 6 * 2.0 * 4.6)
