@@ -70,7 +70,7 @@ class RoundView(Struct, frozen=True, gc=False):
 
 
 class Corrections(Struct, frozen=True, gc=False):
-    """What the latency model's predictions for one engine are multiplied by, learnt from rounds that ended."""
+    """What predictions for one engine are multiplied by: learnt from rounds that ended."""
 
     prefill: float = 1.0
     decode: float = 1.0
@@ -194,8 +194,8 @@ class Policy(Protocol):
 class Ordering(Protocol):
     """How a prefill engine's queue is served.
 
-    The core keeps the queue sorted by (`key`, round id) and asks `order` about its first `window` rounds only:
-    so a start costs the same however long the queue is.
+    The core keeps the queue sorted by (`key`, round id) and asks `order` about its first `window` rounds
+    only: so a start costs the same however long the queue is.
     """
 
     @property

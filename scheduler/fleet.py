@@ -113,7 +113,8 @@ class EngineBook:
     def stall(self, now: float, prefill_s: float, new_tokens: int, in_time: bool) -> None:
         """A prefill of `new_tokens`, predicted to take `prefill_s`, was placed here: the decodes wait for it.
 
-        `in_time`: its round is expected to meet its TTFT target. The decodes do not wait in the steps that they run themselves between two of its chunks.
+        They do not wait in the steps that they run themselves between two of its chunks. `in_time`: its round
+        is expected to meet its TTFT target.
         """
         if self.batch and self.up.chunk_tokens and self.up.decode_interval:
             steps = (new_tokens - 1) // self.up.chunk_tokens * self.up.decode_interval

@@ -124,6 +124,9 @@ def test_explain_sees_what_the_claim_tells() -> None:
     round, cluster = seen[1]
     assert round.home == "d0" and dict(round.history_tokens) == {"d0": 112}
     assert cluster.engines["p0"].queue_s == 0.0
+    bench.core.explain(event, structs.replace(claim, session_id="fork", home=None), bench.now)
+    round, _ = seen[2]
+    assert (round.session_id, round.home) == ("fork", None), "a fork has no home of its own yet"
 
 
 def test_explain_without_engines_says_why() -> None:

@@ -240,6 +240,8 @@ def test_expected_output_is_the_sessions_own_then_the_fleets() -> None:
     bench.send(RoundFinished("x", 4000, 0, arrived("x", "new", 200, 5000).hashes))
     bench.place("y", LOCAL, session="new", first=5000)
     assert bench.policy.seen[-1].expected_output_tokens == 16, "max_output_tokens"
+    bench.place("r4", LOCAL, tokens=140)
+    assert bench.policy.seen[-1].expected_output_tokens == 10, "what others answer counts no more"
 
 
 def test_what_a_prefill_engine_does_for_a_pull_is_work_too() -> None:
