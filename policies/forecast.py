@@ -1,15 +1,15 @@
 """What a placement does: to the round's own TTFT and ITL, and to the SLOs of everybody else.
 
 `arms.py` prices one engine and one idle link. A forecast adds the links' queues, the wait for the engine's
-turn, loading what was fetched, the home's part of a remote round (it computes the last page), and the room for
-KV. What it expects to be lost, in SLOs (`Candidate.misses`), is the sum of
+turn, loading what was fetched, the home's part of a remote round (it computes the last page), and the room
+for KV. What it expects to be lost, in SLOs (`Candidate.misses`), is the sum of
 
     own       1 - (1 - chance(TTFT)) * (1 - chance(ITL)); chance is logistic in predicted / target
     harmed    rounds that decode where W seconds are prefilled and can take a stall of less (`itl_slacks_s`)
-    delayed   delay_weight * in_time_per_s * (late(queue + W) - late(queue)): rounds that come there meanwhile;
+    delayed   delay_weight * in_time_per_s * (late(queue + W) - late(queue)): rounds that come meanwhile;
               late(x) = the integral of min(1, wait / target) from 0 to x, as each waits for what is left
-    evicted   evict_weight * the share of this KV that is new to a store * kv_share^2 * (1 + prefill / target):
-              sessions that lose their history to it, and have it computed again
+    evicted   evict_weight * the share of this KV that is new to a store * kv_share^2 * (1 + prefill /
+              target): sessions that lose their history to it, and have it computed again
 
 Harmed decodes are counted one by one. Those who come are taken to arrive steadily, under this round's target;
 sessions that are evicted to be as long as this one. W counts where the round is prefilled, and at its home.

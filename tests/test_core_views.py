@@ -245,7 +245,7 @@ def test_expected_output_is_the_sessions_own_then_the_fleets() -> None:
 
 
 def test_what_a_prefill_engine_does_for_a_pull_is_work_too() -> None:
-    """remote_pull: the round has its place there while it pulls; only the prefill stalls who decodes there."""
+    """remote_pull: the round has its place there while it pulls; only its prefill stalls the decodes."""
     bench = Bench()
     bench.run("r1", LOCAL)
     bench.policy.predicted_s = (0.0, 0.1, 0.4, 0.2)

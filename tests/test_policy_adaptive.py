@@ -131,7 +131,7 @@ def test_a_busy_home_is_left() -> None:
 
 
 def test_a_lost_round_goes_where_it_delays_the_fewest() -> None:
-    """5.1 s of prefill miss 1 s anywhere; on d0, where 2 rounds a second come, 6 * 2 * (5.1 - 0.5) more count."""
+    """5.1 s of prefill miss 1 s anywhere; on d0, where 2 rounds a second come, 6 * 2 * (5.1 - 0.5) more."""
     view = cluster(engine("d0", in_time_per_s=2.0), engine("d1"))
     answer = placed(Adaptive().place(a_round(prompt_tokens=5000, slo_ttft_s=1.0), view))
     assert (answer.arm, answer.home) == (Arm.LOCAL, "d1")
