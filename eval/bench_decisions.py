@@ -177,9 +177,13 @@ class Deciding:
 
     def _remember(self, session: int) -> None:
         """A session that has had rounds; straight into the books, as events would take minutes."""
-        books, home = self.core.books, engine_name("decode", session % (self.engines // 2))
+        books, home = self.core.books, self._home(session)
         books.sessions.settle((TENANT, f"s{session}"), home, HELD_PAGES * PAGE_TOKENS, 1, 0.0)
         books.residency.record(home, "i", hashes_of(session, HELD_PAGES), PAGE_TOKENS)
+
+    def _home(self, number: int) -> str:
+        """That of the round's session, wherever the round is sent: sessions stay where their history is."""
+        return engine_name("decode", number % self.sessions % (self.engines // 2))
 
     def _round(self, number: int) -> tuple[RoundArrived, Claimed]:
         self._sent += 1
@@ -201,12 +205,12 @@ class Deciding:
         return arrived.round_id
 
     def _local(self, number: int, prefill_s: float = 0.05) -> Placement:
-        home = engine_name("decode", number % (self.engines // 2))
+        home = self._home(number)
         predicted = Candidate(Arm.LOCAL, home, 0.0, prefill_s, 0.0, 0.0)
         return Placement(Arm.LOCAL, home, home, "bench", predicted)
 
     def _wait(self, number: int, at: int = 0) -> None:
         """One more round waits at a prefill engine; the first two there start at once."""
-        home, engine = engine_name("decode", number % (self.engines // 2)), engine_name("prefill", at)
+        home, engine = self._home(number), engine_name("prefill", at)
         predicted = Candidate(Arm.REMOTE_RECOMPUTE, engine, 0.1, WORK_S * (1 + number % 7 / 7), 0.0, 0.01)
         self._send(number, Placement(Arm.REMOTE_RECOMPUTE, home, engine, "bench", predicted))

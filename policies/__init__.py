@@ -4,7 +4,8 @@ base.py      RoundView, EngineView, ClusterView, Placement, Reject, and the prot
 latency.py   formulas and coefficients: prefill, decode step, transfer (data/*.json are profiles)
 home.py      the shared default rule for choosing a home, and which engines a round can use
 arms.py      what each arm costs a round on given engines
-adaptive.py  ours, the default: what is expected to lose the fewest SLOs; forecast.py predicts that
+adaptive.py  ours, the default: what is expected to lose the fewest SLOs; forecast.py predicts that for each
+             choice, shortlists.py says which engines are looked at
 choices.py   steps that several policies share
 local.py     every round is prefilled on its home
 remote.py    every round is prefilled in the prefill pool, which recomputes what it lacks

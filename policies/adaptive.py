@@ -18,16 +18,16 @@ session's KV, so what it does to the next rounds is the home's own load, and `mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 
 from msgspec import Struct
 
-from antiphon.policies import arms, forecast
 from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Placement, Reject, RoundView
 from antiphon.policies.forecast import Forecast
-from antiphon.policies.home import can_be_home, no_home, session_home, use
+from antiphon.policies.home import can_be_home, no_home, session_home
+from antiphon.policies.shortlists import Shortlists
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class AdaptiveParameters:
     share_weight: float = 0.05
     """For a home whose page store is full of KV that will be asked for."""
     shortlist: int = 4
-    """So many engines with the shortest queue, with most history, and of homes with least KV are tried."""
+    """So many engines of each pool by queue, by history, and of homes by KV in use are looked at."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -96,9 +96,10 @@ class Adaptive:
             if here.misses is not None and here.misses <= p.stay:
                 reason = f"adaptive: no SLO is expected to be lost on the session's home {kept.engine_id}"
                 return Placement(Arm.LOCAL, kept.engine_id, kept.engine_id, reason, here, (here,))
-            choices = [self._choice(look, here, kept), *self._other_arms(look, kept, cluster)]
+            near = Shortlists(round, cluster, p.shortlist)
+            choices = [self._choice(look, here, kept), *self._other_arms(look, kept, near)]
             if p.move:
-                choices += self._moves(look, kept, cluster)
+                choices += self._moves(look, kept, near)
         else:
             choices = self._first_homes(look, cluster)
             if not choices:
@@ -109,11 +110,10 @@ class Adaptive:
 
     def _first_homes(self, look: Forecast, cluster: ClusterView) -> list[_Choice]:
         """Shortlisted homes for a session without one; other arms if the best one loses something."""
-        count = self.parameters.shortlist
-        homes = [engine for engine in cluster.engines.values() if can_be_home(engine, look.round)]
+        near = Shortlists(look.round, cluster, self.parameters.shortlist)
         source = _best_holder(look.round, cluster)
         choices = []
-        for home in _homes(look.round, homes, count):
+        for home in near.homes(lambda engine: can_be_home(engine, look.round)):
             choices.append(self._choice(look, look.at_home(home), home))
             if self.parameters.pull and _can_pull(look.round, source, home):
                 choices.append(self._choice(look, look.at_home(home, source), home, source))
@@ -121,11 +121,11 @@ class Adaptive:
         if choices and _misses(choices[0]) > self.parameters.stay:
             best = dict.fromkeys(choice.candidate.home for choice in choices)
             for name in list(best)[:2]:
-                choices += self._other_arms(look, cluster.engines[name], cluster, source)
+                choices += self._other_arms(look, cluster.engines[name], near, source)
         return choices
 
     def _other_arms(
-        self, look: Forecast, home: EngineView, cluster: ClusterView, source: EngineView | None = None
+        self, look: Forecast, home: EngineView, near: Shortlists, source: EngineView | None = None
     ) -> Iterator[_Choice]:
         """Prefilled on another engine. `source`: who has more of the prompt than the home, if anybody."""
         round = look.round
@@ -133,47 +133,53 @@ class Adaptive:
             return
         if source is None or round.held(source.engine_id) <= round.held(home.engine_id):
             source = home
-        able = [
-            engine
-            for engine in cluster.engines.values()
-            if engine is not home
-            and engine.can_transfer
-            and round.prompt_tokens <= engine.pool_tokens
-            and engine.engine_id not in round.excluded
-        ]
-        for engine in arms.shortlist(round, able, self.parameters.shortlist):
-            yield self._choice(look, look.elsewhere(engine, home), home)
-            if self.parameters.pull and _can_pull(round, source, engine):
-                yield self._choice(look, look.elsewhere(engine, home, source), home, source)
 
-    def _moves(self, look: Forecast, kept: EngineView, cluster: ClusterView) -> Iterator[_Choice]:
+        def able(engine: EngineView) -> bool:
+            return (
+                engine is not home
+                and engine.can_transfer
+                and round.prompt_tokens <= engine.pool_tokens
+                and engine.engine_id not in round.excluded
+            )
+
+        last_s = look.last_page_s(home)
+        for engine in near.prefillers(able):
+            yield self._choice(look, look.elsewhere(engine, home), home, last_s=last_s)
+            if self.parameters.pull and _can_pull(round, source, engine):
+                yield self._choice(look, look.elsewhere(engine, home, source), home, source, last_s)
+
+    def _moves(self, look: Forecast, kept: EngineView, near: Shortlists) -> Iterator[_Choice]:
         """To other homes, which fetch what the present one holds beyond them."""
         round = look.round
         if not kept.can_transfer:
             return
-        homes = [
-            engine
-            for engine in cluster.engines.values()
-            if engine is not kept and engine.can_transfer and can_be_home(engine, round)
-        ]
-        for home in _homes(round, homes, self.parameters.shortlist):
+
+        def able(engine: EngineView) -> bool:
+            return engine is not kept and engine.can_transfer and can_be_home(engine, round)
+
+        for home in near.homes(able):
             yield self._choice(look, look.at_home(home, kept), home, kept)
 
     def _choice(
-        self, look: Forecast, candidate: Candidate, home: EngineView, source: EngineView | None = None
+        self,
+        look: Forecast,
+        candidate: Candidate,
+        home: EngineView,
+        source: EngineView | None = None,
+        last_s: float = 0.0,
     ) -> _Choice:
-        p, target_s = self.parameters, look.round.slo_ttft_s
-        remote = candidate.prefill_engine != candidate.home
-        work_s = candidate.prefill_s + (forecast.last_page(look.round, home) if remote else 0.0)
+        """`last_s`: seconds of work at the home, where another engine prefills."""
+        p, round, prefill_s = self.parameters, look.round, candidate.prefill_s
+        target_s, pull_s, push_s = round.slo_ttft_s, candidate.pull_s, candidate.push_s
         score = (
             (candidate.misses or 0.0)
-            + p.work_weight * work_s / target_s
-            + p.link_weight * (candidate.pull_s + candidate.push_s) / target_s
-            + p.wait_weight * candidate.ttft_s / target_s
-            + p.itl_weight * (candidate.itl_s or 0.0) / look.round.slo_itl_s
+            + p.work_weight * (prefill_s + last_s) / target_s
+            + p.link_weight * (pull_s + push_s) / target_s
+            + p.wait_weight * (candidate.queue_s + prefill_s + pull_s + push_s) / target_s
+            + p.itl_weight * (candidate.itl_s or 0.0) / round.slo_itl_s
             + p.share_weight * home.kv_share
         )
-        if candidate.arm is Arm.MOVE and look.round.home is not None:
+        if candidate.arm is Arm.MOVE and round.home is not None:
             score += p.move_cost
         return _Choice(candidate, source.engine_id if source is not None else None, score)
 
@@ -182,7 +188,7 @@ class Adaptive:
 
 
 def _placement(round: RoundView, choices: Sequence[_Choice], kept: EngineView | None) -> Placement:
-    best = min(choices, key=_rank)
+    best = _best(choices)
     taken = best.candidate
     reason = (
         f"adaptive: {taken.arm.value} on {taken.prefill_engine} with home {taken.home} is expected to lose "
@@ -194,6 +200,13 @@ def _placement(round: RoundView, choices: Sequence[_Choice], kept: EngineView | 
     return Placement(taken.arm, taken.home, taken.prefill_engine, reason, taken, considered, best.source)
 
 
+def _best(choices: Sequence[_Choice]) -> _Choice:
+    """By `_rank`, which is asked only about equals."""
+    least = min([choice.score for choice in choices])
+    equals = [choice for choice in choices if choice.score == least]
+    return equals[0] if len(equals) == 1 else min(equals, key=_rank)
+
+
 def _rank(choice: _Choice) -> tuple[float, bool, str, str]:
     taken = choice.candidate
     return choice.score, taken.arm is not Arm.LOCAL, taken.home, taken.prefill_engine
@@ -201,15 +214,6 @@ def _rank(choice: _Choice) -> tuple[float, bool, str, str]:
 
 def _misses(choice: _Choice) -> float:
     return choice.candidate.misses or 0.0
-
-
-def _homes(round: RoundView, homes: Sequence[EngineView], count: int) -> Iterable[EngineView]:
-    """So many with the shortest queue, with least KV in use, and with most history; by engine id."""
-    if len(homes) <= count:
-        return homes
-    chosen = {engine.engine_id: engine for engine in arms.shortlist(round, homes, count)}
-    chosen |= {engine.engine_id: engine for engine in sorted(homes, key=use)[:count]}
-    return [chosen[engine_id] for engine_id in sorted(chosen)]
 
 
 def _best_holder(round: RoundView, cluster: ClusterView) -> EngineView | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
+from operator import attrgetter
 
 from antiphon.policies.base import ClusterView, RoundView
 
@@ -50,14 +51,24 @@ class AmpdReorder:
 
     def order(self, queue: Sequence[RoundView], cluster: ClusterView) -> Sequence[RoundView]:
         """The best permutation of the first `window` to have arrived, then the rest by arrival."""
-        arrived = sorted(queue, key=lambda round: (round.arrived_s, round.round_id))
+        arrived = sorted(queue, key=_arrival)
         head, rest = arrived[: self.window], arrived[self.window :]
-        due = next((round for round in head if round.postponed >= self.parameters.postponements), None)
-        if due is not None:
-            head.remove(due)
-        first = () if due is None else (due,)
-        best = max((first + others for others in permutations(head)), key=_attained)
+        limit = self.parameters.postponements
+        due = [round for round in head if round.postponed >= limit][:1]
+        if due:
+            head.remove(due[0])
+        first = tuple(due)
+        best, most = first + tuple(head), -1
+        for others in permutations(head):
+            attained = _attained(first + others)
+            if attained > most:
+                best, most = first + others, attained
+                if most == len(best):
+                    break  # no other has more
         return [*best, *rest]
+
+
+_arrival = attrgetter("arrived_s", "round_id")
 
 
 def _attained(rounds: Sequence[RoundView]) -> int:

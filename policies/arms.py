@@ -22,12 +22,18 @@ from operator import attrgetter
 from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Pool, RoundView
 
 
-def prefill_on(engine: EngineView, prompt_tokens: int, cached_tokens: int) -> float:
-    """Seconds to prefill the prompt over `cached_tokens`, with the decode steps that come in between."""
+def prefill_on(
+    engine: EngineView, prompt_tokens: int, cached_tokens: int, step_s: float | None = None
+) -> float:
+    """Seconds to prefill the prompt over `cached_tokens`, with the decode steps that come in between.
+
+    `step_s`: what such a step takes, if that is known.
+    """
     new = max(1, prompt_tokens - cached_tokens)
     seconds = engine.latency.prefill_s(new, prompt_tokens - new) * engine.corrections.prefill
     if engine.batch and engine.chunk_tokens and engine.decode_interval:
-        seconds += (new - 1) // engine.chunk_tokens * engine.decode_interval * decode_step(engine)
+        step_s = decode_step(engine) if step_s is None else step_s
+        seconds += (new - 1) // engine.chunk_tokens * engine.decode_interval * step_s
     return seconds
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Protocol
 
@@ -132,6 +133,11 @@ SLACKS = 16
 """Most `EngineView.itl_slacks_s`."""
 
 
+def use_share(engine: EngineView) -> float:
+    """The share of its device's KV that is in use."""
+    return engine.used_tokens / (engine.pool_tokens or 1)
+
+
 class ClusterView(Struct, frozen=True, gc=False):
     """Everything else a policy may look at. `engines` is ordered by engine id."""
 
@@ -139,6 +145,18 @@ class ClusterView(Struct, frozen=True, gc=False):
 
     def pool(self, pool: Pool, excluded: frozenset[str] = frozenset()) -> tuple[EngineView, ...]:
         return tuple(e for e in self.engines.values() if e.pool is pool and e.engine_id not in excluded)
+
+    def by_queue(self) -> list[EngineView]:
+        """The shortest queue first, then by engine id."""
+        return sorted(self.engines.values(), key=_queue_s)
+
+    def by_use(self) -> list[EngineView]:
+        """The least share of KV in use first, then fewest sessions, then by engine id."""
+        return sorted(sorted(self.engines.values(), key=_sessions), key=use_share)
+
+
+_queue_s, _sessions = attrgetter("queue_s"), attrgetter("sessions")
+# Sorting is stable: ties stay in the order of `engines`, by id, and no key has to be a tuple.
 
 
 class Candidate(Struct, frozen=True, gc=False):

@@ -18,6 +18,7 @@ sessions that are evicted to be as long as this one. W counts where the round is
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 from msgspec import Struct
 
@@ -37,33 +38,85 @@ JITTER_S = 0.010
 """By how much any prediction can be wrong, however small it is. Antiphon's guess."""
 
 
-class Forecast(Struct, frozen=True, gc=False):
-    """Of one round, under the parameters of `adaptive`."""
+class _Engine(Struct, gc=False):
+    """What is the same of one engine for every candidate."""
 
-    round: RoundView
-    spread: float
-    """Width of `chance` for a TTFT, as a share of the target."""
-    itl_spread: float
-    delay_weight: float = 1.0
-    evict_weight: float = 1.0
-    guard: bool = True
-    """`harmed` counts."""
-    decode_tax: float = 0.0
-    """SLOs charged for each second by which each decode is stalled, within its target or not."""
+    held: int
+    backlog_s: float
+    step_s: float
+    """A decode step of its batch; 0 without one."""
+    turn_s: float
+    queue_s: float
+    """`backlog_s` + `turn_s`."""
+    late_s: float
+    """`late` of the backlog."""
+    evicted: float
+
+
+class _End(Struct, gc=False):
+    """A home to which other engines send a round: what is the same, whoever does."""
+
+    lacks: int
+    """Tokens that are sent there."""
+    in_s: float
+    """Seconds that they take on its link."""
+    last_s: float
+    """Its own part, the last page."""
+    own_s: float
+    """The same with the wait for its turn."""
+    backlog_s: float
+    itl_s: float
+    full: bool
+    in_time: float
+    """Chance that the ITL target is met."""
+    lost: float
+    """`others` by the last page."""
+    evicted: float
+
+
+class Forecast:
+    """Of one round, under the parameters of `adaptive`. Used for one decision: it remembers its engines."""
+
+    __slots__ = (
+        "_ends", "_engines", "_spread", "decode_tax", "delay_weight", "evict_weight", "guard", "itl_spread",
+        "round",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        round: RoundView,
+        spread: float,
+        itl_spread: float,
+        delay_weight: float = 1.0,
+        evict_weight: float = 1.0,
+        guard: bool = True,
+        decode_tax: float = 0.0,
+    ) -> None:
+        """`spread`: width of `chance` for a TTFT, as a share of the target; `guard`: `harmed` counts;
+        `decode_tax`: SLOs charged for each second by which each decode is stalled, within its target or not.
+        """
+        self.round = round
+        self.itl_spread = itl_spread
+        self.delay_weight = delay_weight
+        self.evict_weight = evict_weight
+        self.guard = guard
+        self.decode_tax = decode_tax
+        self._spread = spread + JITTER_S / round.slo_ttft_s
+        self._engines: dict[str, _Engine] = {}
+        self._ends: dict[str, _End] = {}
 
     def at_home(self, home: EngineView, source: EngineView | None = None) -> Candidate:
         """The home prefills, over what it has and what it fetches from `source` first."""
-        round = self.round
-        held, pull_s, load_s = round.held(home.engine_id), 0.0, 0.0
+        round, known = self.round, self._engine(home)
+        held, queue_s, pull_s, load_s = known.held, known.queue_s, 0.0, 0.0
         if source is not None:
             there = round.held(source.engine_id)
             pull_s, load_s = transfer(source, home, there - held), home.latency.load_s(there - held)
-            held = max(held, there)
-        queue_s = backlog(home) + turn(home)
-        prefill_s = arms.prefill_on(home, round.prompt_tokens, held) + load_s
+            held = there if there > held else held
+        prefill_s = arms.prefill_on(home, round.prompt_tokens, held, known.step_s) + load_s
         itl_s = itl_at(round, home)
         misses = self.own(home, queue_s + prefill_s + pull_s, itl_s)
-        misses += self.others(home, prefill_s) + self.evicted(home)
+        misses += self._lost(home, known, prefill_s) + known.evicted
         arm = Arm.LOCAL if source is None else Arm.MOVE
         return Candidate(arm, home.engine_id, queue_s, prefill_s, pull_s, 0.0, home.engine_id, itl_s, misses)
 
@@ -72,47 +125,81 @@ class Forecast(Struct, frozen=True, gc=False):
 
         The home's own part, the last page and the wait for it, counts as part of the push.
         """
-        round = self.round
-        held, pull_s, load_s = round.held(engine.engine_id), 0.0, 0.0
+        round, known, end = self.round, self._engine(engine), self._end(home)
+        held, queue_s, pull_s, load_s = known.held, known.queue_s, 0.0, 0.0
         if source is not None:
             there = round.held(source.engine_id)
             pull_s, load_s = transfer(source, engine, there - held), engine.latency.load_s(there - held)
             held = there
-        queue_s = backlog(engine) + turn(engine)
-        prefill_s = arms.prefill_on(engine, round.prompt_tokens, held) + load_s
-        last_s = last_page(round, home)
-        push_s = transfer(engine, home, round.prompt_tokens - round.held(home.engine_id))
+        prefill_s = arms.prefill_on(engine, round.prompt_tokens, held, known.step_s) + load_s
+        out_s = out_of(engine, end.lacks)
+        push_s = out_s if out_s > end.in_s else end.in_s
         before_s = queue_s + prefill_s + pull_s + push_s
-        push_s += last_s + turn(home) + max(0.0, backlog(home) - before_s)
-        itl_s = itl_at(round, home)
-        misses = self.own(home, queue_s + prefill_s + pull_s + push_s, itl_s)
-        misses += self.others(engine, prefill_s) + self.others(home, last_s)
-        misses += self.evicted(engine) + self.evicted(home)
+        push_s += end.own_s + (end.backlog_s - before_s if end.backlog_s > before_s else 0.0)
+        misses = 1.0 if end.full else self._late(queue_s + prefill_s + pull_s + push_s, end.in_time)
+        misses += self._lost(engine, known, prefill_s) + end.lost
+        misses += known.evicted + end.evicted
         arm = Arm.REMOTE_RECOMPUTE if source is None else Arm.REMOTE_PULL
         return Candidate(
-            arm, engine.engine_id, queue_s, prefill_s, pull_s, push_s, home.engine_id, itl_s, misses
+            arm, engine.engine_id, queue_s, prefill_s, pull_s, push_s, home.engine_id, end.itl_s, misses
         )
+
+    def last_page_s(self, home: EngineView) -> float:
+        """Seconds of the home's part of a remote round."""
+        return self._end(home).last_s
 
     def own(self, home: EngineView, ttft_s: float, itl_s: float) -> float:
         """Chance that the round misses a target. Without room for its KV it waits for others: it does."""
-        round = self.round
-        if home.batch and home.context_tokens + round.prompt_tokens > home.pool_tokens:
+        if self._full(home):
             return 1.0
-        spread = self.spread + JITTER_S / round.slo_ttft_s
-        in_time = 1.0 - chance(round.waited_s + ttft_s, round.slo_ttft_s, spread)
-        return 1.0 - in_time * (1.0 - chance(itl_s, round.slo_itl_s, self.itl_spread))
+        return self._late(ttft_s, 1.0 - chance(itl_s, self.round.slo_itl_s, self.itl_spread))
+
+    def _full(self, home: EngineView) -> bool:
+        return home.batch > 0 and home.context_tokens + self.round.prompt_tokens > home.pool_tokens
+
+    def _late(self, ttft_s: float, itl_in_time: float) -> float:
+        """Chance that a target is missed, that of the ITL being met with the chance of `itl_in_time`."""
+        round = self.round
+        in_time = 1.0 - chance(round.waited_s + ttft_s, round.slo_ttft_s, self._spread)
+        return 1.0 - in_time * itl_in_time
+
+    def _engine(self, engine: EngineView) -> _Engine:
+        known = self._engines.get(engine.engine_id)
+        if known is None:
+            backlog_s, step_s = backlog(engine), arms.decode_step(engine)
+            turn_s = turn(engine, step_s)
+            known = self._engines[engine.engine_id] = _Engine(
+                self.round.held(engine.engine_id), backlog_s, step_s, turn_s, backlog_s + turn_s,
+                late(backlog_s, self.round.slo_ttft_s), self.evicted(engine),
+            )  # fmt: skip
+        return known
+
+    def _end(self, home: EngineView) -> _End:
+        end = self._ends.get(home.engine_id)
+        if end is None:
+            round, known = self.round, self._engine(home)
+            lacks, last_s, itl_s = (
+                round.prompt_tokens - known.held,
+                last_page(round, home),
+                itl_at(round, home),
+            )
+            in_time = 1.0 - chance(itl_s, round.slo_itl_s, self.itl_spread)
+            end = self._ends[home.engine_id] = _End(
+                lacks, into(home, lacks), last_s, last_s + known.turn_s, known.backlog_s, itl_s,
+                self._full(home), in_time, self._lost(home, known, last_s), known.evicted,
+            )  # fmt: skip
+        return end
 
     def others(self, engine: EngineView, work_s: float) -> float:
         """`harmed` + `delayed` by so much prefill on the engine."""
+        return self._lost(engine, self._engine(engine), work_s)
+
+    def _lost(self, engine: EngineView, known: _Engine, work_s: float) -> float:
         lost = self.decode_tax * engine.batch * work_s
         if self.guard:
-            for slack_s in engine.itl_slacks_s:
-                if slack_s >= work_s:
-                    break
-                lost += 1.0
+            lost += bisect_left(engine.itl_slacks_s, work_s)
         if engine.in_time_per_s:
-            queue_s, target_s = backlog(engine), self.round.slo_ttft_s
-            more = late(queue_s + work_s, target_s) - late(queue_s, target_s)
+            more = late(known.backlog_s + work_s, self.round.slo_ttft_s) - known.late_s
             lost += self.delay_weight * engine.in_time_per_s * more
         return lost
 
@@ -134,9 +221,9 @@ def backlog(engine: EngineView) -> float:
     return max(0.0, engine.queue_s - merged * engine.latency.prefill.fixed_s * engine.corrections.prefill)
 
 
-def turn(engine: EngineView) -> float:
+def turn(engine: EngineView, step_s: float) -> float:
     """Seconds until an idle queue is looked at: the call, and half of the decode step that runs."""
-    return CALL_S + 0.5 * arms.decode_step(engine) if engine.batch else CALL_S
+    return CALL_S + 0.5 * step_s if engine.batch else CALL_S
 
 
 def late(wait_s: float, target_s: float) -> float:
@@ -148,9 +235,18 @@ def transfer(source: EngineView, puller: EngineView, tokens: int) -> float:
     """Seconds to move the KV of `tokens` behind what the two links owe already."""
     if tokens <= 0:
         return 0.0
-    out_s = source.latency.transfer_s(tokens, source.outgoing_bytes) * source.corrections.transfer
-    in_s = puller.latency.transfer_s(tokens, puller.incoming_bytes) * puller.corrections.transfer
+    out_s, in_s = out_of(source, tokens), into(puller, tokens)
     return out_s if out_s > in_s else in_s
+
+
+def out_of(source: EngineView, tokens: int) -> float:
+    """Seconds of a transfer on the link of who sends; 0 for nothing."""
+    return source.latency.transfer_s(tokens, source.outgoing_bytes) * source.corrections.transfer
+
+
+def into(puller: EngineView, tokens: int) -> float:
+    """Seconds of a transfer on the link of who fetches; 0 for nothing."""
+    return puller.latency.transfer_s(tokens, puller.incoming_bytes) * puller.corrections.transfer
 
 
 def last_page(round: RoundView, home: EngineView) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from antiphon.policies.base import ClusterView, EngineView, Pool, Reject, RoundView
+from antiphon.policies.base import ClusterView, EngineView, Pool, Reject, RoundView, use_share
 
 RETRY_AFTER_S = 1.0
 """What a client is told when no engine can take its round. Antiphon's choice."""
@@ -27,11 +27,11 @@ def can_be_home(engine: EngineView, round: RoundView) -> bool:
 
 def least_used(engines: Iterable[EngineView]) -> EngineView | None:
     """The default rule: least share of KV in use, then fewest sessions, then engine id."""
-    return min(engines, key=use, default=None)
+    return min(engines, key=_use, default=None)
 
 
-def use(engine: EngineView) -> tuple[float, int, str]:
-    return engine.used_tokens / max(1, engine.pool_tokens), engine.sessions, engine.engine_id
+def _use(engine: EngineView) -> tuple[float, int, str]:
+    return use_share(engine), engine.sessions, engine.engine_id
 
 
 def session_home(round: RoundView, cluster: ClusterView) -> EngineView | None:

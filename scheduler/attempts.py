@@ -88,7 +88,7 @@ class Attempts:
             if len(head) > 1:
                 rounds = map(self.rounds.__getitem__, head)
                 waiting = [self.books.view(round, now, round.history) for round in rounds]
-                first = self.ordering.order(waiting, self.books.cluster(now))[0].round_id
+                first = self.ordering.order(waiting, self.books.lazy_cluster(now))[0].round_id
                 for passed in head[: head.index(first)]:
                     self.rounds[passed].postponed += 1
             chosen = self.rounds[first]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from antiphon.policies.base import Arm, ClusterView, Placement, RoundView
 from antiphon.policies.latency import LatencyModel
-from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, EngineBook, Fleet
+from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, EngineBook, Fleet, LazyViews
 from antiphon.scheduler.messages import (
     Claimed,
     EngineUp,
@@ -56,6 +56,10 @@ class Books:
         if engines is not self._cluster.engines:
             self._cluster = ClusterView(engines)
         return self._cluster
+
+    def lazy_cluster(self, now: float) -> ClusterView:
+        """For whoever may not look at it, and does not keep it."""
+        return ClusterView(LazyViews(self.fleet, now))
 
     def view(self, round: Round, now: float, history: Mapping[str, int] | None = None) -> RoundView:
         """`history`: H(e) as known from before; None = look it up now."""

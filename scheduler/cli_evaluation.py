@@ -84,7 +84,7 @@ def simulate(
     trace: Trace,
     cluster: Annotated[str, typer.Option(help="A TOML file or a bundled name (2p2d-qwen3-32b-h200, ...).")],
     policy: Annotated[str, typer.Option(help="A policy of docs/policies.md: adaptive, ampd, local, ...")],
-    ordering: Annotated[str, typer.Option(help="Of the prefill queues: fcfs.")] = "fcfs",
+    ordering: Annotated[str, typer.Option(help="Of prefill queues: fcfs, edf, sjf, ampd_reorder.")] = "fcfs",
     session_rate: Annotated[float | None, typer.Option(help="Poisson session starts per second.")] = None,
     load: Annotated[float | None, typer.Option(help="Share of the fleet's time; default 0.7.")] = None,
     as_recorded: Annotated[bool, typer.Option("--as-recorded", help="Sessions start as recorded.")] = False,

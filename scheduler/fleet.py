@@ -6,7 +6,7 @@ looks at; the windows (mean TTFT and ITL of the past 10 s) age, so a view also e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from types import MappingProxyType
@@ -190,11 +190,13 @@ class EngineBook:
 
     def expires_s(self) -> float:
         """When a view built now ages by itself: a sample leaves its window."""
-        oldest_s = INFINITY
-        for samples in (self.ttft.samples, self.itl.samples, self.placed.samples, self.in_time.samples):
+        oldest_s, forgotten_s = INFINITY, self.store.oldest_s() + self.returns.horizon_s
+        for window in (self.ttft, self.itl, self.placed, self.in_time):
+            samples = window.samples
             if samples and samples[0][0] < oldest_s:
                 oldest_s = samples[0][0]
-        return min(oldest_s + WINDOW_S, self.store.oldest_s() + self.returns.horizon_s)
+        aged_s = oldest_s + WINDOW_S
+        return aged_s if aged_s < forgotten_s else forgotten_s
 
     def view(self, now: float, others: Totals | None = None) -> EngineView:
         """`others`: to be counted instead of those that are known; nothing is remembered of them."""
@@ -202,7 +204,7 @@ class EngineBook:
             others = self.others
         # What idle homes hold can exceed the device: their oldest KV is in the page store by then.
         used_tokens = max(self.idle_tokens + others.context_tokens, self.reported_tokens)
-        up, ttft, itl = self.up, self.ttft, self.itl
+        up, slos, pool_tokens = self.up, self.itl_slos, self.up.pool_tokens
         arrivals_per_s, prefill_share = self.placed.rates(now)
         return EngineView(  # by position, as several times per decision: keywords cost five times as much
             up.engine_id,
@@ -212,13 +214,13 @@ class EngineBook:
             self.context_tokens + others.context_tokens,
             self.prefill_sum_s + others.prefill_s,
             len(self.prefill_s) + others.prefill_rounds,
-            up.pool_tokens,
-            min(used_tokens, up.pool_tokens),
+            pool_tokens,
+            used_tokens if used_tokens < pool_tokens else pool_tokens,
             len(self.session_tokens),
             self.latency,
-            ttft.mean(now) if ttft.samples else None,
-            itl.mean(now) if itl.samples else None,
-            min(self.itl_slos) if self.itl_slos else None,
+            self.ttft.mean(now),
+            self.itl.mean(now),
+            (min(slos) if len(slos) > 1 else next(iter(slos))) if slos else None,
             up.chunk_tokens,
             up.decode_interval,
             self.corrections,
@@ -284,3 +286,21 @@ class Fleet:
             self._engines, self._views = engines, MappingProxyType(engines)
             self._stale.clear()
         return self._views
+
+
+class LazyViews(Mapping[str, EngineView]):
+    """`Fleet.views`, made when somebody looks: orderings seldom do. Valid until the core goes on."""
+
+    __slots__ = ("_fleet", "_now")
+
+    def __init__(self, fleet: Fleet, now: float) -> None:
+        self._fleet, self._now = fleet, now
+
+    def __getitem__(self, engine_id: str) -> EngineView:
+        return self._fleet.views(self._now)[engine_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fleet.views(self._now))
+
+    def __len__(self) -> int:
+        return len(self._fleet.views(self._now))

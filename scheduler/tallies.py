@@ -35,14 +35,18 @@ class Window:
 
     def mean(self, now: float) -> float | None:
         samples = self.samples
-        if samples and samples[0][0] + WINDOW_S <= now:
+        if not samples:
+            return None
+        if samples[0][0] + WINDOW_S <= now:
             self.trim(now)
         return self.total / len(samples) if samples else None
 
     def rates(self, now: float) -> tuple[float, float]:
         """How many came, and how much in all, per second of the window."""
         samples = self.samples
-        if samples and samples[0][0] + WINDOW_S <= now:
+        if not samples:
+            return 0.0, 0.0
+        if samples[0][0] + WINDOW_S <= now:
             self.trim(now)
         return len(samples) / WINDOW_S, self.total / WINDOW_S
 
