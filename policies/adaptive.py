@@ -46,7 +46,7 @@ class AdaptiveParameters:
     """How uncertain a predicted TTFT is, as a share of the target."""
     itl_spread: float = 0.05
     """The same of a predicted ITL."""
-    delay_weight: float = 6.0
+    delay_weight: float = 3.0
     """Of rounds that come while it is prefilled: a delay is handed on to those who come after them."""
     evict_weight: float = 2.0
     """Of sessions that lose their history for the room that this one's copy takes."""

@@ -6,8 +6,9 @@ for KV. What it expects to be lost, in SLOs (`Candidate.misses`), is the sum of
 
     own       1 - (1 - chance(TTFT)) * (1 - chance(ITL)); chance is logistic in predicted / target
     harmed    rounds that decode where W seconds are prefilled and can take a stall of less (`itl_slacks_s`)
-    delayed   delay_weight * in_time_per_s * (late(queue + W) - late(queue)): rounds that come meanwhile;
-              late(x) = the integral of min(1, wait / target) from 0 to x, as each waits for what is left
+    delayed   delay_weight / (1 - prefill_share)^2 * in_time_per_s * (late(queue + W) - late(queue)):
+              rounds that come meanwhile; late(x) = the integral of min(1, wait / target) from 0 to x, as
+              each waits for what is left, and hands on the delay the longer the busier the engine is
     evicted   evict_weight * the share of this KV that is new to a store * kv_share^2 * (1 + prefill /
               target): sessions that lose their history to it, and have it computed again
 
@@ -27,6 +28,9 @@ from antiphon.policies.base import Arm, Candidate, EngineView, RoundView
 
 CERTAIN = 4.0
 """Spreads away from the target, a miss is sure, or impossible."""
+
+LEAST_IDLE = 0.1
+"""Share of its time, of an engine that seems to do nothing but prefill."""
 
 MOST_STRETCH = 10.0
 """Of an ITL, on an engine that seems to do nothing but prefill."""
@@ -200,7 +204,8 @@ class Forecast:
             lost += bisect_left(engine.itl_slacks_s, work_s)
         if engine.in_time_per_s:
             more = late(known.backlog_s + work_s, self.round.slo_ttft_s) - known.late_s
-            lost += self.delay_weight * engine.in_time_per_s * more
+            idle = max(LEAST_IDLE, 1.0 - engine.prefill_share)
+            lost += self.delay_weight / (idle * idle) * engine.in_time_per_s * more
         return lost
 
     def evicted(self, engine: EngineView) -> float:

@@ -1,6 +1,6 @@
 """The few engines that `adaptive` weighs, however many the fleet has: from the front of a few orders.
 
-Queues are looked at pool by pool: engines of one pool are alike, and the idle ones of a slow pool must not keep
+Queues are looked at pool by pool: engines of one pool are alike, and idle ones of a slow pool must not keep
 out those of a fast one.
 """
 

@@ -66,6 +66,8 @@ def test_others_are_counted() -> None:
     assert look.others(busy, 0.4) == pytest.approx(2 + 2.0 * (0.405 - 0.125))
     waiting = engine("d1", in_time_per_s=2.0, queue_s=1.0)
     assert look.others(waiting, 0.4) == pytest.approx(2.0 * 0.4)  # whoever comes is late anyway, 0.4 s longer
+    half = engine("d0", in_time_per_s=2.0, queue_s=1.0, prefill_share=0.5)
+    assert look.others(half, 0.4) == pytest.approx(4 * 2.0 * 0.4)
     blind = Forecast(a_round(), 0.15, 0.05, guard=False, decode_tax=0.5)
     assert blind.others(engine("d0", batch=3, itl_slacks_s=(0.1,)), 0.4) == pytest.approx(0.5 * 3 * 0.4)
 
@@ -131,11 +133,11 @@ def test_a_busy_home_is_left() -> None:
 
 
 def test_a_lost_round_goes_where_it_delays_the_fewest() -> None:
-    """5.1 s of prefill miss 1 s anywhere; on d0, where 2 rounds a second come, 6 * 2 * (5.1 - 0.5) more."""
+    """5.1 s of prefill miss 1 s anywhere; on d0, where 2 rounds a second come, 3 * 2 * (5.1 - 0.5) more."""
     view = cluster(engine("d0", in_time_per_s=2.0), engine("d1"))
     answer = placed(Adaptive().place(a_round(prompt_tokens=5000, slo_ttft_s=1.0), view))
     assert (answer.arm, answer.home) == (Arm.LOCAL, "d1")
-    assert by_arm(answer.considered)["local", "d0", "d0"].misses == pytest.approx(1 + 6 * 2.0 * 4.6)
+    assert by_arm(answer.considered)["local", "d0", "d0"].misses == pytest.approx(1 + 3 * 2.0 * 4.6)
 
 
 def test_a_home_without_room_for_the_kv_is_as_good_as_late() -> None:
