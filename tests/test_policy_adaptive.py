@@ -66,7 +66,7 @@ def test_others_are_counted() -> None:
     assert look.others(busy, 0.4) == pytest.approx(2 + 2.0 * (0.405 - 0.125))
     waiting = engine("d1", in_time_per_s=2.0, queue_s=1.0)
     assert look.others(waiting, 0.4) == pytest.approx(2.0 * 0.4)  # whoever comes is late anyway, 0.4 s longer
-    half = engine("d0", in_time_per_s=2.0, queue_s=1.0, prefill_share=0.5)
+    half = engine("d2", in_time_per_s=2.0, queue_s=1.0, prefill_share=0.5)
     assert look.others(half, 0.4) == pytest.approx(4 * 2.0 * 0.4)
     blind = Forecast(a_round(), 0.15, 0.05, guard=False, decode_tax=0.5)
     assert blind.others(engine("d0", batch=3, itl_slacks_s=(0.1,)), 0.4) == pytest.approx(0.5 * 3 * 0.4)
