@@ -196,7 +196,7 @@ def test_pages(gateway: Start) -> None:
             assert (await g.get("/v1/models/tiny"))[1]["object"] == "model"
             response, answer = await g.get("/v1/models/none")
             assert response.status == 404 and answer["error"]["code"] == "model_not_found"
-            assert (await g.get("/health"))[1] == {"status": "ok", "policy": "ampd"}
+            assert (await g.get("/health"))[1] == {"status": "ok", "policy": "adaptive"}
             response, ready = await g.get("/ready")
             assert response.status == 200 and ready["engines_alive"] == 1 and ready["ledger"] == "ok"
             assert (await g.get("/v1/engines"))[1]["data"][0]["engine_id"] == "e0"
