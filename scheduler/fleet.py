@@ -65,7 +65,6 @@ class EngineBook:
     """KV that rounds in flight still have to bring here."""
     outgoing: Owed = field(default_factory=Owed)
     """KV that rounds in flight still have to fetch from here."""
-    store: StoreUse = field(default_factory=StoreUse)
     returns: Returns = field(default_factory=Returns)
     """Of the whole fleet."""
     corrections: Corrections = NEUTRAL
@@ -82,10 +81,12 @@ class EngineBook:
     """Device KV in use by the engine's own last word."""
     pool: Pool = field(init=False)
     latency: LatencyModel = field(init=False)
+    store: StoreUse = field(init=False)
     store_tokens: int = field(init=False)
     """What its page store holds."""
 
     def __post_init__(self) -> None:
+        self.store = StoreUse(self.returns)
         self.renew(self.up)
 
     def renew(self, up: EngineUp) -> None:
@@ -188,9 +189,9 @@ class EngineBook:
         """Our own reservations: what the other replicas must count."""
         return Totals(self.prefill_sum_s, len(self.prefill_s), len(self.decode), self.context_tokens)
 
-    def expires_s(self) -> float:
-        """When a view built now ages by itself: a sample leaves its window."""
-        oldest_s, forgotten_s = INFINITY, self.store.oldest_s() + self.returns.horizon_s
+    def expires_s(self, now: float) -> float:
+        """When a view built now ages by itself: a sample leaves its window, a session is expected no more."""
+        oldest_s, forgotten_s = INFINITY, self.store.expires_s(now)
         for window in (self.ttft, self.itl, self.placed, self.in_time):
             samples = window.samples
             if samples and samples[0][0] < oldest_s:
@@ -229,7 +230,7 @@ class EngineBook:
             self.slacks.least(SLACKS),
             arrivals_per_s,
             prefill_share,
-            self.store.live_tokens(now, self.returns.horizon_s) / self.store_tokens,
+            self.store.live_tokens(now) / self.store_tokens,
             self.in_time.rates(now)[0],
         )
 
@@ -275,7 +276,7 @@ class Fleet:
             for engine_id in self._stale:
                 book = self.books[engine_id]
                 engines[engine_id] = book.view(now)
-                when = book.expires_s()
+                when = book.expires_s(now)
                 if when == INFINITY:
                     expires_s.pop(engine_id, None)
                 elif when != expires_s.get(engine_id):

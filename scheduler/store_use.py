@@ -66,56 +66,70 @@ class Returns:
 
 
 class StoreUse:
-    """Whose KV is in use in one engine's store, or was lately."""
+    """Whose KV is in use in one engine's store, or was lately. Asking changes nothing."""
 
-    __slots__ = ("_idle", "_live_tokens", "_working")
+    __slots__ = ("_idle", "_returns", "_tokens", "_working")
 
-    def __init__(self) -> None:
+    def __init__(self, returns: Returns) -> None:
+        self._returns = returns
         self._idle: OrderedDict[SessionKey, tuple[int, float]] = OrderedDict()
         """Session -> (tokens, last use), the longest unused first."""
         self._working: dict[SessionKey, int] = {}
         """Sessions with a round that uses it now -> tokens."""
-        self._live_tokens = 0
+        self._tokens = 0
         """Of both."""
 
     def use(self, session: SessionKey, tokens: int) -> None:
         """A round of the session has the first `tokens` of its KV there, or will have."""
-        self._working[session] = tokens = max(tokens, self._forget(session))
-        self._live_tokens += tokens
+        self._working[session] = tokens = max(tokens, self._take_out(session))
+        self._tokens += tokens
 
     def leave(self, session: SessionKey, now: float) -> None:
         """The round is over; its session may come back. Nothing happens if it was not at work there."""
         if session in self._working:
-            tokens = self._forget(session)
+            tokens = self._take_out(session)
             self._idle[session] = tokens, now
-            self._live_tokens += tokens
+            self._tokens += tokens
+            self._forget(now)
 
-    def _forget(self, session: SessionKey) -> int:
+    def _take_out(self, session: SessionKey) -> int:
         tokens = self._working.pop(session, 0)
         if not tokens and session in self._idle:
             tokens = self._idle.pop(session)[0]
-        self._live_tokens -= tokens
+        self._tokens -= tokens
         return tokens
 
-    def live_tokens(self, now: float, horizon_s: float) -> int:
-        """Tokens of sessions at work, or idle for at most `horizon_s`; the others are forgotten."""
-        idle = self._idle
-        while idle:
-            session, (tokens, last_s) = next(iter(idle.items()))
+    def _forget(self, now: float) -> None:
+        """Those who are not expected back any more."""
+        horizon_s = self._returns.horizon_s
+        while self._idle:
+            session, (tokens, last_s) = next(iter(self._idle.items()))
             if last_s + horizon_s >= now:
                 break
-            del idle[session]
-            self._live_tokens -= tokens
-        return self._live_tokens
+            del self._idle[session]
+            self._tokens -= tokens
 
-    def oldest_s(self) -> float:
-        """When the KV of the session that has been idle longest was last used; infinity without one."""
-        return next(iter(self._idle.values()))[1] if self._idle else float("inf")
+    def live_tokens(self, now: float) -> int:
+        """Tokens of sessions at work, or idle for no longer than the horizon."""
+        horizon_s, live_tokens = self._returns.horizon_s, self._tokens
+        for tokens, last_s in self._idle.values():
+            if last_s + horizon_s >= now:
+                break
+            live_tokens -= tokens
+        return live_tokens
+
+    def expires_s(self, now: float) -> float:
+        """When `live_tokens` gets less by itself; infinity while nobody is idle."""
+        horizon_s = self._returns.horizon_s
+        for _, last_s in self._idle.values():
+            if last_s + horizon_s >= now:
+                return last_s + horizon_s
+        return float("inf")
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the books contradict themselves. For tests."""
         assert not self._working.keys() & self._idle.keys(), "a session is at work and idle"
         total = sum(self._working.values()) + sum(tokens for tokens, _ in self._idle.values())
-        assert total == self._live_tokens, "live tokens differ"
+        assert total == self._tokens, "tokens differ"
         times = [last_s for _, last_s in self._idle.values()]
         assert times == sorted(times), "the longest unused does not come first"

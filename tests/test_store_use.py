@@ -40,17 +40,25 @@ def test_old_rounds_are_forgotten() -> None:
     assert returns.horizon_s == 1024.0
 
 
+def away(horizon_s: float) -> Returns:
+    """Where whoever is idle for longer is not expected back."""
+    returns = Returns()
+    returns.horizon_s = horizon_s
+    return returns
+
+
 def test_idle_sessions_count_until_the_horizon() -> None:
     """A works, B has been idle since 10 s: at 15 s both count for a horizon of 5 s, a moment later only A."""
-    store = StoreUse()
+    store = StoreUse(away(5.0))
     store.use(A, 1000)
     store.use(B, 500)
     store.leave(B, 10.0)
-    assert (store.live_tokens(15.0, 5.0), store.oldest_s()) == (1500, 10.0)
-    assert store.live_tokens(15.01, 5.0) == 1000
+    assert (store.live_tokens(15.0), store.expires_s(15.0)) == (1500, 15.0)
+    assert (store.live_tokens(15.01), store.expires_s(15.01)) == (1000, float("inf"))
+    assert store.live_tokens(15.0) == 1500, "asking has changed something"
     store.leave(B, 20.0)  # it is not at work here: nothing happens
     store.use(A, 200)  # shorter than before, after a compaction: what is there stays
-    assert store.live_tokens(99.0, 1.0) == 1000
+    assert store.live_tokens(99.0) == 1000
 
 
 EVENTS = st.lists(
@@ -62,7 +70,12 @@ EVENTS = st.lists(
 @given(EVENTS, st.sampled_from([1.0, 7.0, 100.0]))
 def test_a_plain_model(events: list[tuple[str, int, int]], horizon_s: float) -> None:
     """Whatever comes, what counts is the sum over sessions at work and those idle within the horizon."""
-    store, working, idle, now = StoreUse(), dict[int, int](), dict[int, tuple[int, float]](), 0.0
+    store, working, idle, now = (
+        StoreUse(away(horizon_s)),
+        dict[int, int](),
+        dict[int, tuple[int, float]](),
+        0.0,
+    )
     for deed, who, amount in events:
         now += amount / 20
         session = ("t", str(who))
@@ -74,8 +87,8 @@ def test_a_plain_model(events: list[tuple[str, int, int]], horizon_s: float) -> 
             store.leave(session, now)
             if who in working:
                 idle[who] = working.pop(who), now
+                idle = {one: (tokens, at) for one, (tokens, at) in idle.items() if at + horizon_s >= now}
         else:
-            idle = {one: (tokens, at) for one, (tokens, at) in idle.items() if at + horizon_s >= now}
-            expected = sum(working.values()) + sum(tokens for tokens, _ in idle.values())
-            assert store.live_tokens(now, horizon_s) == expected
+            live = [tokens for tokens, at in idle.values() if at + horizon_s >= now]
+            assert store.live_tokens(now) == sum(working.values()) + sum(live)
         store.check_invariants()
