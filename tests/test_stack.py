@@ -134,7 +134,9 @@ def test_real_agent_sessions(
         pytest.skip("no weka trace: set ANTIPHON_TRACES to the folder of the shared traces")
 
     async def run() -> RunResult:
-        async with gateway(sglang_pair, valkey_url, tmp_path, tiny_model_dir, "--slo-ttft", "0.4") as url:
+        async with gateway(
+            sglang_pair, valkey_url, tmp_path, tiny_model_dir, "--policy", "ampd", "--slo-ttft", "0.4"
+        ) as url:
             return await replay(
                 ReplayOptions(trace, url, concurrency=3, max_sessions=1, divide=16, max_gap_s=0.2),
                 lambda record: None,
@@ -224,7 +226,7 @@ def test_corruption_is_seen_and_a_killed_engine_loses_no_round(
                     EngineSpec("d0", "decode", ports[1], options),
                 ],
             )
-            url = await stack.start_gateway("--slo-ttft", "30", port=ports[2], engines=2)
+            url = await stack.start_gateway("--policy", "ampd", "--slo-ttft", "30", port=ports[2], engines=2)
             corrupted.extend(await _corrupted_rounds(stack, url, tiny_model_dir))
             done = 0
 
