@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 import sys
 import uuid
 
+from antiphon.engines.launch_options import find_free_ports
 from antiphon.engines.page_memory import PageMemory
 from antiphon.engines.page_store import PageStore
 from antiphon.engines.rank_service import RankService
@@ -47,9 +47,8 @@ def fill_store(store: PageStore, hashes: tuple[bytes, ...], parent: bytes = b"")
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    """Outside the range from which outgoing connections get theirs: nobody takes it before it is bound."""
+    return find_free_ports("127.0.0.1", 1)
 
 
 def make_hello(engine_id: str, port: int, **changes: object) -> Hello:

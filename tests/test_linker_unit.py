@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from antiphon.engines import wire
 from antiphon.engines.directory_client import DirectoryClient
 from antiphon.engines.linker_config import parse_config
 from antiphon.engines.worker import Worker
-from tests.kv_peer import make_chain
+from tests.kv_peer import free_port, make_chain
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang")
 
@@ -63,8 +62,7 @@ class Rig:
             )  # fmt: skip
         for number, buffer in enumerate((*self.pool.k_buffer, *self.pool.v_buffer)):
             buffer.copy_(torch.arange(buffer.numel()).reshape(buffer.shape) + 10_000.0 * number)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         self.address = f"127.0.0.1:{port}"
         self.incarnation = uuid.uuid4().hex
         extra = {"engine_id": "e", "incarnation": self.incarnation, "model_id": "tiny", "kv_port": port}
