@@ -22,7 +22,8 @@ $(STAMP): pyproject.toml
 check: $(STAMP) ## ruff, mypy --strict, layering, wheel
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	mkdir -p build/types && ln -sfn ../.. build/types/antiphon
+	rm -rf build/types && mkdir -p build/types/antiphon
+	ln -s $(addprefix ../../../,scheduler engines policies traces eval scheduler/client scheduler/langchain) build/types/antiphon/
 	$(PY) -m mypy
 	$(VENV)/bin/pytest -q tests/test_layering.py tests/test_packaging.py
 

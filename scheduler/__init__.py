@@ -35,13 +35,7 @@ Drivers and state
     known_prefixes.py      how much of a prompt was there before; recorded_facts.py: the fleet at that time
     valkey.py      the embedded Valkey
 Doors
-    gateway.py     ASGI app: routes, health, metrics, receipts
-    completions.py one completion request: submitted and answered, or explained
-    intake.py      before that: read whole, checked, made a round
-    requests.py    checks of what clients send
-    identity.py    whose round it is: the session id
-    prompts.py     tokenizer and chat template
-    relay.py       chunks -> events of a stream, or one answer
+    gateway/       what speaks HTTP: it has a map of its own; client/ and langchain/ install under their own names
     replica.py     one replica put together: core, runtime, discovery, ledger
     serve.py       the process: from configuration to a clean end; uvicorn
     config.py      antiphon.toml -> frozen config

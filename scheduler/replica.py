@@ -24,7 +24,7 @@ from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.discovery import Discovery
 from antiphon.scheduler.engine_calls import CallDeadlines
 from antiphon.scheduler.errors import ledger_unavailable
-from antiphon.scheduler.gateway import Readiness
+from antiphon.scheduler.gateway.app import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
 from antiphon.scheduler.messages import EngineDown, EngineUp, Event, LoadReported, Receipt

@@ -17,11 +17,11 @@ import uvloop
 from antiphon.scheduler.config import Config, masked
 from antiphon.scheduler.errors import UserError
 from antiphon.scheduler.fleet_key import load_or_create_fleet_key
-from antiphon.scheduler.gateway import create_app
+from antiphon.scheduler.gateway.app import create_app
+from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.logs import configure_logging
 from antiphon.scheduler.metrics import Metrics
-from antiphon.scheduler.prompts import TokenizerSource
 from antiphon.scheduler.replica import Replica
 from antiphon.scheduler.valkey import EmbeddedValkey, ValkeyError
 

@@ -18,10 +18,10 @@ import uvicorn
 from antiphon.engines.base import Chunk, Usage
 from antiphon.policies.base import Arm, Candidate, Placement
 from antiphon.scheduler.config import Config
-from antiphon.scheduler.gateway import Readiness, create_app
+from antiphon.scheduler.gateway.app import Readiness, create_app
+from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.messages import Outcome, Receipt, Try
 from antiphon.scheduler.metrics import Metrics
-from antiphon.scheduler.prompts import TokenizerSource
 from antiphon.scheduler.rounds import RoundHandle, RoundRequest
 
 Script = Callable[[RoundHandle], Awaitable[None]]

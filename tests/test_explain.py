@@ -17,9 +17,9 @@ import pytest
 import uvicorn
 
 from antiphon.scheduler.config import Config, ModelConfig, SchedulerConfig
-from antiphon.scheduler.gateway import create_app
+from antiphon.scheduler.gateway.app import create_app
+from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.metrics import Metrics
-from antiphon.scheduler.prompts import TokenizerSource
 from antiphon.scheduler.replica import Replica
 from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.gateway_helpers import DEADLINE_S, running_gateway, three_words

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from antiphon.scheduler import prompts
 from antiphon.scheduler.errors import ApiError, UserError
-from antiphon.scheduler.prompts import PromptTokenizer, TemplateOptions, TokenizerSource
+from antiphon.scheduler.gateway import prompts
+from antiphon.scheduler.gateway.prompts import PromptTokenizer, TemplateOptions, TokenizerSource
 
 TOOLS = [
     {

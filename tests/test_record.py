@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from antiphon.engines.page_hash import page_hashes
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler import round_log
+from antiphon.scheduler.gateway.requests import parse_chat, tool_answered
 from antiphon.scheduler.known_prefixes import KnownPrefixes, SaidRound
 from antiphon.scheduler.messages import EngineDown, EngineUp, Outcome
 from antiphon.scheduler.recorded_facts import ReplicaFacts, read_facts
-from antiphon.scheduler.requests import parse_chat, tool_answered
 from antiphon.scheduler.round_log import EndedRound, RoundLog
 from antiphon.scheduler.rounds import RoundRequest
 from antiphon.traces.readers import read_trace

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.engines.base import Chunk
-from antiphon.scheduler import relay
-from antiphon.scheduler.relay import AnswerForm
+from antiphon.scheduler.gateway import relay
+from antiphon.scheduler.gateway.relay import AnswerForm
 from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRequest
 from tests.gateway_helpers import chat_chunk, make_receipt, text_chunk, usage_chunk
 

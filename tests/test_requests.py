@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.scheduler import requests
 from antiphon.scheduler.errors import ApiError, from_refusal, upstream_message
-from antiphon.scheduler.identity import given_request_id, identify
+from antiphon.scheduler.gateway import requests
+from antiphon.scheduler.gateway.identity import given_request_id, identify
 from antiphon.scheduler.rounds import RoundRefused
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

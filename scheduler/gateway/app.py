@@ -18,15 +18,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from antiphon.scheduler.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, ExplainRoute
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, invalid, model_not_found
-from antiphon.scheduler.identity import given_request_id
-from antiphon.scheduler.intake import FleetModel, Intake, served_names
+from antiphon.scheduler.gateway.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, ExplainRoute
+from antiphon.scheduler.gateway.identity import given_request_id
+from antiphon.scheduler.gateway.intake import FleetModel, Intake, served_names
+from antiphon.scheduler.gateway.prompts import TokenizerSource
+from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE
 from antiphon.scheduler.logs import request_id_var
 from antiphon.scheduler.metrics import CONTENT_TYPE, Metrics
-from antiphon.scheduler.prompts import TokenizerSource
-from antiphon.scheduler.requests import CHAT_ROUTE, COMPLETION_ROUTE
 from antiphon.scheduler.rounds import RoundRunner
 
 log = logging.getLogger(__name__)

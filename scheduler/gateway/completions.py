@@ -19,10 +19,10 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from antiphon.scheduler import relay
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, deadline_exceeded, from_refusal, stream_broke
-from antiphon.scheduler.intake import ClientGone, Intake, endpoint_of
+from antiphon.scheduler.gateway import relay
+from antiphon.scheduler.gateway.intake import ClientGone, Intake, endpoint_of
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRefused, RoundRunner
 

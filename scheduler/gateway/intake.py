@@ -15,7 +15,6 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
-from antiphon.scheduler import relay, requests
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import (
     ApiError,
@@ -25,15 +24,16 @@ from antiphon.scheduler.errors import (
     model_not_found,
     no_engine,
 )
-from antiphon.scheduler.identity import identify
-from antiphon.scheduler.prompts import (
+from antiphon.scheduler.gateway import relay, requests
+from antiphon.scheduler.gateway.identity import identify
+from antiphon.scheduler.gateway.prompts import (
     PromptTokenizer,
     TemplateOptions,
     TokenizerSource,
     content_chars,
     encode_off_loop,
 )
-from antiphon.scheduler.requests import CHAT_ROUTE, COMPLETION_ROUTE, Body, ChatBody
+from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE, Body, ChatBody
 from antiphon.scheduler.rounds import RoundRequest
 
 log = logging.getLogger(__name__)

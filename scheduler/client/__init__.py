@@ -1,0 +1,1 @@
+"""`antiphon.client`: sessions for Python programs, sync and async."""

@@ -1,0 +1,1 @@
+"""`antiphon.langchain`: chat model and middleware for LangChain and LangGraph."""
