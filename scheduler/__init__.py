@@ -35,7 +35,8 @@ Drivers and state
     known_prefixes.py      how much of a prompt was there before; recorded_facts.py: the fleet at that time
     valkey.py      the embedded Valkey
 Doors
-    gateway/       what speaks HTTP: it has a map of its own; client/ and langchain/ install under their own names
+    gateway/       what speaks HTTP: it has a map of its own
+    client/, langchain/    they install as antiphon.client and antiphon.langchain
     replica.py     one replica put together: core, runtime, discovery, ledger
     serve.py       the process: from configuration to a clean end; uvicorn
     config.py      antiphon.toml -> frozen config
