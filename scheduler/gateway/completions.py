@@ -41,8 +41,8 @@ CLOSING_DEADLINE_S = 5.0
 class _Progress:
     """How far an answer has come; decides what a failure can still say."""
 
-    phase: str = "body"
-    """body | waiting | answering"""
+    phase: str = "waiting"
+    """waiting | answering"""
     started: bool = False
     """Status and headers are out."""
 
@@ -60,11 +60,17 @@ class CompletionRoute:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        try:
+            raw = await self._intake.body(receive, Headers(scope=scope))
+        except ClientGone:
+            self._metrics.disconnects.labels("body").inc()
+            return
+        await self.answer(raw, scope, receive, send)
+
+    async def answer(self, raw: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """The same for a body that has been read: another API's routes translate theirs into one."""
         progress = _Progress()
         try:
-            raw = await self._intake.body(receive, headers)
-            progress.phase = "waiting"
             await while_connected(receive, self._answer(raw, scope, send, progress))
         except ClientGone:
             self._metrics.disconnects.labels(progress.phase).inc()
