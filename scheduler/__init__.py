@@ -30,6 +30,7 @@ Drivers and state
     ledger_connection.py  one connection to it: deadlines, errors, names of keys
     ledger_answers.py     what its scripts answer, as our types
     ledger_views.py       reading it: sessions, receipts, counters
+    session_store.py      beside it: whose conversation a request goes on with
     receipt_log.py the latest receipts of this replica
     round_log.py   `serve --record`: every round as a line of lengths and times
     known_prefixes.py      how much of a prompt was there before; recorded_facts.py: the fleet at that time

@@ -88,7 +88,7 @@ class Ledger:
         `candidates` are (tokens, page hash), longest first; a long list is thinned. Repeating a claim gives
         the same answer. Raises `LedgerUnavailable`, or `RoundTaken` if another live replica runs this round.
         """
-        self._not_if_it_failed()
+        self.not_if_it_failed()
         c = self.connection
         fork_of = session_id[: MAX_ID_CHARS - FORK_SUFFIX_CHARS]
         keys = [
@@ -117,7 +117,7 @@ class Ledger:
 
         `candidates` as for `claim`. Raises `LedgerUnavailable`.
         """
-        self._not_if_it_failed()
+        self.not_if_it_failed()
         c = self.connection
         keys = [
             *c.keys("replicas"),
@@ -133,7 +133,7 @@ class Ledger:
 
         Repeating it changes nothing and answers the same. Raises `LedgerUnavailable`.
         """
-        self._not_if_it_failed()
+        self.not_if_it_failed()
         key = self.connection.session_key(tenant, session_id)
         return Moved(await self.connection.script("rehome", [key], [fence, from_home, to_home]))
 
@@ -249,7 +249,8 @@ class Ledger:
     async def close(self) -> None:
         await self.connection.close()
 
-    def _not_if_it_failed(self) -> None:
+    def not_if_it_failed(self) -> None:
+        """Raises `LedgerUnavailable` for a while after a failed call: nobody waits for it again."""
         if self.connection.failed_within(self._retry_after_s):
             raise LedgerUnavailable("the ledger failed a moment ago")
 

@@ -8,6 +8,7 @@ percent-encoded in keys, so that no name can reach another's record:
     {antiphon:F}:round:ID           hash   the session that a round was claimed in, whether it is done; TTL
     {antiphon:F}:res:TENANT:HASH    hash   engine id -> "incarnation|tokens"; TTL
     {antiphon:F}:replica:ID, totals:ID     a replica's heartbeat, and what it has reserved; TTL
+    {antiphon:F}:chain:SCOPE:VALUE  string whose conversation has come there; turn:SCOPE:VALUE: ended so; TTL
     {antiphon:F}:replicas, sessions, receipts, counters
 """
 
@@ -37,6 +38,7 @@ SCRIPTS = {
     "complete": ("complete",),
     "release": ("release",),
     "heartbeat": ("heartbeat",),
+    "remember": ("remember",),
 }
 """Script -> the files of data/ that it is made of, in order."""
 
