@@ -4,6 +4,7 @@ Ports
     base.py        the `Engine` protocol that the scheduler's driver speaks, and its values
     wire.py        frames of the directory protocol (scheduler <-> engine, engine <-> engine)
     page_hash.py   names of KV pages: SGLang's chained hashes
+    prompt.py      the token ids of a prompt that grows from round to round
     registry.py    the fleet's list of engines in Redis: heartbeat and reader
 Adapters on the scheduler's side
     http.py        `HttpEngine`: SGLang's HTTP API and the directory
@@ -31,7 +32,8 @@ Starting engines
     tiny_model.py  `antiphon tiny-model`: a small random checkpoint, same bytes for the same seed
 Simulated engines (the same protocols, virtual KV)
     simulated.py   `antiphon engine --simulated`, put together
-    simulated_http.py    its routes; simulated_api.py is what they say
+    simulated_http.py    its routes; simulated_api.py is what they say,
+                         simulated_logprobs.py and simulated_schema.py what a sampler would add
     simulated_loop.py    its batch loop; simulated_request.py one request in it
     virtual_kv.py  pages without bytes; virtual_directory.py serves them
     scripts.py, faults.py  what it answers, and what it does wrong, on command

@@ -4,10 +4,11 @@ One answer per line:
 
     {"text": "Wait.", "tool_calls": [{"name": "search", "arguments": "{\\"q\\": 1}"}], "session_id": "s1"}
 
-`session_id` lines answer that session's requests, in their order; the others answer whoever comes next and
-has no line of its own. `token_ids` or `tokens` set the length (else: one token per word or fragment),
-`finish_reason` is "stop" or "length". When the script is used up, outputs are hashed tokens again. Prefills
-take no line, and an answer that was aborted goes back to where it came from.
+`reasoning` is what the model thinks before `text`. `session_id` lines answer that session's requests, in
+their order; the others answer whoever comes next and has no line of its own. Each choice of `n` takes a line.
+`token_ids` or `tokens` set the length (else: one token per word or fragment), `finish_reason` is "stop" or
+"length". When the script is used up, outputs are hashed tokens again. Prefills take no line, and an answer
+that was aborted goes back to where it came from.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ScriptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One answer."""
 
     text: str = ""
+    reasoning: str = ""
     tool_calls: tuple[ScriptedCall, ...] = ()
     session_id: str | None = None
     token_ids: tuple[int, ...] | None = None
@@ -58,9 +60,10 @@ class ScriptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A bit of an answer: text, or of tool call number `call` its head (`name`) or part of its arguments."""
+    """A bit of an answer: text, reasoning, or of tool call number `call` its head (`name`) or arguments."""
 
     text: str = ""
+    reasoning: str = ""
     call: int | None = None
     name: str | None = None
     arguments: str = ""
@@ -68,7 +71,8 @@ class Piece:
 
 def pieces_of(line: ScriptLine) -> tuple[Piece, ...]:
     """The answer in the bits in which it is streamed; their texts and arguments join to the whole."""
-    pieces = [Piece(text=word) for word in re.findall(r"\s*\S+|\s+$", line.text)]
+    pieces = [Piece(reasoning=word) for word in _words(line.reasoning)]
+    pieces += [Piece(text=word) for word in _words(line.text)]
     for number, call in enumerate(line.tool_calls):
         pieces.append(Piece(call=number, name=call.name))
         step = ARGUMENT_FRAGMENT_CHARS
@@ -77,6 +81,20 @@ def pieces_of(line: ScriptLine) -> tuple[Piece, ...]:
             for start in range(0, len(call.arguments), step)
         )
     return tuple(pieces)
+
+
+def cut_at_stop(line: ScriptLine, stops: Sequence[str]) -> tuple[ScriptLine, str | None]:
+    """The line up to the first of the stop strings in its text, and which one that is."""
+    found = [(at, stop) for stop in stops if stop and (at := line.text.find(stop)) >= 0]
+    if not found:
+        return line, None
+    at, stop = min(found)
+    changes = {"tool_calls": (), "token_ids": None, "tokens": None, "finish_reason": "stop"}
+    return msgspec.structs.replace(line, text=line.text[:at], **changes), stop
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\s*\S+|\s+$", text)
 
 
 def detokenize(token_ids: Sequence[int]) -> str:
@@ -96,6 +114,13 @@ class Rendering:
         if self._pieces is None:
             return (Piece(text=detokenize(token_ids[start:stop])),) if stop > start else ()
         return self._pieces[self._reached(start) : self._reached(stop)]
+
+    def reasoning_tokens(self, tokens: int) -> int:
+        """How many of the first `tokens` tokens are reasoning."""
+        if self._pieces is None:
+            return 0
+        thought = sum(1 for piece in self._pieces if piece.reasoning)
+        return sum(1 for token in range(min(tokens, self._tokens)) if self._reached(token) < thought)
 
     def _reached(self, tokens: int) -> int:
         assert self._pieces is not None

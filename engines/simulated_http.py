@@ -5,9 +5,10 @@ A client that goes away stops its request at once, streaming or not (SGLang noti
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,15 +17,17 @@ from aiohttp import web
 from antiphon.engines import simulated_api as api
 from antiphon.engines.faults import AnyFault, BreakStream, Clear, DropDirectory, Faults, parse_fault
 from antiphon.engines.page_hash import namespace_seed
-from antiphon.engines.scripts import Script
+from antiphon.engines.scripts import Script, ScriptLine, cut_at_stop
 from antiphon.engines.simulated_loop import BatchLoop
-from antiphon.engines.simulated_request import LoopRequest
+from antiphon.engines.simulated_request import Finish, LoopRequest, progress
+from antiphon.engines.simulated_schema import forced_line
 
 VERSION = "0.5.23"
 """The SGLang that is imitated."""
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_TOKEN_ID = 2**32 - 1
+MAX_CHOICES = 128
 
 BodyT = TypeVar("BodyT", api.GenerateBody, api.CompletionBody, api.ChatBody)
 
@@ -64,6 +67,8 @@ class SimulatedHttp:
         self._set_directory = set_directory
         self._rids: set[str] = set()
         """Of requests that are being answered."""
+        self._taken: dict[str, ScriptLine] = {}
+        """By rid: the script's lines that are being said."""
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
@@ -170,39 +175,36 @@ class SimulatedHttp:
     # ------------------------------------------------------------ answers
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
-        async def form_of(body: api.GenerateBody) -> tuple[LoopRequest, api.Form]:
+        def form_of(body: api.GenerateBody) -> tuple[list[LoopRequest], api.Form]:
             limit = body.sampling_params.max_new_tokens if body.sampling_params else 128
             request = self._new_request(body.input_ids, limit, body)
-            return request, api.GenerateForm(request)
+            if limit != 0:
+                self._script_for([request], body.session_id)
+            return [request], api.GenerateForm(request)
 
         return await self._answer(http, api.GenerateBody, form_of)
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
-        async def form_of(body: api.CompletionBody) -> tuple[LoopRequest, api.Form]:
-            if body.n not in (1, None):
-                raise BadRequest("n must be 1: this engine is simulated")
-            request = self._new_request(body.prompt, body.max_tokens, body)
-            usage = _wants_usage(body.stream_options)
-            return request, api.CompletionForm(request, body.model, usage, body.return_token_ids)
+        def form_of(body: api.CompletionBody) -> tuple[list[LoopRequest], api.Form]:
+            forced = forced_line(body.response_format, body.json_schema, None, None)
+            requests = self._choices(body.prompt, body.max_tokens, body, forced)
+            return requests, api.CompletionForm(body, requests)
 
         return await self._answer(http, api.CompletionBody, form_of)
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        async def form_of(body: api.ChatBody) -> tuple[LoopRequest, api.Form]:
+        def form_of(body: api.ChatBody) -> tuple[list[LoopRequest], api.Form]:
             if not body.messages:
                 raise BadRequest("Messages cannot be empty.")
-            if body.n not in (1, None):
-                raise BadRequest("n must be 1: this engine is simulated")
             if body.stream and body.return_token_ids:
                 raise BadRequest(
                     "return_token_ids is not supported with streaming on /v1/chat/completions. "
                     "Please set stream=false when using return_token_ids=true."
                 )
+            forced = forced_line(body.response_format, None, body.tools, body.tool_choice)
             limit = body.max_completion_tokens or body.max_tokens
-            request = self._new_request(body.input_ids, limit, body)
-            usage = _wants_usage(body.stream_options)
-            form = api.ChatForm(request, body.model, usage, body.return_output_ids_in_sglext)
-            return request, form
+            requests = self._choices(body.input_ids, limit, body, forced)
+            return requests, api.ChatForm(body, requests)
 
         return await self._answer(http, api.ChatBody, form_of)
 
@@ -210,25 +212,81 @@ class SimulatedHttp:
         self,
         http: web.Request,
         body_type: type[BodyT],
-        form_of: Callable[[BodyT], Awaitable[tuple[LoopRequest, api.Form]]],
+        form_of: Callable[[BodyT], tuple[list[LoopRequest], api.Form]],
     ) -> web.StreamResponse:
         if self._faults.take_refusal():
             return _error("refused on command", 503)
         try:
             body = msgspec.json.decode(await http.read(), type=body_type)
-            request, form = await form_of(body)
-        except (msgspec.MsgspecError, BadRequest) as error:
+            requests, form = form_of(body)
+        except (msgspec.MsgspecError, BadRequest, ValueError) as error:
             return _error(str(error), 400)
-        self._rids.add(request.rid)
+        rid = body.rid or requests[0].rid
+        self._rids.add(rid)
         try:
-            self._loop.submit(request)
-            return await (self._stream(http, request, form) if body.stream else self._whole(request, form))
+            if len(requests) > 1:
+                await self._compute_prompt(requests[0], rid)
+            for request in requests:
+                self._loop.submit(request)
+            return await (self._stream(http, requests, form) if body.stream else self._whole(requests, form))
         finally:
-            self._rids.discard(request.rid)
-            if request.finish is None:
-                self._loop.abort_request(request)
-            if request.script is not None and (request.finish is None or request.finish.kind == "abort"):
-                self._script.give_back(request.script)
+            self._rids.discard(rid)
+            for request in requests:
+                if request.finish is None:
+                    self._loop.abort_request(request)
+            self._give_back(requests)
+
+    async def _compute_prompt(self, first: LoopRequest, rid: str) -> None:
+        """As SGLang: several answers to one prompt wait until it is computed, so that they share its KV."""
+        prompt = replace(first, rid=f"{rid}_prompt", tokens=list(first.tokens), max_new_tokens=0,
+                         script=None, changed=asyncio.Event())  # fmt: skip
+        self._loop.submit(prompt)
+        try:
+            async for _ in prompt.progress():
+                pass
+        finally:
+            if prompt.finish is None:
+                self._loop.abort_request(prompt)
+
+    def _choices(
+        self, prompt: list[int], limit: int | None, body: api.Common, forced: ScriptLine | None
+    ) -> list[LoopRequest]:
+        """The requests of `n` answers, scripted; `forced` is said where no line is."""
+        n = 1 if body.n is None else body.n
+        if not 1 <= n <= MAX_CHOICES:
+            raise BadRequest(f"n must be 1 to {MAX_CHOICES}, got {n}")
+        first = self._new_request(prompt, limit, body)
+        changed = first.changed
+        requests = [first] if n == 1 else [
+            replace(first, rid=f"{first.rid}_{number}", tokens=list(prompt), choice=number, changed=changed)
+            for number in range(n)
+        ]  # fmt: skip
+        if limit != 0:
+            self._script_for(requests, body.session_id, body.stops, forced)
+        return requests
+
+    def _script_for(
+        self,
+        requests: list[LoopRequest],
+        session_id: str | None,
+        stops: Sequence[str] = (),
+        forced: ScriptLine | None = None,
+    ) -> None:
+        for request in requests:
+            taken = self._script.take(session_id)
+            line = taken or forced
+            if taken is not None:
+                self._taken[request.rid] = taken
+            if line is not None:
+                request.script, request.matched_stop = cut_at_stop(line, stops)
+                request.natural_tokens = request.script.output_tokens
+
+    def _give_back(self, requests: list[LoopRequest]) -> None:
+        """What was not said to the end; the last first, so that the order stays."""
+        for request in reversed(requests):
+            line = self._taken.pop(request.rid, None)
+            if line is not None and (request.finish is None or request.finish.kind == "abort"):
+                self._script.give_back(line)
 
     def _new_request(self, prompt: list[int], limit: int | None, body: Any) -> LoopRequest:
         """Check what SGLang's tokenizer manager checks."""
@@ -250,10 +308,7 @@ class SimulatedHttp:
         rid = body.rid or uuid.uuid4().hex
         if rid in self._rids:
             raise BadRequest(f"Duplicate request ID detected: {rid}")
-        script = self._script.take(body.session_id) if limit != 0 else None
-        natural = script.output_tokens if script is not None else None
-        if natural is None and limit is None:
-            natural = self._served.default_output_tokens
+        natural = self._served.default_output_tokens if limit is None else None
         return LoopRequest(
             rid=rid,
             prompt_tokens=len(prompt),
@@ -261,51 +316,57 @@ class SimulatedHttp:
             max_new_tokens=limit if limit is not None else context - len(prompt),
             seed=namespace_seed(body.extra_key, body.cache_salt),
             natural_tokens=natural,
-            script=script,
+            script=None,
         )
 
-    async def _whole(self, request: LoopRequest, form: api.Form) -> web.StreamResponse:
-        async for _ in request.progress():
+    async def _whole(self, requests: list[LoopRequest], form: api.Form) -> web.StreamResponse:
+        async for _ in progress(requests):
             pass
-        assert request.finish is not None
-        if request.finish.status:
-            return _error(request.finish.message, request.finish.status)
+        if failure := _failure(requests):
+            return _error(failure.message, failure.status)
         return _json(form.whole())
 
-    async def _stream(self, http: web.Request, request: LoopRequest, form: api.Form) -> web.StreamResponse:
+    async def _stream(
+        self, http: web.Request, requests: list[LoopRequest], form: api.Form
+    ) -> web.StreamResponse:
         """Server-sent events; the status goes out with the first of them, as SGLang's does."""
         cut = self._faults.take_break()
         response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "X-Request-ID": request.rid}
+            headers={"Content-Type": "text/event-stream", "X-Request-ID": requests[0].rid}
         )
-        async for start, stop in request.progress():
+        async for choice, start, stop in progress(requests):
             if not response.prepared:
                 await response.prepare(http)
             if cut is not None and stop >= cut.after_tokens:
-                await self._break(http, response, form, (start, cut))
+                await self._break(http, response, form, (choice, start, cut))
                 return response
-            if request.finish is not None and request.finish.status:
-                await response.write(form.stream_error(request.finish.message, request.finish.status))
+            if failure := _failure(requests[choice : choice + 1]):
+                await response.write(form.stream_error(failure.message, failure.status))
                 await response.write(api.DONE)
                 return response
-            await response.write(b"".join(form.events(start, stop)))
+            await response.write(b"".join(form.events(choice, start, stop)))
         await response.write(b"".join(form.ending()))
         await response.write_eof()
         return response
 
     async def _break(
-        self, http: web.Request, response: web.StreamResponse, form: api.Form, at: tuple[int, BreakStream]
+        self,
+        http: web.Request,
+        response: web.StreamResponse,
+        form: api.Form,
+        at: tuple[int, int, BreakStream],
     ) -> None:
         """Say what comes before the cut, then drop the connection without an end."""
-        start, cut = at
+        choice, start, cut = at
         if cut.after_tokens > start:
-            await response.write(b"".join(form.events(start, cut.after_tokens)))
+            await response.write(b"".join(form.events(choice, start, cut.after_tokens)))
         if http.transport is not None:
             http.transport.abort()
 
 
-def _wants_usage(options: api.StreamOptions | None) -> bool:
-    return bool(options is not None and options.include_usage)
+def _failure(requests: Sequence[LoopRequest]) -> Finish | None:
+    """Why one of the requests has no answer."""
+    return next((r.finish for r in requests if r.finish is not None and r.finish.status), None)
 
 
 def _json(data: Any) -> web.Response:

@@ -234,7 +234,8 @@ class BatchLoop:
             request.admitted = True
             request.cached_device_tokens = kv.device_tokens
             request.cached_host_tokens = kv.host_tokens
-        request.stream = TokenStream(request.tokens, self.settings.vocab_tokens, wrong=kv.wrong)
+        vocab_tokens = self.settings.vocab_tokens
+        request.stream = TokenStream(request.tokens, vocab_tokens, wrong=kv.wrong, choice=request.choice)
         return True
 
     def _promise(self, request: LoopRequest) -> int:

@@ -25,8 +25,12 @@ class Finish:
 class TokenStream:
     """The deterministic model: the next token is a hash of all tokens before it."""
 
-    def __init__(self, prompt: Sequence[int], vocab_tokens: int, *, wrong: bool = False) -> None:
-        self._digest = hashlib.sha256(array("I", prompt).tobytes())
+    def __init__(
+        self, prompt: Sequence[int], vocab_tokens: int, *, wrong: bool = False, choice: int = 0
+    ) -> None:
+        """`choice`: which of several samples of one prompt; they differ."""
+        self._digest = hashlib.sha256(b"choice %d" % choice if choice else b"")
+        self._digest.update(array("I", prompt).tobytes())
         self._vocab_tokens = vocab_tokens
         if wrong:
             self._digest.update(b"wrong KV")
@@ -60,6 +64,10 @@ class LoopRequest:
     natural_tokens: int | None
     """Where the answer ends by itself; None = only at `max_new_tokens`."""
     script: ScriptLine | None
+    choice: int = 0
+    """Which of the request's `n` answers."""
+    matched_stop: str | None = None
+    """The stop string at which `script` is cut."""
     finish: Finish | None = None
     cached_device_tokens: int = 0
     cached_host_tokens: int = 0
@@ -87,13 +95,26 @@ class LoopRequest:
 
     async def progress(self) -> AsyncIterator[tuple[int, int]]:
         """Slices [start, stop) of the output as it grows; the last one comes with `finish` set."""
-        seen = 0
-        while True:
-            await self.changed.wait()
-            self.changed.clear()
-            stop, ended = self.output_tokens, self.finish is not None
-            if ended or stop > seen:
-                yield seen, stop
+        async for _, start, stop in progress((self,)):
+            yield start, stop
+
+
+async def progress(requests: Sequence[LoopRequest]) -> AsyncIterator[tuple[int, int, int]]:
+    """(choice, start, stop): slices of the outputs as they grow, the last of each with its `finish` set.
+
+    All of `requests` share one `changed`.
+    """
+    changed = requests[0].changed
+    seen = [0] * len(requests)
+    left = set(range(len(requests)))
+    while left:
+        await changed.wait()
+        changed.clear()
+        for choice in sorted(left):
+            request, start = requests[choice], seen[choice]
+            stop, ended = request.output_tokens, request.finish is not None
             if ended:
-                return
-            seen = stop
+                left.discard(choice)
+            if ended or stop > start:
+                seen[choice] = stop
+                yield choice, start, stop

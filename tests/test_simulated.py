@@ -143,7 +143,7 @@ def test_answers_in_one_piece() -> None:
         ("/v1/completions", {"prompt": "hello"}, "Expected `array`"),
         ("/v1/completions", {"prompt": [1], "max_tokens": 9000}, "context length"),
         ("/v1/completions", {"prompt": [1] * 9000}, "context length"),
-        ("/v1/completions", {"prompt": [1], "n": 2}, "n must be 1"),
+        ("/v1/completions", {"prompt": [1], "n": 0}, "n must be 1 to 128"),
         ("/v1/chat/completions", {"messages": [], "input_ids": [1]}, "Messages cannot be empty"),
         ("/abort_request", [], "abort_request"),
         ("/antiphon/faults", {"fault": "none such"}, "not a fault"),
