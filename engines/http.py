@@ -28,6 +28,7 @@ from antiphon.engines.base import (
     PrefillResult,
 )
 from antiphon.engines.directory_client import AsyncDirectoryClient, DirectoryError
+from antiphon.engines.prompt import as_json
 from antiphon.engines.sse import SseError, SseEvent, SseParser
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class HttpEngine:
     ) -> PrefillResult:
         """Compute and keep the KV of `input_ids`; raises `EngineError`."""
         body = {
-            "input_ids": input_ids if isinstance(input_ids, list) else list(input_ids),
+            "input_ids": as_json(input_ids),
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "rid": rid,
             "session_id": session_id,

@@ -10,12 +10,14 @@ from typing import Any
 import msgspec
 
 from antiphon.engines.base import Chunk, EngineError, FailureKind, GenerateRequest, Usage
+from antiphon.engines.prompt import as_json
 from antiphon.engines.sse import SseEvent
 
 CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
 _IDS_FLAG = {CHAT_PATH: "return_output_ids_in_sglext", COMPLETIONS_PATH: "return_token_ids"}
 _PLACEHOLDER = [{"role": "user", "content": ""}]
-"""SGLang insists on messages although `input_ids` is the prompt."""
+"""SGLang insists on messages although `input_ids` is the prompt. Of a history it would only count the tool
+calls, to number Kimi K2's new ones: not worth sending it again every round."""
 
 _CALLERS_FAULT = (400, 413, 422)
 """Other 4xx blame the moment (429) or the engine's set-up (401, 404): another engine may do better."""
@@ -32,13 +34,14 @@ class AnswerReader:
         self.done = False
         self._request = request
         self._name = name
-        self._finished = False
+        self._unfinished = max(1, int(request.body.get("n") or 1))
+        """Choices whose finish reason has not come."""
         self._client_wants_ids = bool(request.body.get(_IDS_FLAG[request.path]))
 
     def body(self) -> dict[str, Any]:
         """The client's fields with ours over them."""
         request = self._request
-        ids = list(request.input_ids)
+        ids = as_json(request.input_ids)
         ours: dict[str, Any] = {
             "rid": request.rid,
             "session_id": request.session_id,
@@ -48,7 +51,7 @@ class AnswerReader:
             _IDS_FLAG[request.path]: True,
         }
         if request.path == CHAT_PATH:
-            ours |= {"input_ids": ids, "messages": request.body.get("messages") or _PLACEHOLDER}
+            ours |= {"input_ids": ids, "messages": _PLACEHOLDER}
         else:
             ours["prompt"] = ids
         return {**request.body, **ours}
@@ -56,7 +59,7 @@ class AnswerReader:
     def read(self, event: SseEvent) -> Chunk | None:
         """What one event means to the client's side; None for the end mark, which sets `done`."""
         if event.data == b"[DONE]":
-            if not self._finished:
+            if self._unfinished > 0:
                 raise self._error(FailureKind.BROKEN, "the stream ended without a finish reason")
             self.done = True
             return None
@@ -75,7 +78,7 @@ class AnswerReader:
         reasons = [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]
         if "abort" in reasons:
             raise self._error(FailureKind.REFUSED, "the engine aborted the answer")
-        self._finished = self._finished or bool(reasons)
+        self._unfinished -= len(reasons)
         ids, only_ids = self._take_ids(data)
         return Chunk(
             data=None if only_ids else data,

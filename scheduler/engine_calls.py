@@ -73,7 +73,7 @@ class EngineCalls:
 
     async def prefill(self, live: LiveRound, command: Prefill) -> PrefillDone:
         result = await self.engine(command.engine_id).prefill(
-            live.request.input_ids,
+            live.request.prompt,
             command.rid,
             session_id=live.handle.session_id,
             cache_salt=live.request.cache_salt,

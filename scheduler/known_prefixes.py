@@ -68,7 +68,7 @@ class KnownPrefixes:
 
         `kept_tokens` is exact while a session only grows; where it diverges, it is cut to whole pages.
         """
-        ids, size = said.request.input_ids, said.page_tokens
+        ids, size = said.request.prompt, said.page_tokens
         hashes = said.prompt_hashes or page_hashes(ids, size, seed_of(said.request))
         digests = _shortened(hashes)
         known = self._sessions.get(said.session)
@@ -86,7 +86,7 @@ class KnownPrefixes:
             if known is not None:  # what was there still is; only the count goes on
                 self._sessions[said.session] = known._replace(number=said.number)
             return
-        size, prompt = said.page_tokens, said.request.input_ids
+        size, prompt = said.page_tokens, said.request.prompt
         final = said.final_hashes or page_hashes([*prompt, *said.output_ids], size, seed_of(said.request))
         digests = _shortened(final)
         tail = (*prompt[len(final) * size :], *said.output_ids[max(0, len(final) * size - len(prompt)) :])

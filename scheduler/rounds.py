@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from antiphon.engines.base import Chunk, EngineError
-from antiphon.engines.page_hash import namespace_seed, page_hashes
+from antiphon.engines.page_hash import namespace_seed
+from antiphon.engines.prompt import Prompt
+from antiphon.scheduler.hints import NO_HINTS, Hints
 from antiphon.scheduler.messages import Receipt, Refuse
 
 STREAM_BUFFER_CHUNKS = 256
@@ -25,14 +28,14 @@ STREAM_BUFFER_CHUNKS = 256
 
 @dataclass(frozen=True, slots=True)
 class RoundRequest:
-    """A checked request of one round; `input_ids` is the whole prompt."""
+    """A checked request of one round; `prompt` is the whole of it."""
 
     round_id: str
     session_id: str
     tenant: str
     path: str
     """The engine's route: /v1/chat/completions or /v1/completions."""
-    input_ids: tuple[int, ...]
+    prompt: Prompt
     body: Mapping[str, Any]
     """Sampling and output fields as the engine takes them."""
     max_output_tokens: int
@@ -42,6 +45,19 @@ class RoundRequest:
     cache_salt: str | None = None
     tool: str = ""
     """Whose result the round brings, where the client said."""
+    parent_id: str | None = None
+    """The session that this one was forked from, where that is known."""
+    final: bool = False
+    """The session's last round, as the client says."""
+    hints: Hints = NO_HINTS
+    """What the client says of the round and of what is to follow."""
+    model: str = ""
+    """Which of the replica's models is to run it; "" = its only one."""
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """All token ids, copied: not for what every round does."""
+        return tuple(self.prompt)
 
 
 class RoundRefused(Exception):
@@ -73,8 +89,11 @@ class RoundHandle:
         self.arm = ""
         self.receipt: Receipt | None = None
         """Set before the chunk with usage is relayed."""
+        self.answered: Prompt | None = None
+        """Prompt and output; set when `receipt` is."""
         self.lagged = False
         """The reader has held the stream back."""
+        self.pushed_chunks = 0
         self._on_gone = on_gone
         self._started = asyncio.Event()
         self._error: Exception | None = None
@@ -129,6 +148,7 @@ class RoundHandle:
             self._changed.clear()
             await self._changed.wait()
         self._chunks.append(chunk)
+        self.pushed_chunks += 1
         self._started.set()
         self._changed.set()
 
@@ -170,12 +190,15 @@ class LiveRound:
         streaming = bool(self.handle.arm)
         self.handle.finish(RoundBroke(why) if streaming else RoundRefused("no_engine_available", why, 1.0))
 
+    def answer_ended(self) -> None:
+        """All output ids are there: what the conversation is now."""
+        self.handle.answered = self.request.prompt.extended(self.output_ids)
+
     def hashes_with_output(self) -> tuple[bytes, ...]:
         """Pages with KV at the home after the round: the last token that was sampled has none."""
-        whole = len(self.hashes) * self.page_tokens
-        rest = [*self.request.input_ids[whole:], *self.output_ids[:-1]]
-        prior = self.hashes[-1] if self.hashes else seed_of(self.request)
-        return self.hashes + page_hashes(rest, self.page_tokens, prior)
+        answered = self.handle.answered or self.request.prompt
+        pages = max(len(self.hashes), (len(answered) - 1) // self.page_tokens)
+        return answered.hashes(self.page_tokens, seed_of(self.request))[:pages]
 
 
 def seed_of(request: RoundRequest) -> bytes:
@@ -186,8 +209,8 @@ def seed_of(request: RoundRequest) -> bytes:
 class RoundRunner(Protocol):
     """What the gateway needs of the runtime."""
 
-    def submit(self, request: RoundRequest) -> RoundHandle:
-        """Accept a round; decides and acts in the background."""
+    def submit(self, request: RoundRequest) -> AbstractAsyncContextManager[RoundHandle]:
+        """Accept a round; decides and acts in the background. Enter it: that may raise `RoundRefused`."""
 
     async def explain(self, request: RoundRequest) -> dict[str, Any]:
         """What would be decided of it now, JSON-ready (`explanation.Explanation.json`); nothing is done."""

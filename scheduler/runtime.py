@@ -13,8 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
 
-from antiphon.engines.base import Engine, EngineError, FailureKind, GenerateRequest
-from antiphon.engines.page_hash import page_hashes
+from antiphon.engines.base import Engine, EngineError, FailureKind, GenerateRequest, Usage
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.engine_calls import CallDeadlines, EngineCalls
 from antiphon.scheduler.explanation import Explanation, explain
@@ -146,12 +145,12 @@ class Runtime:
     def _arrived(self, request: RoundRequest) -> RoundArrived:
         hashes: tuple[bytes, ...] = ()
         if self._hashing:
-            hashes = page_hashes(request.input_ids, self._page_tokens, seed_of(request))
+            hashes = request.prompt.hashes(self._page_tokens, seed_of(request))
         return RoundArrived(
             round_id=request.round_id,
             session_id=request.session_id,
             tenant=request.tenant,
-            prompt_tokens=len(request.input_ids),
+            prompt_tokens=len(request.prompt),
             hashes=hashes,
             page_size_tokens=self._page_tokens,
             max_output_tokens=request.max_output_tokens,
@@ -295,7 +294,7 @@ class Runtime:
         self._background(partial(self._calls.touch, command.engine_id, live, history_tokens))
         call = GenerateRequest(
             path=request.path,
-            input_ids=request.input_ids,
+            input_ids=request.prompt,
             rid=command.rid,
             session_id=live.handle.session_id,
             body=request.body,
@@ -310,8 +309,7 @@ class Runtime:
                     self._begin_stream(live)
                 if chunk.usage is not None and not finished:
                     finished = True
-                    usage = chunk.usage
-                    self._finish(live, usage.completion_tokens, usage.cached_tokens)
+                    self._finish(live, chunk.usage, history_tokens)
                 await live.handle.push(chunk)
         if not finished:
             raise EngineError(FailureKind.BROKEN, "the answer ended without its usage")
@@ -324,11 +322,17 @@ class Runtime:
         live.handle.round_number = round.round_number
         self.post(FirstToken(live.request.round_id))
 
-    def _finish(self, live: LiveRound, completion_tokens: int, cached_tokens: int) -> None:
+    def _finish(self, live: LiveRound, usage: Usage, history_tokens: int) -> None:
+        live.answer_ended()
+        completion_tokens, cached_tokens = usage.completion_tokens, usage.cached_tokens
+        several = (live.request.body.get("n") or 1) > 1
+        if several:
+            # The engine computes the prompt of several choices apart, and then calls all of it cached; their
+            # outputs are summed. What counts here is the first choice, and what was believed to be held.
+            completion_tokens, cached_tokens = len(live.output_ids), min(cached_tokens, history_tokens)
         hashes = live.final_hashes = live.hashes_with_output() if self._hashing else ()
-        self.post(
-            RoundFinished(live.request.round_id, completion_tokens, cached_tokens, hashes, live.handle.lagged)
-        )
+        lagged = live.handle.lagged or several  # nothing is to be learned of the engine's speed
+        self.post(RoundFinished(live.request.round_id, completion_tokens, cached_tokens, hashes, lagged))
 
     # ---------------------------------------------------------------- small things
 

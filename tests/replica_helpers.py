@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from antiphon.engines.base import Chunk
+from antiphon.engines.prompt import Prompt
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
 from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, RecordConfig, SchedulerConfig
 from antiphon.scheduler.ledger import Ledger
@@ -37,7 +38,7 @@ class Cluster:
             session_id=session_id,
             tenant="t",
             path="/v1/completions",
-            input_ids=tuple(ids),
+            prompt=Prompt(ids),
             body={"model": "simulated", "max_tokens": max_tokens, "ignore_eos": True, **body},
             max_output_tokens=max_tokens,
             slo_ttft_s=5.0,

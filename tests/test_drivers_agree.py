@@ -14,6 +14,7 @@ import pytest
 
 from antiphon.engines.cluster import Cluster, EngineSpec, load_cluster, resolve_engines
 from antiphon.engines.page_hash import page_hashes
+from antiphon.engines.prompt import Prompt
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.messages import Claimed, Receipt, Reserved
@@ -69,7 +70,7 @@ def live(
             fleet.learn(plan, round_id, page_hashes(ids, cluster.page_tokens))
             ttft_s, itl_s = targets.of(trace)
             request = RoundRequest(
-                round_id, trace.session_id, "simulated", "/v1/completions", tuple(ids), {},
+                round_id, trace.session_id, "simulated", "/v1/completions", Prompt(ids), {},
                 plan.trace.output_tokens, ttft_s, itl_s,
             )  # fmt: skip
             output: list[int] = []

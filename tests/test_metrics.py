@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from antiphon.engines.prompt import Prompt
 from antiphon.policies.base import Arm, Candidate, Placement
 from antiphon.scheduler.logs import JsonFormatter, request_id_var
 from antiphon.scheduler.messages import Outcome, Try
@@ -18,7 +19,7 @@ from antiphon.scheduler.receipt_log import ReceiptLog, receipt_json
 from antiphon.scheduler.rounds import RoundRequest
 from tests.gateway_helpers import make_receipt
 
-REQUEST = RoundRequest("r1", "s1", "default", "/v1/x", tuple(range(100)), {}, 5, 1.0, 1.0)
+REQUEST = RoundRequest("r1", "s1", "default", "/v1/x", Prompt(range(100)), {}, 5, 1.0, 1.0)
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.engines.page_hash import page_hashes
+from antiphon.engines.prompt import Prompt
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler import round_log
 from antiphon.scheduler.gateway.requests import parse_chat, tool_answered
@@ -36,7 +37,7 @@ PAGE = 16
 
 def request(session_id: str, ids: list[int], tenant: str = "default") -> RoundRequest:
     body = {"text": "a secret that was said"}
-    return RoundRequest("r-1", session_id, tenant, "/v1/x", tuple(ids), body, 8, 2.0, 0.1, tool="bash")
+    return RoundRequest("r-1", session_id, tenant, "/v1/x", Prompt(ids), body, 8, 2.0, 0.1, tool="bash")
 
 
 def ended(session_id: str, ids: list[int], number: int = 1, **receipt: object) -> EndedRound:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.engines.base import Chunk
+from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.gateway import relay
 from antiphon.scheduler.gateway.relay import AnswerForm
 from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRequest
@@ -24,7 +25,7 @@ TEXT = replace(CHAT, chat=False, answer_id="cmpl-1")
 
 
 def request(prompt_tokens: int = 10) -> RoundRequest:
-    return RoundRequest("r1", "s1", "default", "/v1/x", tuple(range(prompt_tokens)), {}, 5, 1.0, 1.0)
+    return RoundRequest("r1", "s1", "default", "/v1/x", Prompt(range(prompt_tokens)), {}, 5, 1.0, 1.0)
 
 
 async def filled(chunks: list[Chunk], cached: int | None = 0, error: Exception | None = None) -> RoundHandle:

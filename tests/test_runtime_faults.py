@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from antiphon.engines.base import EngineRecord
+from antiphon.engines.prompt import Prompt
 from antiphon.engines.simulated import SimulatedEngine
 from antiphon.policies.base import Arm, ClusterView, Placement, Reject, RoundView
 from antiphon.policies.checked import Checked, CheckedOrdering
@@ -216,7 +217,7 @@ def test_the_first_end_of_a_handle_counts() -> None:
     """A call that is cleaned up later must not wipe out the error that the reader is owed."""
 
     async def scenario() -> None:
-        handle = RoundHandle(RoundRequest("r", "s", "t", "/v1/completions", (1,), {}, 1, 1.0, 1.0))
+        handle = RoundHandle(RoundRequest("r", "s", "t", "/v1/completions", Prompt((1,)), {}, 1, 1.0, 1.0))
         handle.finish(RoundRefused("upstream_failed", "first", 1.0))
         handle.finish()
         with pytest.raises(RoundRefused, match="first"):

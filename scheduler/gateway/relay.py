@@ -178,7 +178,7 @@ def _with_token_ids(
 def _usage(handle: RoundHandle, engine: dict[str, Any], completion_tokens: int) -> dict[str, Any]:
     """The engine's usage with our `cached_tokens`: prompt tokens that no engine computed for this round."""
     receipt = handle.receipt
-    prompt = len(handle.request.input_ids)
+    prompt = len(handle.request.prompt)
     completion = engine.get("completion_tokens", completion_tokens)
     cached = receipt.cached_tokens if receipt is not None else 0
     details = {**(engine.get("prompt_tokens_details") or {}), "cached_tokens": min(cached, prompt)}
