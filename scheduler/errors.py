@@ -84,6 +84,10 @@ def no_engine(message: str, retry_after_s: float = 1.0) -> ApiError:
     return ApiError(503, "no_engine_available", message, kind="overloaded_error", retry_after_s=retry_after_s)
 
 
+def permission_denied(message: str) -> ApiError:
+    return ApiError(403, "permission_denied", message, kind="permission_error")
+
+
 def ledger_unavailable(message: str) -> ApiError:
     return ApiError(503, "ledger_unavailable", message, kind="server_error", retry_after_s=1.0)
 
@@ -108,6 +112,8 @@ def from_refusal(refusal: RoundRefused) -> ApiError:
             refusal.status if usable else 400, refusal.code, upstream_message(refusal.body) or message
         )
     retry_after_s = refusal.retry_after_s if refusal.retry_after_s > 0 else None
+    if refusal.code in ("rate_limit_exceeded", "session_limit_exceeded"):
+        return ApiError(429, refusal.code, message, kind="rate_limit_error", retry_after_s=retry_after_s)
     if refusal.code == "upstream_failed":
         return ApiError(502, refusal.code, message, kind="server_error", retry_after_s=retry_after_s)
     return ApiError(503, refusal.code, message, kind="overloaded_error", retry_after_s=retry_after_s or 1.0)

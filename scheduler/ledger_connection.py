@@ -9,6 +9,8 @@ percent-encoded in keys, so that no name can reach another's record:
     {antiphon:F}:res:TENANT:HASH    hash   engine id -> "incarnation|tokens"; TTL
     {antiphon:F}:replica:ID, totals:ID     a replica's heartbeat, and what it has reserved; TTL
     {antiphon:F}:chain:SCOPE:VALUE  string whose conversation has come there; turn:SCOPE:VALUE: ended so; TTL
+    {antiphon:F}:api_keys, api_key_names   hash   digest -> an API key's record; name -> digest
+    {antiphon:F}:limit:NAME, limit_sessions:NAME   what the API key NAME has used; TTL
     {antiphon:F}:replicas, sessions, receipts, counters
 """
 
@@ -39,6 +41,7 @@ SCRIPTS = {
     "release": ("release",),
     "heartbeat": ("heartbeat",),
     "remember": ("remember",),
+    "limit": ("limit",),
 }
 """Script -> the files of data/ that it is made of, in order."""
 

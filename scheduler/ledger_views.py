@@ -11,6 +11,7 @@ import msgspec
 from antiphon.scheduler.ledger_connection import LedgerConnection
 
 RECEIPTS_PER_READ = 500
+SESSIONS_PER_READ = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,34 @@ class SessionRecord:
 
 
 async def sessions(
-    connection: LedgerConnection, limit: int, cursor: int
+    connection: LedgerConnection, limit: int, cursor: int, tenant: str | None = None
 ) -> tuple[tuple[SessionRecord, ...], int | None]:
-    """A page of sessions, those that live longest first, and the next page's cursor (None at the end)."""
-    (index,) = connection.keys("sessions")
-    names = await connection.command("ZREVRANGE", index, cursor, cursor + limit - 1)
+    """A page of sessions, those that live longest first, and the next page's cursor (None at the end).
+
+    Of one tenant if it is named.
+    """
+    names, next_cursor = await _session_keys(connection, limit, cursor, tenant)
     records = await connection.commands([("HGETALL", name) for name in names])
-    next_cursor = cursor + limit if len(names) == limit else None
     return tuple(_session(fields) for fields in records if "session_id" in fields), next_cursor
+
+
+async def _session_keys(
+    connection: LedgerConnection, limit: int, cursor: int, tenant: str | None
+) -> tuple[list[str], int | None]:
+    (index,) = connection.keys("sessions")
+    owned = "" if tenant is None else connection.session_key(tenant, "")
+    page = limit if tenant is None else max(limit, SESSIONS_PER_READ)
+    found: list[str] = []
+    while True:
+        names: list[str] = await connection.command("ZREVRANGE", index, cursor, cursor + page - 1)
+        for at, name in enumerate(names, cursor):
+            if name.startswith(owned):
+                found.append(name)
+                if len(found) == limit:
+                    return found, at + 1
+        if len(names) < page:
+            return found, None
+        cursor += page
 
 
 async def receipts(

@@ -34,17 +34,19 @@ class ReceiptLog:
     """The newest `capacity` receipts of this replica. For one event loop."""
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
-        self._receipts: deque[Receipt] = deque(maxlen=capacity)
+        self._receipts: deque[tuple[Receipt, str]] = deque(maxlen=capacity)
 
-    def add(self, receipt: Receipt) -> None:
-        self._receipts.append(receipt)
+    def add(self, receipt: Receipt, tenant: str = "default") -> None:
+        self._receipts.append((receipt, tenant))
 
-    def newest(self, limit: int, session_id: str | None = None) -> Sequence[dict[str, Any]]:
-        """At most `limit`, newest first, of one session if it is named."""
+    def newest(
+        self, limit: int, session_id: str | None = None, tenant: str | None = None
+    ) -> Sequence[dict[str, Any]]:
+        """At most `limit`, newest first, of one session and of one tenant if they are named."""
         found: list[dict[str, Any]] = []
-        for receipt in reversed(self._receipts):
+        for receipt, owner in reversed(self._receipts):
             if len(found) >= limit:
                 break
-            if session_id is None or receipt.session_id == session_id:
-                found.append(receipt_json(receipt))
+            if session_id in (None, receipt.session_id) and tenant in (None, owner):
+                found.append(receipt_json(receipt) | {"tenant": owner})
         return found

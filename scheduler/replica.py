@@ -156,9 +156,9 @@ class Replica:
         hellos = [e.hello for e in self._engines() if e.hello is not None]
         return min((min(h.context_tokens, h.pool_tokens) for h in hellos), default=0)
 
-    async def receipts(self, limit: int, session_id: str | None) -> Sequence[Item]:
+    async def receipts(self, limit: int, session_id: str | None, tenant: str | None = None) -> Sequence[Item]:
         """This replica's own, newest first: complete even while the ledger is away."""
-        return self._receipts.newest(limit, session_id)
+        return self._receipts.newest(limit, session_id, tenant)
 
     async def engines(self) -> Sequence[Item]:
         views = self.core.books.fleet.views(self.runtime.now())
@@ -172,9 +172,9 @@ class Replica:
             items.append(item)
         return items
 
-    async def sessions(self, limit: int) -> Sequence[Item]:
+    async def sessions(self, limit: int, tenant: str | None = None) -> Sequence[Item]:
         try:
-            records, _ = await self._ledger.sessions(limit)
+            records, _ = await self._ledger.sessions(limit, tenant=tenant)
         except LedgerUnavailable as error:
             raise ledger_unavailable(f"Sessions cannot be listed: {error}") from error
         return [asdict(record) for record in records]
@@ -190,6 +190,7 @@ class Replica:
             self._round_log.describe(self._facts)
 
     def _on_ended(self, live: LiveRound, receipt: Receipt) -> None:
+        self._receipts.add(receipt, live.request.tenant)
         if self._round_log is None:
             return
         ended_s = time.time()
@@ -208,7 +209,6 @@ class Replica:
         )
 
     def _on_receipt(self, receipt: Receipt) -> None:
-        self._receipts.add(receipt)
         self._metrics.observe_receipt(receipt)
         log.info(
             "round",

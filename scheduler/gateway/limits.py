@@ -1,0 +1,222 @@
+"""Limits of API keys: sessions that live, rounds in flight, tokens per minute. Body size: intake.py.
+
+Sessions and tokens are counted over the fleet, by one script in the ledger per round, before its claim; what
+a round has generated is told with the key's next round. While the ledger is away each replica counts for
+itself. Rounds in flight are counted per replica.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from antiphon.scheduler.access_config import LimitsConfig
+from antiphon.scheduler.gateway import token_bucket
+from antiphon.scheduler.gateway.caller import Caller, current_caller
+from antiphon.scheduler.gateway.token_bucket import MINUTE_S, Bucket
+from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, escaped
+from antiphon.scheduler.rounds import RoundHandle, RoundRefused, RoundRequest, RoundRunner
+
+MAX_COUNTS = 10_000
+"""Keys whose counts are kept here; of others only those with rounds in flight."""
+IN_FLIGHT_RETRY_S = 1.0
+SESSIONS_RETRY_S = 10.0
+LEDGER_RETRY_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Counts:
+    """What one key uses, as far as this replica knows."""
+
+    in_flight: int = 0
+    bucket: Bucket | None = None
+    """As the ledger last said; our own while it is away."""
+    owed_tokens: float = 0.0
+    """Generated since, and not told yet; below 0: taken for rounds that then were refused."""
+    owed_at_s: float = 0.0
+    sessions: OrderedDict[tuple[str, str], float] = field(default_factory=OrderedDict)
+    """(tenant, session) -> last use: for when the ledger is away."""
+
+
+class Limits:
+    """Counts what keys use. For one event loop."""
+
+    def __init__(
+        self,
+        connection: LedgerConnection | None,
+        *,
+        session_ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Without a `connection` every count is this replica's own."""
+        self._connection = connection
+        self._session_ttl_s = session_ttl_s
+        self._clock = clock
+        self._counts: OrderedDict[str, _Counts] = OrderedDict()
+
+    @asynccontextmanager
+    async def admitted(self, caller: Caller, request: RoundRequest) -> AsyncIterator[_Round]:
+        """Let a round in, for as long as it is entered; raises `RoundRefused`."""
+        counts, limits = self._of(caller.key), caller.limits
+        if 0 < limits.rounds_in_flight <= counts.in_flight:
+            what = f"This key has {counts.in_flight} rounds in flight here, as many as it may."
+            raise RoundRefused("rate_limit_exceeded", what, IN_FLIGHT_RETRY_S)
+        round = _Round(len(request.prompt))
+        counts.in_flight += 1
+        try:
+            if limits.tokens_per_minute or limits.sessions:
+                await self._admit(caller, counts, request, round)
+            yield round
+        except RoundRefused:
+            round.refused = True
+            raise
+        finally:
+            counts.in_flight -= 1
+            if limits.tokens_per_minute and round.let_in:
+                self._owe(counts, limits.tokens_per_minute, round.uncounted())
+
+    async def _admit(self, caller: Caller, counts: _Counts, request: RoundRequest, round: _Round) -> None:
+        limits, now = caller.limits, self._clock()
+        self._owe(counts, limits.tokens_per_minute, 0)
+        owed, counts.owed_tokens = counts.owed_tokens, 0.0
+        try:
+            full, wait_s = await self._ask(caller, counts, request, owed)
+        except LedgerUnavailable:
+            full, wait_s = self._ask_ourselves(limits, counts, request, owed, now)
+        caller.headers[:] = _headers(limits, counts.bucket)
+        if full:
+            what = f"This key has {limits.sessions} live sessions, as many as it may."
+            raise RoundRefused("session_limit_exceeded", what, SESSIONS_RETRY_S)
+        if wait_s > 0:
+            what = (
+                f"This key may use {limits.tokens_per_minute} tokens per minute; this prompt has "
+                f"{round.prompt_tokens}. Try again in {wait_s:.1f} s."
+            )
+            raise RoundRefused("rate_limit_exceeded", what, wait_s)
+        round.let_in = True
+        self._remember(counts, request)
+
+    async def _ask(
+        self, caller: Caller, counts: _Counts, request: RoundRequest, owed: float
+    ) -> tuple[bool, float]:
+        """(too many sessions, seconds to wait), by the ledger."""
+        c, limits = self._connection, caller.limits
+        if c is None or c.failed_within(LEDGER_RETRY_S):
+            raise LedgerUnavailable("no ledger")
+        name = escaped(caller.key)
+        arguments: list[Any] = [
+            limits.tokens_per_minute, len(request.prompt), repr(owed), limits.sessions,
+            c.session_key(request.tenant, request.session_id), round(2000 * self._session_ttl_s),
+        ]  # fmt: skip
+        keys = c.keys(f"limit:{name}", f"limit_sessions:{name}")
+        let_in, full, left, wait_ms, _, _ = await c.script("limit", keys, arguments)
+        counts.bucket = Bucket(float(left), self._clock())
+        return bool(full), 0.0 if let_in else wait_ms / 1000
+
+    def _ask_ourselves(
+        self, limits: LimitsConfig, counts: _Counts, request: RoundRequest, owed: float, now: float
+    ) -> tuple[bool, float]:
+        known = counts.sessions
+        while known and next(iter(known.values())) < now - self._session_ttl_s:
+            known.popitem(last=False)
+        full = 0 < limits.sessions <= len(known) and (request.tenant, request.session_id) not in known
+        if not limits.tokens_per_minute:
+            return full, 0.0
+        asked = 0 if full else len(request.prompt)
+        taken = token_bucket.take(counts.bucket, limits.tokens_per_minute, asked, owed, now)
+        counts.bucket = taken.bucket
+        return full, taken.wait_s
+
+    def _remember(self, counts: _Counts, request: RoundRequest) -> None:
+        name = request.tenant, request.session_id
+        counts.sessions[name] = self._clock()
+        counts.sessions.move_to_end(name)
+        if len(counts.sessions) > MAX_COUNTS:
+            counts.sessions.popitem(last=False)
+
+    def _owe(self, counts: _Counts, per_minute: int, tokens: float) -> None:
+        """The bucket fills meanwhile: what is told late counts for less."""
+        now = self._clock()
+        filled = (now - counts.owed_at_s) * per_minute / MINUTE_S
+        if counts.owed_tokens > 0:
+            counts.owed_tokens = max(0.0, counts.owed_tokens - filled)
+        counts.owed_tokens += tokens
+        counts.owed_at_s = now
+
+    def _of(self, key: str) -> _Counts:
+        counts = self._counts.setdefault(key, _Counts())
+        self._counts.move_to_end(key)
+        if len(self._counts) > MAX_COUNTS:
+            oldest = next(iter(self._counts))
+            if not self._counts[oldest].in_flight:
+                del self._counts[oldest]
+        return counts
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """What one admitted round uses."""
+
+    prompt_tokens: int
+    let_in: bool = False
+    refused: bool = False
+    handle: RoundHandle | None = None
+
+    def uncounted(self) -> int:
+        """Tokens that its admission did not count: its output; less than 0 when it was refused afterwards."""
+        if self.refused:
+            return -self.prompt_tokens
+        if self.handle is None:
+            return 0
+        receipt = self.handle.receipt
+        # Of an answer that was left early nobody counted the tokens: a chunk has at least one.
+        return max(self.handle.pushed_chunks, receipt.completion_tokens if receipt else 0)
+
+
+class LimitedRunner:
+    """A `RoundRunner` whose rounds are first let in by the limits of the caller's key."""
+
+    def __init__(self, runner: RoundRunner, limits: Limits) -> None:
+        self._runner = runner
+        self._limits = limits
+
+    def submit(self, request: RoundRequest) -> AbstractAsyncContextManager[RoundHandle]:
+        """Entering it may raise `RoundRefused`."""
+        caller = current_caller()
+        return self._runner.submit(request) if _unlimited(caller.limits) else self._submit(caller, request)
+
+    async def explain(self, request: RoundRequest) -> dict[str, Any]:
+        return await self._runner.explain(request)
+
+    @asynccontextmanager
+    async def _submit(self, caller: Caller, request: RoundRequest) -> AsyncIterator[RoundHandle]:
+        async with self._limits.admitted(caller, request) as round, self._runner.submit(request) as handle:
+            round.handle = handle
+            yield handle
+
+
+def _unlimited(limits: LimitsConfig) -> bool:
+    return not (limits.rounds_in_flight or limits.tokens_per_minute or limits.sessions)
+
+
+def _headers(limits: LimitsConfig, bucket: Bucket | None) -> list[tuple[bytes, bytes]]:
+    """As OpenAI has them, of the tokens."""
+    if not limits.tokens_per_minute or bucket is None:
+        return []
+    left = max(0, math.floor(bucket.level))
+    reset_s = max(0.0, limits.tokens_per_minute - bucket.level) * MINUTE_S / limits.tokens_per_minute
+    shown = {"limit": str(limits.tokens_per_minute), "remaining": str(left), "reset": duration(reset_s)}
+    return [(f"x-ratelimit-{name}-tokens".encode(), value.encode()) for name, value in shown.items()]
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: "20ms", "1.5s", "6m0s"."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)}m{rest:.0f}s" if minutes else f"{rest:.3g}s"
