@@ -233,10 +233,10 @@ class Ledger:
         return await self.connection.call(lambda: list_engines(self.connection.redis, self.connection.fleet))
 
     async def sessions(
-        self, limit: int = 100, cursor: int = 0
+        self, limit: int = 100, cursor: int = 0, tenant: str | None = None
     ) -> tuple[tuple[SessionRecord, ...], int | None]:
         """A page of sessions, latest use first, and the next page's cursor (None at the end)."""
-        return await ledger_views.sessions(self.connection, limit, cursor)
+        return await ledger_views.sessions(self.connection, limit, cursor, tenant)
 
     async def receipts(self, limit: int = 100, session_id: str | None = None) -> tuple[dict[str, Any], ...]:
         """Latest first: JSON objects with the fields of `messages.Receipt`, and `tenant`, `recorded_s`."""
