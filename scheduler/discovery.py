@@ -29,7 +29,7 @@ MUST_AGREE = (
     "model_id", "model_revision", "dtype", "layout", "page_size_tokens", "page_bytes", "world_size",
     "transport",
 )  # fmt: skip
-"""Fields of the hello in which engines of one fleet must not differ: pages move between all of them."""
+"""Fields of the hello in which engines of one model must not differ: pages move between all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,13 @@ class Discovery:
         on_load: Callable[[str, LoadReport], None] | None = None,
         times: DiscoveryTimes | None = None,
         profiles: Mapping[str, LatencyModel] = MappingProxyType({}),
+        model_of: Callable[[str, str], str | None] = lambda model_id, model_path: "",
     ) -> None:
-        """`profiles`: engine id or pool -> what work costs there, where it is not the core's default."""
+        """`profiles`: engine id or pool -> what work costs there, where it is not the core's default.
+
+        `model_of`: model id and path, as an engine says them -> which model that is, of those that are
+        served; None = it is none. Engines of one model must agree.
+        """
         self.engines: dict[str, Engine] = {}
         self._ledger = ledger
         self._make_engine = make_engine
@@ -88,6 +93,7 @@ class Discovery:
         self._on_load = on_load
         self._times = times or DiscoveryTimes()
         self._profiles = profiles
+        self._model_of = model_of
         self._watches: dict[str, _Watch] = {}
         self._ledger_away = False
 
@@ -99,6 +105,11 @@ class Discovery:
                 if records is not None:
                     await self._reconcile(records, group)
                 await asyncio.sleep(self._times.poll_s)
+
+    def model(self, engine: Engine) -> str | None:
+        """Which of the models that are served the engine has."""
+        hello, record = engine.hello, engine.record
+        return self._model_of(hello.model_id if hello is not None else record.model_id, record.model_path)
 
     def report_failure(self, engine_id: str) -> None:
         """A call found the engine unreachable: probe it now and not in a second."""
@@ -210,7 +221,7 @@ class Discovery:
                 latency=self._profile(record),
             )
         load = await watch.engine.load(deadline_s=self._times.probe_deadline_s)
-        reference = self._reference()
+        reference = self._reference(self.model(watch.engine))
         return EngineUp(
             engine_id=record.engine_id,
             # Whoever comes back after an outage may be another process: nothing held before counts.
@@ -263,21 +274,28 @@ class Discovery:
 
     # ---------------------------------------------------------------- what is up
 
-    def _reference(self) -> Hello | None:
-        """The hello that newcomers must agree with: that of any engine which is up."""
-        hellos = (engine.hello for engine in self.engines.values())
+    def _same_model(self, model: str | None) -> list[Engine]:
+        return [engine for engine in self.engines.values() if self.model(engine) == model]
+
+    def _reference(self, model: str | None) -> Hello | None:
+        """The hello that newcomers must agree with: that of any engine of their model which is up."""
+        hellos = (engine.hello for engine in self._same_model(model))
         return next((hello for hello in hellos if hello is not None), None)
 
     def _mismatch(self, watch: _Watch) -> str | None:
         """Why the engine does not fit into the fleet, in words; None when it does."""
-        hello, reference = watch.engine.hello, self._reference()
+        hello, model = watch.engine.hello, self.model(watch.engine)
+        if model is None:
+            said = (hello.model_id if hello is not None else watch.record.model_id) or watch.record.model_path
+            return f"its model {said!r} is none of [[models]]"
+        reference = self._reference(model)
         if hello is not None and reference is not None:
             for name in MUST_AGREE:
                 ours, theirs = getattr(reference, name), getattr(hello, name)
                 if ours != theirs:
                     return f"its {name} is {theirs!r}, that of {reference.engine_id} is {ours!r}"
         model_id = hello.model_id if hello is not None else watch.record.model_id
-        for other in self.engines.values():
+        for other in self._same_model(model):
             theirs = other.hello.model_id if other.hello is not None else other.record.model_id
             if model_id and theirs and model_id != theirs:
                 return f"it serves model {model_id!r}, {other.record.engine_id} serves {theirs!r}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from msgspec import structs
 
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved, RoundTaken
 from antiphon.scheduler.messages import Claimed, ClaimLost, Receipt, Rehome, Reserved, Totals
@@ -22,8 +25,40 @@ class RecorderConfig:
     """A completion is offered to a ledger that is away this often before it is given up."""
 
 
+class Reservations:
+    """What a replica has reserved, published without anyone waiting for it: one write at a time."""
+
+    def __init__(self, ledger: Ledger, replica: str) -> None:
+        self._ledger = ledger
+        self._replica = replica
+        self._totals: dict[str, Totals] = {}
+        self._publishing = False
+
+    def note(self, reserved: Reserved) -> bool:
+        """Remember a changed reservation; True if `publish` must be started."""
+        self._totals[reserved.engine_id] = reserved.totals
+        started, self._publishing = self._publishing, True
+        return not started
+
+    async def publish(self) -> None:
+        """Write our reservations; what changes meanwhile goes with the next write."""
+        sent: dict[str, Totals] | None = None
+        try:
+            while sent != self._totals:
+                sent = dict(self._totals)
+                await self._ledger.publish_totals(self._replica, sent)
+        except LedgerUnavailable as error:
+            self._ledger.keep_totals(self._replica, self._totals)  # the next heartbeat brings the newest
+            log.debug("reservations are not published: %s", error)
+        finally:
+            self._publishing = False
+
+
 class Recorder:
-    """One replica's side of the ledger. Raises nothing: without a ledger rounds are degraded, not failed."""
+    """One replica's side of the ledger, for one model.
+
+    Raises nothing: without a ledger rounds are degraded, not failed.
+    """
 
     def __init__(
         self,
@@ -32,21 +67,29 @@ class Recorder:
         config: RecorderConfig | None = None,
         *,
         on_move: Callable[[str], None] = lambda result: None,
+        reservations: Reservations | None = None,
+        is_foreign: Callable[[str], bool] = lambda engine_id: False,
     ) -> None:
-        """`on_move` gets the result of every `rehome`: a `Moved`, "away" or "unclaimed"."""
+        """`on_move` gets the result of every `rehome`: a `Moved`, "away" or "unclaimed".
+
+        Recorders of one replica share their `reservations`. `is_foreign`: an engine id is another model's; a
+        session that uses several models has a home in each, and the ledger knows the last one.
+        """
         self._on_move = on_move
         self._ledger = ledger
         self._replica = replica
         self._config = config or RecorderConfig()
-        self._totals: dict[str, Totals] = {}
-        self._publishing = False
+        self._is_foreign = is_foreign
+        self._reservations = reservations or Reservations(ledger, replica)
+        self.note = self._reservations.note
+        self.publish = self._reservations.publish
 
     async def claim(
         self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
     ) -> Claimed | ClaimLost:
         """`candidates`: (tokens, hash) of the places in the prompt at which residency is asked for."""
         try:
-            return await self._ledger.claim(
+            claimed = await self._ledger.claim(
                 replica=self._replica,
                 round_id=request.round_id,
                 session_id=request.session_id,
@@ -58,17 +101,25 @@ class Recorder:
             )
         except (LedgerUnavailable, RoundTaken) as error:
             return ClaimLost(request.round_id, str(error))
+        return self._own(claimed)
 
     async def look(
         self, tenant: str, session_id: str, candidates: Sequence[tuple[int, bytes]]
     ) -> Look | LedgerUnavailable:
         """What a claim would be told, without claiming; the error if the ledger is away."""
         try:
-            return await self._ledger.look(
+            look = await self._ledger.look(
                 replica=self._replica, session_id=session_id, tenant=tenant, candidates=candidates
             )
         except LedgerUnavailable as error:
             return error
+        return dataclasses.replace(look, claimed=self._own(look.claimed))
+
+    def _own(self, claimed: Claimed) -> Claimed:
+        """Without a home and an end that are another model's."""
+        if claimed.home is None or not self._is_foreign(claimed.home):
+            return claimed
+        return structs.replace(claimed, home=None, tip=None)
 
     async def rehome(self, tenant: str, session_id: str, fence: int, command: Rehome) -> None:
         """Tell the ledger of a session's new home, once: the round's completion says it again.
@@ -126,22 +177,3 @@ class Recorder:
                 log.warning("round %s was fenced off: a newer claim has its session", receipt.round_id)
             return
         log.error("round %s was never recorded: the ledger stayed away", receipt.round_id)
-
-    def note(self, reserved: Reserved) -> bool:
-        """Remember a changed reservation; True if `publish` must be started."""
-        self._totals[reserved.engine_id] = reserved.totals
-        started, self._publishing = self._publishing, True
-        return not started
-
-    async def publish(self) -> None:
-        """Write our reservations, one write at a time; what changes meanwhile goes with the next."""
-        sent: dict[str, Totals] | None = None
-        try:
-            while sent != self._totals:
-                sent = dict(self._totals)
-                await self._ledger.publish_totals(self._replica, sent)
-        except LedgerUnavailable as error:
-            self._ledger.keep_totals(self._replica, self._totals)  # the next heartbeat brings the newest
-            log.debug("reservations are not published: %s", error)
-        finally:
-            self._publishing = False

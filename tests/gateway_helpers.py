@@ -20,6 +20,7 @@ from antiphon.policies.base import Arm, Candidate, Placement
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.gateway.app import Readiness, create_app
 from antiphon.scheduler.gateway.prompts import TokenizerSource
+from antiphon.scheduler.gateway.tenants import Access
 from antiphon.scheduler.messages import Outcome, Receipt, Try
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.rounds import RoundHandle, RoundRequest
@@ -86,20 +87,22 @@ class FakeState:
     def readiness(self) -> Readiness:
         return Readiness(self.engines_alive, self.ledger)
 
-    def model_ids(self) -> tuple[str, ...]:
+    def model_ids(self, model: str = "") -> tuple[str, ...]:
         return self.models
 
-    def context_tokens(self) -> int:
+    def context_tokens(self, model: str = "") -> int:
         return self.window_tokens
 
-    async def receipts(self, limit: int, session_id: str | None) -> Sequence[Mapping[str, Any]]:
+    async def receipts(
+        self, limit: int, session_id: str | None, tenant: str | None
+    ) -> Sequence[Mapping[str, Any]]:
         chosen = [item for item in self.receipt_items if session_id in (None, item["session_id"])]
         return chosen[:limit]
 
     async def engines(self) -> Sequence[Mapping[str, Any]]:
         return [{"engine_id": "e0", "pool": "decode", "used_tokens": 7}]
 
-    async def sessions(self, limit: int) -> Sequence[Mapping[str, Any]]:
+    async def sessions(self, limit: int, tenant: str | None) -> Sequence[Mapping[str, Any]]:
         return [{"session_id": f"s{index}", "home": "e0", "rounds": 3} for index in range(5)][:limit]
 
 
@@ -133,13 +136,17 @@ def _decoded(response: aiohttp.ClientResponse, content: bytes) -> Any:
 
 @contextlib.asynccontextmanager
 async def running_gateway(
-    script: Script, model_dir: Path, config: Config | None = None, state: FakeState | None = None
+    script: Script,
+    model_dir: Path,
+    config: Config | None = None,
+    state: FakeState | None = None,
+    access: Access | None = None,
 ) -> AsyncIterator[Gateway]:
     """The real app in uvicorn on a free port of 127.0.0.1."""
     runner, metrics = ScriptedRunner(script), Metrics()
     state = state or FakeState()
     tokenizers = TokenizerSource(lambda: str(model_dir))
-    app = create_app(runner, tokenizers, config or Config(), state, metrics)
+    app = create_app(runner, tokenizers, config or Config(), state, metrics, access)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     settings = uvicorn.Config(

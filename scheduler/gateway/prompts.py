@@ -20,6 +20,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from antiphon.scheduler.errors import UserError, invalid, no_engine
+from antiphon.scheduler.models import ONLY
 
 INLINE_CHARS = 4096
 """A longer prompt is tokenised in a thread: the event loop must not stall for one client's history."""
@@ -61,16 +62,16 @@ class PromptTokenizer:
         self.context_tokens = int(text.get("max_position_embeddings") or 0)
         """The model's window by its own files; 0 = not said there."""
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Ids of a bare prompt, with the special tokens that the model puts around it."""
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: Sequence[Message], options: TemplateOptions) -> tuple[int, ...]:
         """Ids of a conversation up to where the answer begins; `ApiError` (400) if the template refuses."""
         return self._encode(self.render(messages, options), add_special_tokens=False)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def render(self, messages: Sequence[Message], options: TemplateOptions) -> str:
         """The conversation as text."""
@@ -112,26 +113,36 @@ class PromptTokenizer:
         return template
 
 
+Locate = Callable[[], str | None]
+"""Names a model (directory or hub id), or None while no engine has told it."""
+
+
 class TokenizerSource:
-    """The fleet's tokenizer, loaded when the model is first known. For one event loop."""
+    """The tokenizers of the fleet's models, each loaded when its model is first known. For one event loop."""
 
-    def __init__(self, locate: Callable[[], str | None]) -> None:
-        """`locate` names the model (directory or hub id), or None while no engine has told it."""
-        self._locate = locate
+    def __init__(self, locate: Locate | Mapping[str, Locate]) -> None:
+        """`locate`: of the only model, or of several by `Model.key`."""
+        self._locate = {ONLY: locate} if callable(locate) else dict(locate)
         self._lock = asyncio.Lock()
-        self._tokenizer: PromptTokenizer | None = None
+        self._tokenizers: dict[str, PromptTokenizer] = {}
 
-    async def get(self) -> PromptTokenizer:
-        """Raises `ApiError` (503) while no model is known, `UserError` if its files are unusable."""
-        if self._tokenizer is not None:
-            return self._tokenizer
+    async def get(self, model: str = ONLY) -> PromptTokenizer:
+        """Of the model with that key; a wrong one, or none where there are several, raises KeyError.
+
+        Raises `ApiError` (503) while the model is not known, `UserError` if its files are unusable.
+        """
+        if model in self._tokenizers:
+            return self._tokenizers[model]
+        locate = self._locate[model]
         async with self._lock:
-            if self._tokenizer is None:
-                model = self._locate()
-                if model is None:
+            if model not in self._tokenizers:
+                path = locate()
+                if path is None:
                     raise no_engine("No engine has told its model yet, and [model] path is not set.")
-                self._tokenizer = await asyncio.to_thread(lambda: PromptTokenizer(model_directory(model)))
-        return self._tokenizer
+                self._tokenizers[model] = await asyncio.to_thread(
+                    lambda: PromptTokenizer(model_directory(path))
+                )
+        return self._tokenizers[model]
 
 
 def model_directory(model: str) -> Path:
