@@ -22,6 +22,7 @@ Drivers and state
     simulated_sessions.py  its clients: what they send, when, and which pages their prompts share
     engine_calls.py  the calls on engines that answer once
     rounds.py      a round as the gateway sees it: its request, its stream to the client
+    hints.py       what a client says of it and of what follows; hint_headers.py: in headers
     recorder.py    the driver's calls to the ledger: claim, move a home, record, publish reservations
     explanation.py what would be decided of a round, asked of ledger and core without a trace
     discovery.py   engine registry and configuration -> EngineUp / EngineDown
@@ -31,6 +32,8 @@ Drivers and state
     ledger_answers.py     what its scripts answer, as our types
     ledger_views.py       reading it: sessions, receipts, counters
     session_store.py      beside it: whose conversation a request goes on with
+    response_store.py      stored responses (`/v1/responses`), and the messages up to them
+    token_log.py   beside it: what was said in each session, as ids and messages; conversation.py adds it up
     receipt_log.py the latest receipts of this replica
     round_log.py   `serve --record`: every round as a line of lengths and times
     known_prefixes.py      how much of a prompt was there before; recorded_facts.py: the fleet at that time
@@ -38,9 +41,12 @@ Drivers and state
 Doors
     gateway/       what speaks HTTP: it has a map of its own
     client/, langchain/    they install as antiphon.client and antiphon.langchain
-    replica.py     one replica put together: core, runtime, discovery, ledger
+    replica.py     one replica put together: its models, discovery, ledger
+    models.py      which models that is; model_fleet.py: core, driver and recording of each
     serve.py       the process: from configuration to a clean end; uvicorn
-    config.py      antiphon.toml -> frozen config
+    config.py      antiphon.toml -> frozen config; access_config.py: who may come in, and how much each may do
+    session_config.py  [session]
+    api_keys.py    API keys, as digests: of the configuration, and of the ledger
     fleet_key.py   the key that scheduler and engines prove to each other
     metrics.py, logs.py, errors.py
     cli.py         the `antiphon` command; doctor.py proves an installation

@@ -41,7 +41,11 @@ SCRIPTS = {
     "release": ("release",),
     "heartbeat": ("heartbeat",),
     "remember": ("remember",),
+    "respond": ("respond",),
     "limit": ("limit",),
+    "log_append": ("log_append",),
+    "log_keep": ("log_keep",),
+    "log_read": ("log_read",),
 }
 """Script -> the files of data/ that it is made of, in order."""
 
@@ -57,7 +61,10 @@ class RoundTaken(Exception):
 class LedgerConnection:
     """Every call ends within `deadline_s` or raises `LedgerUnavailable`. Used from one event loop."""
 
-    def __init__(self, url: str, fleet: str, deadline_s: float, max_connections: int) -> None:
+    def __init__(
+        self, url: str, fleet: str, deadline_s: float, max_connections: int, *, binary: bool = False
+    ) -> None:
+        """`binary`: answers are bytes, not text."""
         self.where = shown(url)
         self.fleet = fleet
         self.deadline_s = deadline_s
@@ -68,7 +75,7 @@ class LedgerConnection:
             max_connections=max_connections,
             timeout=deadline_s,
             protocol=2,
-            decode_responses=True,
+            decode_responses=not binary,
             # No socket timeouts: `call` has a deadline, and redis-py's go through asyncio.wait_for, which
             # before Python 3.12 swallows a cancellation that comes together with the answer.
             socket_timeout=None,

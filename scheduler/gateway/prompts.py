@@ -7,8 +7,10 @@ name KV pages before an engine has seen the prompt. It only reads files of the m
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from antiphon.scheduler.errors import UserError, invalid, no_engine
+from antiphon.scheduler.gateway.templates import ChatTemplate, Pieces
 from antiphon.scheduler.models import ONLY
 
 INLINE_CHARS = 4096
@@ -56,11 +59,16 @@ class PromptTokenizer:
         settings = _read_json(model_dir / "tokenizer_config.json")
         self._special = _special_tokens(_read_json(model_dir / "special_tokens_map.json") | settings)
         self._templates = _compile_templates(model_dir, settings)
+        self.fingerprint = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        """Of the tokenizer: ids of another one mean something else."""
         model = _read_json(model_dir / "config.json")
         text = model.get("text_config") or model
         self.vocabulary_tokens = int(text.get("vocab_size") or self._tokenizer.get_vocab_size())
         self.context_tokens = int(text.get("max_position_embeddings") or 0)
         """The model's window by its own files; 0 = not said there."""
+        generation = _read_json(model_dir / "generation_config.json")
+        self.eos_ids = _eos_ids(model, generation, self._tokenizer, self._special.get("eos_token"))
+        """Any of them ends an answer."""
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Ids of a bare prompt, with the special tokens that the model puts around it."""
@@ -73,8 +81,36 @@ class PromptTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def render(self, messages: Sequence[Message], options: TemplateOptions) -> str:
-        """The conversation as text."""
+    @property
+    def eos_text(self) -> str:
+        """What ends an answer, as text; "" if the model's files do not say."""
+        return self._special.get("eos_token", "")
+
+    def encode_more(self, text: str) -> tuple[int, ...] | None:
+        """Ids of text that is to stand behind other ids; None if they would not mean just this text there."""
+        ids = self._encode(text, add_special_tokens=False)
+        return ids if self.decode(ids) == text else None
+
+    def why_whole(self, options: TemplateOptions) -> str:
+        """Why conversations must be rendered whole each time; "" if they need not be."""
+        return self._template(bool(options.tools)).why_whole
+
+    def render_pieces(
+        self, first: Sequence[Message], window: Sequence[Message], options: TemplateOptions
+    ) -> Pieces | None:
+        """Texts of the last messages of a conversation, by themselves (`ChatTemplate.pieces`).
+
+        `first` are the conversation's first FIRST_MESSAGES messages. None = render it whole.
+        """
+        if options.continue_final_message:
+            return None
+        chat = [_for_template(message) for message in window]
+        variables = self._variables([_for_template(message) for message in first], options)
+        with _refusals():
+            return self._template(bool(options.tools)).pieces(variables, chat)
+
+    def render(self, messages: Sequence[Message], options: TemplateOptions, *, ask: bool = True) -> str:
+        """The conversation as text; with what begins the answer, if `ask`."""
         chat = [_for_template(message) for message in messages]
         prefix = ""
         if options.continue_final_message:
@@ -83,7 +119,12 @@ class PromptTokenizer:
                     "`continue_final_message` needs a last message of the assistant.", param="messages"
                 )
             prefix = chat.pop()["content"]
-        variables = {
+        variables = self._variables(chat, options) | {"add_generation_prompt": ask}
+        with _refusals():
+            return self._template(bool(options.tools)).render(variables) + prefix
+
+    def _variables(self, chat: list[dict[str, Any]], options: TemplateOptions) -> dict[str, Any]:
+        return {
             **self._special,
             **(options.kwargs or {}),
             "messages": chat,
@@ -91,21 +132,13 @@ class PromptTokenizer:
             "documents": None,
             "add_generation_prompt": True,
         }
-        try:
-            return self._template(bool(options.tools)).render(variables) + prefix
-        except Exception as error:  # a template is foreign code that the client's messages drive
-            raise invalid(
-                f"The model's chat template refuses these messages: {error}",
-                param="messages",
-                code="chat_template_error",
-            ) from error
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         # `encode` would hold the GIL all the time and take four times as long (it works out offsets).
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(encoding.ids)
 
-    def _template(self, with_tools: bool) -> jinja2.Template:
+    def _template(self, with_tools: bool) -> ChatTemplate:
         template = self._templates.get("tool_use") if with_tools else None
         template = template or self._templates.get("default")
         if template is None:
@@ -176,6 +209,31 @@ def content_chars(messages: Sequence[Message]) -> int:
     )
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """A template is foreign code that the client's messages drive: what it raises is the client's 400."""
+    try:
+        yield
+    except Exception as error:
+        raise invalid(
+            f"The model's chat template refuses these messages: {error}",
+            param="messages",
+            code="chat_template_error",
+        ) from error
+
+
+def _eos_ids(
+    model: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, named: str | None
+) -> frozenset[int]:
+    """By all files that name one: a number, a list of them, or the token's text."""
+    found: set[int] = set()
+    for value in (model.get("eos_token_id"), generation.get("eos_token_id")):
+        found.update(item for item in (value if isinstance(value, list) else [value]) if type(item) is int)
+    if named is not None and (named_id := tokenizer.token_to_id(named)) is not None:
+        found.add(named_id)
+    return frozenset(found)
+
+
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as templates expect it: text content, no nulls, tool arguments parsed (as SGLang does)."""
     plain = {name: value for name, value in message.items() if value is not None}
@@ -220,7 +278,7 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _compile_templates(model_dir: Path, settings: Mapping[str, Any]) -> dict[str, jinja2.Template]:
+def _compile_templates(model_dir: Path, settings: Mapping[str, Any]) -> dict[str, ChatTemplate]:
     file = model_dir / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     named = (
@@ -230,7 +288,7 @@ def _compile_templates(model_dir: Path, settings: Mapping[str, Any]) -> dict[str
     )
     environment = _environment()
     try:
-        return {name: environment.from_string(text) for name, text in named.items() if text}
+        return {name: ChatTemplate(environment, text) for name, text in named.items() if text}
     except jinja2.TemplateError as error:
         raise UserError(f"{model_dir}: the chat template does not compile: {error}") from error
 
