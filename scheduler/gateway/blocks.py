@@ -73,8 +73,8 @@ class Blocks:
             logprobs = tuple((choice.get("logprobs") or {}).get("content") or ())
             if reasoning := delta.get("reasoning_content"):
                 yield from self._grow(Kind.REASONING, reasoning, ())
-            if (text := delta.get("content")) or logprobs:
-                yield from self._grow(Kind.TEXT, text or "", logprobs)
+            if text := delta.get("content"):  # log probabilities without text are of what is not shown
+                yield from self._grow(Kind.TEXT, text, logprobs)
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
