@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from antiphon.scheduler.errors import ApiError, from_refusal, upstream_message
 from antiphon.scheduler.gateway import requests
-from antiphon.scheduler.gateway.identity import given_request_id, identify
+from antiphon.scheduler.gateway.session_fields import read_said
 from antiphon.scheduler.rounds import RoundRefused
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -51,8 +51,10 @@ BAD_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
     ({"max_tokens": 2**31}, "max_tokens"),
-    ({"n": 2}, "n"),
+    ({"n": 129}, "n"),
     ({"n": 0}, "n"),
+    ({"n": 2, "return_token_ids": True}, "return_token_ids"),
+    ({"lora_path": "adapter"}, "lora_path"),
     ({"best_of": 3}, "best_of"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -64,9 +66,6 @@ BAD_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": []}, "stream_options"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ({"session": "s"}, "session"),
-    ({"session": {"id": 5}}, "session.id"),
-    ({"session": {"slo": {"ttft_ms": "fast"}}}, "session.slo.ttft_ms"),
-    ({"session": {"slo": {"tpot_ms": 0}}}, "session.slo.tpot_ms"),
     ({"session_id": 5}, "session_id"),
     ({"extra_key": "a"}, "extra_key"),
     ({"cache_salt": ""}, "cache_salt"),
@@ -177,9 +176,10 @@ def test_only_known_fields_reach_the_engine() -> None:
         "logprobs": True,
         "min_tokens": 2,
         "ignore_eos": True,
+        "n": 1,
     }
-    ours = {"session_id": "s", "session": {"id": "s"}, "stream": True, "return_token_ids": True, "n": 1}
-    foreign = {"rid": "x", "bootstrap_host": "h", "session_params": {}, "input_ids": [1], "lora_path": "l"}
+    ours = {"session_id": "s", "session": {"id": "s"}, "stream": True, "return_token_ids": True, "best_of": 1}
+    foreign = {"rid": "x", "bootstrap_host": "h", "session_params": {}, "input_ids": [1]}
     body = parse({**CHAT, **passed, **ours, **foreign, "max_completion_tokens": 9}, True)
     assert requests.engine_fields(body, 9) == {"messages": CHAT["messages"], "max_tokens": 9, **passed}
 
@@ -224,37 +224,6 @@ def test_token_ids_outside_the_vocabulary_are_refused() -> None:
         assert caught.value.code == "invalid_token_id"
 
 
-def test_slos_of_the_request_win() -> None:
-    """Each target that the body names replaces the default, in seconds."""
-    default = requests.Slos(2.0, 0.1)
-    body = parse({**CHAT, "session": {"slo": {"ttft_ms": 500}}}, True)
-    assert requests.slos(body.session, default) == requests.Slos(0.5, 0.1)
-    assert requests.slos(None, default) == default
-
-
-def test_targets_in_a_header() -> None:
-    """`X-Session-Hints` is for clients that cannot touch the body, whose own targets win over it."""
-    default = requests.Slos(2.0, 0.1)
-
-    def found(hints: str, session: requests.SessionFields | None = None) -> tuple[object, ...]:
-        slos = requests.slos(session, default, hints)
-        return slos.ttft_s, slos.itl_s, slos.ttft_from, slos.itl_from
-
-    assert found("ttft_ms=800, tpot_ms=40") == (0.8, 0.04, "header", "header")
-    assert found("osl=200,,ttft_ms=1;x=2 ,ttft_ms=250.5,flag") == (0.2505, 0.1, "header", "default")
-    body = requests.SessionFields(slo=requests.Slo(ttft_ms=500))
-    assert found("ttft_ms=800, tpot_ms=40", body) == (0.5, 0.04, "body", "header")
-    assert found("") == (2.0, 0.1, "default", "default")
-
-
-@pytest.mark.parametrize("value", ["", "0", "-5", "nan", "inf", "1e3", "0.0", "fast", "9" * 20, "\uff11"])
-def test_a_target_in_a_header_is_a_number_above_0(value: str) -> None:
-    """Anything else is the client's mistake and is told, not ignored."""
-    with pytest.raises(ApiError) as caught:
-        requests.slos(None, requests.Slos(2.0, 0.1), f"a=1, ttft_ms={value}")
-    assert (caught.value.status, caught.value.param) == (400, "X-Session-Hints.ttft_ms")
-
-
 def test_tools_in_the_prompt_follow_tool_choice() -> None:
     """The template gets all tools, only the named one, or none."""
     tools = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
@@ -267,36 +236,6 @@ def test_tools_in_the_prompt_follow_tool_choice() -> None:
     assert shown(None) == shown("auto") == shown("required") == ["a", "b"]
     assert shown("none") is None
     assert shown({"type": "function", "function": {"name": "b"}}) == ["b"]
-
-
-# ---------------------------------------------------------------- identity
-
-
-@pytest.mark.parametrize("bad", ["", "x" * 256, "a b", "a\n", "é", "\x7f"], ids=repr)
-def test_a_bad_session_id_is_refused_wherever_it_stands(bad: str) -> None:
-    """An explicit id is 1 to 255 visible ASCII characters; a bad one is never replaced."""
-    for header, session, session_id in ((bad, None, None), (None, bad, None), (None, None, bad)):
-        headers = {} if header is None else {"x-session-id": header}
-        with pytest.raises(ApiError) as caught:
-            identify(headers, session, session_id)
-        assert (caught.value.status, caught.value.code) == (400, "invalid_session_id")
-
-
-def test_the_first_signal_names_the_session() -> None:
-    """Header, then `session.id`, then `session_id`, then a new id, each time another."""
-    assert identify({"x-session-id": "h"}, "b", "c").session_id == "h"
-    assert identify({}, "b", "c").identified_by == "body:session.id"
-    assert identify({}, None, "x" * 255).session_id == "x" * 255
-    first, second = identify({}, None, None), identify({}, None, None)
-    assert first.session_id.startswith("sess_") and first.identified_by == "new"
-    assert first.session_id != second.session_id
-
-
-def test_a_request_id_must_be_fit_for_a_log() -> None:
-    """A client's request id is used unless it is empty, long or not visible ASCII."""
-    assert given_request_id({"x-request-id": "abc"}) == "abc"
-    for bad in ("", "x" * 129, "a b", "é"):
-        assert given_request_id({"x-request-id": bad}) is None
 
 
 # ---------------------------------------------------------------- refusals
@@ -378,7 +317,7 @@ def test_any_body_is_parsed_or_refused(raw: bytes, chat: bool) -> None:
         body = parse(raw, chat)
         limit = requests.output_limit(body, 10, 100)
         msgspec.json.encode(requests.engine_fields(body, limit))
-        requests.slos(body.session, requests.Slos(1.0, 1.0))
+        read_said({}, body)
         if isinstance(body, requests.ChatBody):
             requests.template_tools(body)
             requests.template_kwargs(body)

@@ -8,14 +8,14 @@ A failed check raises `ApiError` with the field in `param` and leaves no trace.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from antiphon.scheduler.errors import ApiError, context_length_exceeded, invalid
+from antiphon.scheduler.errors import ApiError, context_length_exceeded, invalid, model_not_found
+from antiphon.scheduler.gateway.message_checks import check_messages
 
 CHAT_ROUTE = "/v1/chat/completions"
 COMPLETION_ROUTE = "/v1/completions"
@@ -23,29 +23,19 @@ COMPLETION_ROUTE = "/v1/completions"
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` on /v1/completions; on the chat route it is what the window leaves."""
 
+MAX_CHOICES = 128
+"""Of `n`: OpenAI's own limit."""
+
 MAX_TOOL_CHARS = 64
 """Of a tool's name, where one is written down: OpenAI's own limit."""
-
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Milliseconds = Annotated[float, Meta(gt=0)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
-
-
-class Slo(msgspec.Struct, frozen=True):
-    ttft_ms: Milliseconds | None = None
-    tpot_ms: Milliseconds | None = None
-
-
-class SessionFields(msgspec.Struct, frozen=True):
-    id: str | None = None
-    slo: Slo | None = None
 
 
 class Body(msgspec.Struct, kw_only=True, frozen=True):
@@ -55,13 +45,20 @@ class Body(msgspec.Struct, kw_only=True, frozen=True):
     max_tokens: Positive | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     best_of: int | None = None
-    session: SessionFields | None = None
+    session: dict[str, Any] | None = None
     session_id: str | None = None
+    litellm_session_id: Any = None
+    program_id: Any = None
+    metadata: Any = None
+    nvext: Any = None
+    prompt_cache_key: Any = None
+    priority: Int64 | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
     extra_key: Any = None
+    lora_path: Any = None
     # Passed to the engine as they are.
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -110,33 +107,23 @@ class CompletionBody(Body, kw_only=True, frozen=True):
 
 # Ours alone: read here, never sent to an engine. `model` too: an engine would take "a:b" for an adapter.
 _OURS = frozenset({
-    "model", "prompt", "max_tokens", "max_completion_tokens", "stream", "stream_options", "n", "best_of",
-    "session", "session_id", "return_token_ids", "cache_salt", "extra_key", "suffix",
+    "model", "prompt", "max_tokens", "max_completion_tokens", "stream", "stream_options", "best_of",
+    "session", "session_id", "litellm_session_id", "program_id", "metadata", "nvext", "prompt_cache_key",
+    "priority", "return_token_ids", "cache_salt", "extra_key", "lora_path", "suffix",
     "continue_final_message",
 })  # fmt: skip
 
 _chat_decoder = msgspec.json.Decoder(ChatBody)
 _completion_decoder = msgspec.json.Decoder(CompletionBody)
 _AT_PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
-_DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 _MISSING = re.compile(r"missing required field `(?P<field>\w+)`")
-
-
-@dataclass(frozen=True, slots=True)
-class Slos:
-    """A round's targets, and what named each: "body", "header" or "default"."""
-
-    ttft_s: float
-    itl_s: float
-    ttft_from: str = field(default="default", compare=False)
-    itl_from: str = field(default="default", compare=False)
 
 
 def parse_chat(raw: bytes) -> ChatBody:
     """A checked chat body; raises `ApiError` (400)."""
-    body: ChatBody = _decode(_chat_decoder, raw)
+    body: ChatBody = decode_body(_chat_decoder, raw)
     _check_common(body)
-    _check_messages(body.messages)
+    check_messages(body.messages)
     for index, tool in enumerate(body.tools or ()):
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -147,11 +134,24 @@ def parse_chat(raw: bytes) -> ChatBody:
 
 def parse_completion(raw: bytes) -> tuple[CompletionBody, str | tuple[int, ...]]:
     """A checked completion body and its one prompt, text or token ids; raises `ApiError` (400)."""
-    body: CompletionBody = _decode(_completion_decoder, raw)
+    body: CompletionBody = decode_body(_completion_decoder, raw)
     _check_common(body)
     if body.suffix is not None:
         raise invalid("`suffix` is not supported.", param="suffix")
     return body, _one_prompt(body.prompt)
+
+
+def unknown_model(model: str, served: tuple[str, ...]) -> ApiError:
+    """Why `model` cannot be had: 404, or 400 for "model:adapter" on a model that is served."""
+    base, colon, _ = model.rpartition(":")
+    if colon and base in served:
+        return invalid(
+            f"{model!r} names an adapter, and adapters are not served: use {base!r}, or merge the adapter "
+            "into a checkpoint and start an engine on that.",
+            param="model",
+            code="adapters_not_supported",
+        )
+    return model_not_found(model, served)
 
 
 def output_limit(body: Body, prompt_tokens: int, window_tokens: int) -> int:
@@ -223,57 +223,19 @@ def template_kwargs(body: ChatBody) -> dict[str, Any]:
     return variables | (body.chat_template_kwargs or {})
 
 
-def slos(session: SessionFields | None, default: Slos, hints: str = "") -> Slos:
-    """The request's own targets where it names them: the body's `session.slo`, else `hints`, else `default`.
-
-    `hints` is the header `X-Session-Hints`, for who cannot touch the body: "ttft_ms=800, tpot_ms=40".
-    Raises `ApiError` (400) for a hint that is no number above 0.
-    """
-    asked = (session.slo if session is not None else None) or Slo()
-    hinted = _hinted_slo(hints) if hints else Slo()
-    ttft_ms, ttft_from = _first(asked.ttft_ms, hinted.ttft_ms)
-    itl_ms, itl_from = _first(asked.tpot_ms, hinted.tpot_ms)
-    return Slos(
-        default.ttft_s if ttft_ms is None else ttft_ms / 1000,
-        default.itl_s if itl_ms is None else itl_ms / 1000,
-        ttft_from,
-        itl_from,
-    )
-
-
-def _first(in_body: float | None, in_header: float | None) -> tuple[float | None, str]:
-    if in_body is not None:
-        return in_body, "body"
-    return in_header, "default" if in_header is None else "header"
-
-
-def _hinted_slo(hints: str) -> Slo:
-    """Of an RFC 8941 dictionary; a key that comes twice counts as it came last, other keys are ignored."""
-    found: dict[str, float] = {}
-    for item in hints.split(","):
-        key, _, value = item.partition(";")[0].strip().partition("=")
-        if key in ("ttft_ms", "tpot_ms"):
-            if not _DECIMAL.fullmatch(value) or not float(value) > 0:
-                raise invalid(
-                    f"`{key}` must be a number above 0, got {value[:20]!r}.", param=f"X-Session-Hints.{key}"
-                )
-            found[key] = float(value)
-    return Slo(**found)
-
-
-def check_token_ids(ids: tuple[int, ...], vocabulary_tokens: int) -> None:
+def check_token_ids(ids: Sequence[int], vocabulary_tokens: int, param: str = "prompt") -> None:
     """Raises `ApiError` (400) for an id that the model has no embedding for."""
     lowest, highest = min(ids), max(ids)
     if lowest < 0 or highest >= vocabulary_tokens:
         wrong = lowest if lowest < 0 else highest
         raise invalid(
             f"Token id {wrong} at position {ids.index(wrong)}: the vocabulary has {vocabulary_tokens}.",
-            param="prompt",
+            param=param,
             code="invalid_token_id",
         )
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+def decode_body(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
@@ -295,9 +257,18 @@ def _validation_error(text: str) -> ApiError:
 
 
 def _check_common(body: Body) -> None:
-    for name, value in (("n", body.n), ("best_of", body.best_of)):
-        if value is not None and value != 1:
-            raise invalid(f"`{name}` must be 1: one answer per request is supported.", param=name)
+    choices = body.n or 1
+    if body.best_of not in (None, choices):
+        raise invalid(f"`best_of` must be {choices}, as `n` is, or left out.", param="best_of")
+    if choices > 1 and body.return_token_ids:
+        raise invalid("`return_token_ids` tells of one choice: leave out `n`.", param="return_token_ids")
+    if body.lora_path is not None:
+        raise invalid(
+            "`lora_path` is not supported: adapters are not served. Merge the adapter into a checkpoint and "
+            "start an engine on that.",
+            param="lora_path",
+            code="adapters_not_supported",
+        )
     if body.extra_key is not None:
         raise invalid(
             "`extra_key` is not supported: use `cache_salt` to keep caches apart.", param="extra_key"
@@ -310,27 +281,6 @@ def _check_common(body: Body) -> None:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise invalid(f"`stop_regex` is not a regular expression: {error}", param="stop_regex") from error
-
-
-def _check_messages(messages: list[dict[str, Any]]) -> None:
-    if not messages:
-        raise invalid("`messages` is empty: at least one message is needed.", param="messages")
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        role = message.get("role")
-        if role not in ROLES if isinstance(role, str) else True:
-            raise invalid(
-                f"`role` must be one of {', '.join(sorted(ROLES))}; got {role!r:.60}.", param=f"{where}.role"
-            )
-        _check_content(message.get("content"), f"{where}.content")
-        calls = message.get("tool_calls")
-        if calls is not None and not (
-            isinstance(calls, list)
-            and all(isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls)
-        ):
-            raise invalid(
-                "`tool_calls` must be a list of objects with a `function`.", param=f"{where}.tool_calls"
-            )
 
 
 def _check_tool_choice(body: ChatBody) -> None:
@@ -347,22 +297,6 @@ def _check_tool_choice(body: ChatBody) -> None:
         raise invalid("`tool_choice` must be auto, none, required or a function.", param="tool_choice")
     elif not names:
         raise invalid("`tool_choice` is required, but there are no `tools`.", param="tool_choice")
-
-
-def _check_content(content: Any, where: str) -> None:
-    if content is None or isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise invalid("`content` must be a string, a list of parts, or null.", param=where)
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text":
-            raise invalid(
-                f"Only content parts of type `text` are supported, not {kind!r:.60}.",
-                param=f"{where}[{index}]",
-            )
-        if not isinstance(part.get("text"), str):
-            raise invalid("A text part needs a string `text`.", param=f"{where}[{index}].text")
 
 
 def _one_prompt(prompt: Any) -> str | tuple[int, ...]:
