@@ -13,11 +13,9 @@ local now_ms = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local left, wait_ms = 0, 0
 if per_minute > 0 then
     local kept = redis.call('HMGET', KEYS[1], 'level', 'at_ms')
-    left = per_minute
-    if kept[1] then
-        left = math.min(left, tonumber(kept[1]) + math.max(0, now_ms - tonumber(kept[2])) * per_minute / 60000)
-    end
-    left = math.min(per_minute, left - owed)
+    left = (tonumber(kept[1]) or per_minute) - owed
+    if kept[1] then left = left + math.max(0, now_ms - tonumber(kept[2])) * per_minute / 60000 end
+    left = math.min(per_minute, left)
     wait_ms = math.max(0, (math.min(asked, per_minute) - left) * 60000 / per_minute)
 end
 
@@ -47,7 +45,7 @@ local let_in = wait_ms == 0 and not full
 if let_in then left = left - asked end
 if per_minute > 0 then
     redis.call('HSET', KEYS[1], 'level', string.format('%.17g', left), 'at_ms', string.format('%.0f', now_ms))
-    redis.call('PEXPIRE', KEYS[1], string.format('%.0f', (per_minute - left) * 60000 / per_minute + 1000))
+    redis.call('PEXPIRE', KEYS[1], string.format('%.0f', (per_minute - left) * 60000 / per_minute + 60000))
 end
 if let_in and most_sessions > 0 then
     redis.call('ZADD', KEYS[2], string.format('%.0f', now_ms), session)

@@ -20,6 +20,7 @@ from antiphon.scheduler.gateway import token_bucket
 from antiphon.scheduler.gateway.caller import Caller, current_caller
 from antiphon.scheduler.gateway.token_bucket import MINUTE_S, Bucket
 from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, escaped
+from antiphon.scheduler.messages import Outcome
 from antiphon.scheduler.rounds import RoundHandle, RoundRefused, RoundRequest, RoundRunner
 
 MAX_COUNTS = 10_000
@@ -78,12 +79,12 @@ class Limits:
         finally:
             counts.in_flight -= 1
             if limits.tokens_per_minute and round.let_in:
-                self._owe(counts, limits.tokens_per_minute, round.uncounted())
+                counts.owed_tokens += round.uncounted()
+                counts.owed_at_s = self._clock()
 
     async def _admit(self, caller: Caller, counts: _Counts, request: RoundRequest, round: _Round) -> None:
         limits, now = caller.limits, self._clock()
-        self._owe(counts, limits.tokens_per_minute, 0)
-        owed, counts.owed_tokens = counts.owed_tokens, 0.0
+        owed = self._owed(counts, limits.tokens_per_minute)
         try:
             full, wait_s = await self._ask(caller, counts, request, owed)
         except LedgerUnavailable:
@@ -139,14 +140,11 @@ class Limits:
         if len(counts.sessions) > MAX_COUNTS:
             counts.sessions.popitem(last=False)
 
-    def _owe(self, counts: _Counts, per_minute: int, tokens: float) -> None:
-        """The bucket fills meanwhile: what is told late counts for less."""
-        now = self._clock()
-        filled = (now - counts.owed_at_s) * per_minute / MINUTE_S
-        if counts.owed_tokens > 0:
-            counts.owed_tokens = max(0.0, counts.owed_tokens - filled)
-        counts.owed_tokens += tokens
-        counts.owed_at_s = now
+    def _owed(self, counts: _Counts, per_minute: int) -> float:
+        """What is to be told now. The bucket has filled meanwhile: after long enough nothing is owed."""
+        owed, counts.owed_tokens = counts.owed_tokens, 0.0
+        idle_s = self._clock() - counts.owed_at_s
+        return owed if idle_s * per_minute < (owed + per_minute) * MINUTE_S else 0.0
 
     def _of(self, key: str) -> _Counts:
         counts = self._counts.setdefault(key, _Counts())
@@ -174,8 +172,9 @@ class _Round:
         if self.handle is None:
             return 0
         receipt = self.handle.receipt
-        # Of an answer that was left early nobody counted the tokens: a chunk has at least one.
-        return max(self.handle.pushed_chunks, receipt.completion_tokens if receipt else 0)
+        if receipt is not None and receipt.outcome is Outcome.COMPLETED:
+            return receipt.completion_tokens
+        return self.handle.pushed_chunks  # nobody counted its tokens: a chunk has about one
 
 
 class LimitedRunner:

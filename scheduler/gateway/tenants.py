@@ -21,6 +21,7 @@ from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, ledger_unavailable
 from antiphon.scheduler.gateway.caller import Caller, caller_var
 from antiphon.scheduler.gateway.completions import LOG_FIELDS
+from antiphon.scheduler.gateway.error_shapes import error_body
 from antiphon.scheduler.gateway.limits import Limits
 from antiphon.scheduler.gateway.salts import CacheSalts
 from antiphon.scheduler.ledger_connection import LedgerUnavailable
@@ -28,14 +29,7 @@ from antiphon.scheduler.metrics import Metrics
 
 TENANT = "antiphon.tenant"
 """Key in the ASGI scope: whose request it is."""
-MESSAGES_PATH = "/v1/messages"
-"""Anthropic's API: errors there have its shape."""
 MAX_KEY_CHARS = 512
-
-_ANTHROPIC_TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +119,11 @@ def presented_key(headers: Headers) -> bytes | None:
 
 def refusal(path: str, error: ApiError) -> Response:
     """An error in the shape that clients of that path expect."""
-    anthropic = path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
-    body = anthropic_body(error) if anthropic else error.body()
+    body = error_body(path, error)
     headers = error.headers()
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(msgspec.json.encode(body), error.status, headers, media_type="application/json")
-
-
-def anthropic_body(error: ApiError) -> dict[str, Any]:
-    """As Anthropic's API has it."""
-    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def _unauthorized(message: str) -> ApiError:

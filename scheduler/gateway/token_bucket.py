@@ -24,17 +24,17 @@ class Taken(NamedTuple):
     """0 = let in; else when to ask again: nothing was taken but what was owed."""
 
 
-def level(bucket: Bucket | None, per_minute: int, now_s: float) -> float:
-    """What is in it now; it begins full. A clock that goes back fills nothing."""
-    if bucket is None:
-        return float(per_minute)
-    filled = max(0.0, now_s - bucket.at_s) * per_minute / MINUTE_S
-    return min(float(per_minute), bucket.level + filled)
+def level(bucket: Bucket | None, per_minute: int, now_s: float, owed: float = 0.0) -> float:
+    """What is in it now, less what came to be owed; it begins full. A clock that goes back fills nothing."""
+    there, filled = float(per_minute), 0.0
+    if bucket is not None:
+        there, filled = bucket.level, max(0.0, now_s - bucket.at_s) * per_minute / MINUTE_S
+    return min(float(per_minute), there - owed + filled)
 
 
 def take(bucket: Bucket | None, per_minute: int, asked: int, owed: float, now_s: float) -> Taken:
     """Take what is owed, and what is asked for if it is there. `owed` < 0 gives back."""
-    there = min(float(per_minute), level(bucket, per_minute, now_s) - owed)
+    there = level(bucket, per_minute, now_s, owed)
     lacks = min(asked, per_minute) - there
     if lacks > 0:
         return Taken(Bucket(there, now_s), lacks * MINUTE_S / per_minute)
