@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from antiphon.scheduler.access_config import AccessConfig, KeyConfig, LimitsConfig
 from antiphon.scheduler.errors import UserError
+from antiphon.scheduler.session_config import SessionConfig
 
 DEFAULT_FILE = "antiphon.toml"
 
@@ -35,12 +37,14 @@ class GatewayConfig:
     """For a client to send its whole request."""
     shutdown_grace_s: float = 30.0
     """How long rounds in flight may go on after a stop signal."""
+    response_ttl_s: float = 86400.0
+    """How long a stored response (`/v1/responses`) is kept after it was made or gone on from."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be 0 to 65535, got {self.port}")
-        _positive(self, "body_limit_bytes", "body_deadline_s")
+        _positive(self, "body_limit_bytes", "body_deadline_s", "response_ttl_s")
         _one_of(self, "log_level", ("debug", "info", "warning", "error"))
 
 
@@ -101,6 +105,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModelConfig:
+    """One of several models; with none of these there is one, that of [model]."""
+
+    names: tuple[str, ...]
+    """What clients may call it; the first one is its name in metrics and logs too."""
+    path: str | None = None
+    """Directory with tokenizer and chat template; None = what its first engine says."""
+    engine_model: str = ""
+    """The model id of its engines, whole or its last component; empty = one of the names, or the path."""
+    profile: str = ""
+    """Latency profile; empty = that of [scheduler]."""
+
+    def __post_init__(self) -> None:
+        if not self.names or not all(self.names):
+            raise ValueError("a model of [[models]] needs `names`, none of them empty")
+
+
+@dataclass(frozen=True, slots=True)
 class RecordConfig:
     directory: str = ""
     """Where every round is written down, without its content; empty = nowhere."""
@@ -120,6 +142,8 @@ class EngineConfig:
     pool: str = "decode"
     kv_addresses: tuple[str, ...] = ()
     """host:port of each rank's directory; empty = no linker, `local` only."""
+    model: str = ""
+    """Its model id, where there are several models and it has no linker to say so."""
 
     def __post_init__(self) -> None:
         _one_of(self, "pool", ("prefill", "decode"))
@@ -135,6 +159,11 @@ class Config:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    keys: tuple[KeyConfig, ...] = ()
+    models: tuple[ServedModelConfig, ...] = ()
     engines: tuple[EngineConfig, ...] = ()
     policy: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     """[policy.<name>]: parameters of each policy, checked by the policy itself."""
@@ -143,6 +172,14 @@ class Config:
         ids = [engine.engine_id for engine in self.engines]
         if twice := sorted({engine_id for engine_id in ids if ids.count(engine_id) > 1}):
             raise ValueError(f"engines: the engine_id {twice[0]!r} is there twice")
+        names = [key.name for key in self.keys]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"keys: the name {twice[0]!r} is there twice")
+        names = [name for model in self.models for name in model.names]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"models: the name {twice[0]!r} is there twice")
+        if self.models and self.model != ModelConfig():
+            raise ValueError("give [model] for one model or [[models]] for several, not both")
 
     def policy_parameters(self) -> Mapping[str, Any]:
         """Parameters of the chosen policy; empty if the file names none."""
@@ -184,9 +221,9 @@ def to_toml(config: Config) -> str:
     lines: list[str] = []
     for section in dataclasses.fields(Config):
         value = getattr(config, section.name)
-        if section.name == "engines":
-            for engine in value:
-                lines += ["[[engines]]", *_assignments(_fields(engine)), ""]
+        if isinstance(value, tuple):
+            for item in value:
+                lines += [f"[[{section.name}]]", *_assignments(_fields(item)), ""]
         elif section.name == "policy":
             for name, parameters in value.items():
                 lines += [f"[policy.{_key(name)}]", *_assignments(parameters), ""]
@@ -218,9 +255,10 @@ def _refuse_unknown(kind: type, table: object, where: str) -> None:
             raise ValueError(f"unknown key {path!r}; {hint}")
         if dataclasses.is_dataclass(hints[key]):
             _refuse_unknown(hints[key], value, path)
-        elif key == "engines" and isinstance(value, list):
-            for index, item in enumerate(value):
-                _refuse_unknown(EngineConfig, item, f"{path}[{index}]")
+        elif isinstance(value, list):
+            for item_kind in filter(dataclasses.is_dataclass, typing.get_args(hints[key])):
+                for index, item in enumerate(value):
+                    _refuse_unknown(item_kind, item, f"{path}[{index}]")
 
 
 def _fields(section: Any) -> dict[str, Any]:

@@ -9,20 +9,27 @@ import signal
 import socket
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 import uvloop
 
+from antiphon.scheduler.api_keys import KeyRing, LedgerKeys
 from antiphon.scheduler.config import Config, masked
 from antiphon.scheduler.errors import UserError
 from antiphon.scheduler.fleet_key import load_or_create_fleet_key
 from antiphon.scheduler.gateway.app import create_app
+from antiphon.scheduler.gateway.limits import Limits
 from antiphon.scheduler.gateway.prompts import TokenizerSource
+from antiphon.scheduler.gateway.salts import CacheSalts
+from antiphon.scheduler.gateway.tenants import Access
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.logs import configure_logging
 from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.models import Model, Models
 from antiphon.scheduler.replica import Replica
+from antiphon.scheduler.response_store import ResponseStore
 from antiphon.scheduler.valkey import EmbeddedValkey, ValkeyError
 
 log = logging.getLogger(__name__)
@@ -65,10 +72,13 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
     except ValueError as error:
         raise UserError(str(error)) from error
 
-    def locate() -> str | None:
-        return config.model.path or replica.model_path()
-
-    app = create_app(replica, TokenizerSource(locate), config, replica, metrics)
+    keys = KeyRing(config, LedgerKeys(ledger.connection))
+    limits = Limits(ledger.connection, session_ttl_s=config.ledger.session_ttl_s)
+    access = Access(keys, CacheSalts(fleet_key, apart=keys.required), limits)
+    responses = ResponseStore(ledger, config.gateway.response_ttl_s)
+    app = create_app(
+        replica, tokenizers_of(config, replica), config, replica, metrics, access, responses=responses
+    )
     server = _Server(
         uvicorn.Config(
             app,
@@ -88,6 +98,15 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
                 replica.hurry()
     finally:
         await ledger.close()
+
+
+def tokenizers_of(config: Config, replica: Replica) -> TokenizerSource:
+    """Of every model: from the configured place, else from where its engines found it."""
+
+    def locate(model: Model) -> str | None:
+        return model.path or replica.model_path(model.key)
+
+    return TokenizerSource({model.key: partial(locate, model) for model in Models(config)})
 
 
 def _stop_on_signals(server: uvicorn.Server) -> None:
