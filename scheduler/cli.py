@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from antiphon.scheduler import cli_evaluation
+from antiphon.scheduler.cli_keys import app as keys_app
 from antiphon.scheduler.cli_trace import app as trace_app
 from antiphon.scheduler.errors import UserError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 
 app.add_typer(trace_app)
+app.add_typer(keys_app)
 cli_evaluation.register(app)
 
 DEFAULT_URL = "http://127.0.0.1:8000"

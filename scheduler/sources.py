@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ import msgspec
 from antiphon.scheduler.errors import UserError, upstream_message
 
 DEADLINE_S = 10.0
+API_KEY_VARIABLE = "ANTIPHON_API_KEY"
+"""For gateways that ask for a key."""
 
 Item = Mapping[str, Any]
 
@@ -65,8 +68,11 @@ class GatewaySource:
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise UserError(f"--url {self.url!r}: it must begin with http:// or https://")
         where = self.url.rstrip("/") + path
+        key = os.environ.get(API_KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            with urllib.request.urlopen(where, timeout=DEADLINE_S) as answer:
+            asked = urllib.request.Request(where, headers=headers)
+            with urllib.request.urlopen(asked, timeout=DEADLINE_S) as answer:
                 raw = answer.read()
         except urllib.error.HTTPError as error:
             raw = error.read()

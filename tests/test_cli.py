@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from antiphon.engines.base import EngineRecord
 from antiphon.engines.registry import Registration
 from antiphon.scheduler import cli
+from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import UserError
 from tests.gateway_helpers import DEADLINE_S, FakeState, Gateway, running_gateway, three_words
 
@@ -41,14 +42,14 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 @contextmanager
-def gateway_in_a_thread(model_dir: Path, state: FakeState) -> Iterator[str]:
+def gateway_in_a_thread(model_dir: Path, state: FakeState, config: Config | None = None) -> Iterator[str]:
     """A gateway that blocking commands can ask."""
     loop = asyncio.new_event_loop()
     started: list[Gateway] = []
     ready, stop = threading.Event(), asyncio.Event()
 
     async def serve() -> None:
-        async with running_gateway(three_words, model_dir, state=state) as gateway:
+        async with running_gateway(three_words, model_dir, config, state) as gateway:
             started.append(gateway)
             ready.set()
             await stop.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -32,7 +33,10 @@ class GatewayClient:
 
     async def __aenter__(self) -> GatewayClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_DEADLINE_S)
-        self._http = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        key = os.environ.get("ANTIPHON_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else None
+        connector = aiohttp.TCPConnector(limit=0)
+        self._http = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
         return self
 
     async def __aexit__(self, *_: object) -> None:
