@@ -39,12 +39,14 @@ class GatewayConfig:
     """How long rounds in flight may go on after a stop signal."""
     response_ttl_s: float = 86400.0
     """How long a stored response (`/v1/responses`) is kept after it was made or gone on from."""
+    history_memory_bytes: int = 256 * 1024 * 1024
+    """For what was said in the sessions used last, as ids and messages; the ledger has all of it."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be 0 to 65535, got {self.port}")
-        _positive(self, "body_limit_bytes", "body_deadline_s", "response_ttl_s")
+        _positive(self, "body_limit_bytes", "body_deadline_s", "response_ttl_s", "history_memory_bytes")
         _one_of(self, "log_level", ("debug", "info", "warning", "error"))
 
 

@@ -87,6 +87,8 @@ class Conversation:
     round: int = 0
     stored_bytes: int = 0
     message_bytes: int = 0
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What users of this version have worked out and want to find again; never stored."""
 
     @property
     def prompt(self) -> Prompt:
@@ -136,6 +138,7 @@ class Conversation:
             model=entry.model,
             round=entry.round,
             stored_bytes=self.stored_bytes + size,
+            notes={},
             message_bytes=(0 if fresh else self.message_bytes) + len(entry.messages) + len(entry.reply),
         )
 

@@ -92,6 +92,17 @@ def ledger_unavailable(message: str) -> ApiError:
     return ApiError(503, "ledger_unavailable", message, kind="server_error", retry_after_s=1.0)
 
 
+def history_lost(session_id: str, why: str) -> ApiError:
+    """410: an append has nothing to go on with. Our clients then send the whole history."""
+    return ApiError(
+        410, "history_lost", f"The history of session {session_id!r} is not there: {why}. Send all messages."
+    )
+
+
+def session_not_found(session_id: str) -> ApiError:
+    return ApiError(404, "session_not_found", f"There is no session {session_id!r}.", param="session.id")
+
+
 def deadline_exceeded(deadline_s: float) -> ApiError:
     return ApiError(
         504, "deadline_exceeded", f"The round did not finish within {deadline_s:g} s.", kind="server_error"

@@ -20,6 +20,7 @@ from antiphon.scheduler.config import Config, masked
 from antiphon.scheduler.errors import UserError
 from antiphon.scheduler.fleet_key import load_or_create_fleet_key
 from antiphon.scheduler.gateway.app import create_app
+from antiphon.scheduler.gateway.conversations import Conversations
 from antiphon.scheduler.gateway.limits import Limits
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.salts import CacheSalts
@@ -30,6 +31,8 @@ from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.models import Model, Models
 from antiphon.scheduler.replica import Replica
 from antiphon.scheduler.response_store import ResponseStore
+from antiphon.scheduler.session_store import SessionStore
+from antiphon.scheduler.token_log import TokenLogs
 from antiphon.scheduler.valkey import EmbeddedValkey, ValkeyError
 
 log = logging.getLogger(__name__)
@@ -76,8 +79,20 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
     limits = Limits(ledger.connection, session_ttl_s=config.ledger.session_ttl_s)
     access = Access(keys, CacheSalts(fleet_key, apart=keys.required), limits)
     responses = ResponseStore(ledger, config.gateway.response_ttl_s)
+    store = SessionStore(ledger)
+    logs = TokenLogs(ledger_url, fleet=config.ledger.fleet, memory_bytes=config.gateway.history_memory_bytes)
+    ttl_s = config.ledger.session_ttl_s
+    conversations = Conversations(logs, store if config.session.infer else None, ledger, ttl_s)
     app = create_app(
-        replica, tokenizers_of(config, replica), config, replica, metrics, access, responses=responses
+        replica,
+        tokenizers_of(config, replica),
+        config,
+        replica,
+        metrics,
+        access,
+        store,
+        responses,
+        conversations,
     )
     server = _Server(
         uvicorn.Config(
@@ -97,6 +112,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
             if server.force_exit:
                 replica.hurry()
     finally:
+        await logs.close()
         await ledger.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from antiphon.scheduler.gateway.message_chain import chain, links, reply_message, scope_of
+from antiphon.scheduler.gateway.message_chain import chain, links, reply_message, scope_of, trail
 
 Message = dict[str, Any]
 
@@ -202,3 +202,16 @@ def test_scopes_keep_apart() -> None:
     ]  # fmt: skip
     assert len(set(scopes)) == len(scopes)
     assert scope_of("t", "m", "k") == scope_of("t", "m", "k")
+
+
+@given(conversations, st.lists(st.integers(0, 6), max_size=3), st.booleans())
+def test_a_trail_says_what_links_say(chat: list[Message], cuts: list[int], with_tools: bool) -> None:
+    """However a conversation is cut into steps, the last values are those of the whole."""
+    tools = [{"type": "function", "function": {"name": "f"}}] if with_tools else None
+    found, at = trail((), tools), 0
+    for cut in sorted({*(min(cut, len(chat)) for cut in cuts), len(chat)}):
+        found, at = trail(chat[at:cut], None, found), cut
+    whole = links(chat, tools)
+    assert found == trail(chat, tools) and found.value == whole.tip
+    assert found.own == whole.own() and found.turn == next(iter(whole.turns), None)
+    assert trail(chat, tools, kept=2).own == whole.own()[:2]

@@ -19,15 +19,26 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon.scheduler.config import Config
-from antiphon.scheduler.errors import ApiError, invalid, model_not_found
+from antiphon.scheduler.errors import ApiError, invalid, model_not_found, permission_denied
+from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, ExplainRoute
-from antiphon.scheduler.gateway.identity import given_request_id
-from antiphon.scheduler.gateway.intake import FleetModel, Intake, served_names
+from antiphon.scheduler.gateway.conversations import Conversations
+from antiphon.scheduler.gateway.error_shapes import error_body
+from antiphon.scheduler.gateway.identity import Identifier, given_request_id
+from antiphon.scheduler.gateway.intake import FleetModel, Intake, served_models
+from antiphon.scheduler.gateway.limits import LimitedRunner
+from antiphon.scheduler.gateway.openapi import openapi_route
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE
+from antiphon.scheduler.gateway.rounds_route import ROUNDS_PATH, RoundsRoute
+from antiphon.scheduler.gateway.surface import surface_routes
+from antiphon.scheduler.gateway.tenants import Access, TenantGate
 from antiphon.scheduler.logs import request_id_var
 from antiphon.scheduler.metrics import CONTENT_TYPE, Metrics
+from antiphon.scheduler.models import Model, Models
+from antiphon.scheduler.response_store import ResponseStore
 from antiphon.scheduler.rounds import RoundRunner
+from antiphon.scheduler.session_store import SessionStore
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +69,13 @@ class GatewayState(FleetModel, Protocol):
 
     def readiness(self) -> Readiness: ...
 
-    async def receipts(self, limit: int, session_id: str | None) -> Sequence[Item]:
-        """Newest first."""
+    async def receipts(self, limit: int, session_id: str | None, tenant: str | None) -> Sequence[Item]:
+        """Newest first; `tenant` None = of all."""
 
     async def engines(self) -> Sequence[Item]: ...
 
-    async def sessions(self, limit: int) -> Sequence[Item]:
-        """Last active first."""
+    async def sessions(self, limit: int, tenant: str | None) -> Sequence[Item]:
+        """Last active first; `tenant` None = of all."""
 
 
 def create_app(
@@ -73,17 +84,35 @@ def create_app(
     config: Config,
     state: GatewayState,
     metrics: Metrics,
+    access: Access | None = None,
+    store: SessionStore | None = None,
+    responses: ResponseStore | None = None,
+    conversations: Conversations | None = None,
 ) -> ASGIApp:
-    """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it."""
+    """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it.
+
+    Without `access` the configured keys and limits are this replica's alone; without `store` conversations that
+    name no session are all new.
+    """
     metrics.watch_engines(lambda: state.readiness().engines_alive)
+    access = access or Access.alone(config)
     pages = _Pages(config, state, metrics)
-    intake = Intake(tokenizers, config, state)
-    completions = [
-        Route(path, CompletionRoute(path, runner, intake, config, metrics), methods=["POST"])
-        for path in (CHAT_ROUTE, COMPLETION_ROUTE)
-    ]
+    identifier = Identifier(
+        config.session,
+        store,
+        on_identified=lambda kind: metrics.identified.labels(kind).inc(),
+        on_failed=metrics.identity_lookups_failed.inc,
+    )
+    intake = Intake(tokenizers, config, state, access.salts, identifier, conversations)
+    runner = LimitedRunner(runner, access.limits)
+    chat, completion = (
+        CompletionRoute(path, runner, intake, config, metrics) for path in (CHAT_ROUTE, COMPLETION_ROUTE)
+    )
     routes = [
-        *completions,
+        Route(CHAT_ROUTE, chat, methods=["POST"]),
+        Route(COMPLETION_ROUTE, completion, methods=["POST"]),
+        Route(ROUNDS_PATH, RoundsRoute(chat, intake, metrics), methods=["POST"]),
+        *surface_routes(chat, intake, config, metrics, responses),
         Route("/v1/explain", ExplainRoute(runner, intake, config, metrics), methods=["POST"]),
         Route("/v1/models", pages.models),
         Route("/v1/models/{model:path}", pages.model),
@@ -93,6 +122,7 @@ def create_app(
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/metrics", pages.metrics),
+        openapi_route(),
     ]
     app = Starlette(
         routes=routes,
@@ -102,7 +132,8 @@ def create_app(
             Exception: pages.bug,
         },
     )
-    return _RequestScope(app, metrics, frozenset(route.path for route in routes))
+    gate = TenantGate(app, access.keys, config, metrics)
+    return _RequestScope(gate, metrics, frozenset(route.path for route in routes))
 
 
 class _Pages:
@@ -111,6 +142,7 @@ class _Pages:
     def __init__(self, config: Config, state: GatewayState, metrics: Metrics) -> None:
         self._config = config
         self._state = state
+        self._models = Models(config)
         self._metrics = metrics
         self._started_at = int(time.time())
 
@@ -132,30 +164,35 @@ class _Pages:
         return Response(self._metrics.render(), media_type=CONTENT_TYPE)
 
     async def models(self, request: Request) -> Response:
-        return _list([self._model(name) for name in served_names(self._config, self._state)])
+        served = served_models(self._models, self._state)
+        return _list([self._model(name, model) for name, model in served.items()])
 
     async def model(self, request: Request) -> Response:
-        name, served = request.path_params["model"], served_names(self._config, self._state)
+        name, served = request.path_params["model"], served_models(self._models, self._state)
         if name not in served:
-            raise model_not_found(name, served)
-        return _json(self._model(name))
+            raise model_not_found(name, tuple(served))
+        return _json(self._model(name, served[name]))
 
     async def receipts(self, request: Request) -> Response:
-        limit = _limit(request.query_params)
-        return _list(await self._state.receipts(limit, request.query_params.get("session_id")))
+        limit, tenant = _limit(request.query_params), current_caller().sees_tenant
+        return _list(await self._state.receipts(limit, request.query_params.get("session_id"), tenant))
 
     async def engines(self, request: Request) -> Response:
+        if not current_caller().admin:
+            raise permission_denied("Engines are shown to admin keys only.")
         return _list(await self._state.engines())
 
     async def sessions(self, request: Request) -> Response:
-        return _list(await self._state.sessions(_limit(request.query_params)))
+        limit, tenant = _limit(request.query_params), current_caller().sees_tenant
+        return _list(await self._state.sessions(limit, tenant))
 
     async def api_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         self._metrics.errors.labels(error.code).inc()
         request.scope.setdefault(LOG_FIELDS, {})["code"] = error.code
         closing = {"Connection": "close"} if error.status in (408, 413) else {}  # the body was not read whole
-        return _json(error.body(), error.status, error.headers() | closing)
+        shown = error_body(request.url.path, error)
+        return _json(shown, error.status, error.headers() | closing)
 
     async def http_error(self, request: Request, error: Exception) -> Response:
         """Starlette's own: no such route, or not with this method."""
@@ -173,13 +210,13 @@ class _Pages:
         )
         return await self.api_error(request, shown)
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _model(self, name: str, model: Model) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
             "created": self._started_at,
             "owned_by": "antiphon",
-            "max_model_len": self._state.context_tokens() or None,
+            "max_model_len": self._state.context_tokens(model.key) or None,
         }
 
 

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, deadline_exceeded, from_refusal, stream_broke
 from antiphon.scheduler.gateway import relay
-from antiphon.scheduler.gateway.intake import ClientGone, Intake, endpoint_of
+from antiphon.scheduler.gateway.intake import Checked, ClientGone, Intake, endpoint_of
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRefused, RoundRunner
 
@@ -67,17 +68,25 @@ class CompletionRoute:
             return
         await self.answer(raw, scope, receive, send)
 
-    async def answer(self, raw: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """The same for a body that has been read: another API's routes translate theirs into one."""
+    async def answer(
+        self, raw: bytes, scope: Scope, receive: Receive, send: Send, append_to: str | None = None
+    ) -> None:
+        """The same for a body that has been read: another API's routes translate theirs into one.
+
+        `append_to`: the messages are only what is new in that session.
+        """
         progress = _Progress()
         try:
-            await while_connected(receive, self._answer(raw, scope, send, progress))
+            await while_connected(receive, self._answer(raw, scope, send, progress, append_to))
         except ClientGone:
             self._metrics.disconnects.labels(progress.phase).inc()
 
-    async def _answer(self, raw: bytes, scope: Scope, send: Send, progress: _Progress) -> None:
-        checked = await self._intake.check(self._route, raw, Headers(scope=scope), scope[ROUND_ID])
-        request, form = checked.request, checked.form
+    async def _answer(
+        self, raw: bytes, scope: Scope, send: Send, progress: _Progress, append_to: str | None
+    ) -> None:
+        headers, round_id = Headers(scope=scope), scope[ROUND_ID]
+        checked = await self._intake.check(self._route, raw, headers, round_id, append_to)
+        request = checked.request
         fields: dict[str, Any] = scope[LOG_FIELDS]
         fields |= {"session": request.session_id, "round_id": request.round_id}
         deadline_s = self._deadline_s
@@ -86,7 +95,7 @@ class CompletionRoute:
                 await handle.start()
                 progress.phase = "answering"
                 fields |= {"session": handle.session_id, "round": handle.round_number, "arm": handle.arm}
-                await (self._stream if form.stream else self._whole)(handle, form, send, progress)
+                await (self._stream if checked.form.stream else self._whole)(handle, checked, send, progress)
         except RoundRefused as refusal:
             raise from_refusal(refusal) from refusal
         except RoundBroke as broke:
@@ -94,9 +103,10 @@ class CompletionRoute:
         except TimeoutError:
             await self._fail(deadline_exceeded(deadline_s), send, progress)
 
-    async def _stream(
-        self, handle: RoundHandle, form: relay.AnswerForm, send: Send, progress: _Progress
-    ) -> None:
+    def _events(self, handle: RoundHandle, checked: Checked) -> AsyncGenerator[relay.Event, None]:
+        return relay.events(handle, checked.form, partial(self._intake.keep, checked, handle))
+
+    async def _stream(self, handle: RoundHandle, checked: Checked, send: Send, progress: _Progress) -> None:
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
@@ -105,16 +115,14 @@ class CompletionRoute:
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         progress.started = True
-        async with contextlib.aclosing(relay.events(handle, form)) as events:
+        async with contextlib.aclosing(self._events(handle, checked)) as events:
             async for event in events:
                 await send({"type": "http.response.body", "body": relay.frame(event), "more_body": True})
         await send({"type": "http.response.body", "body": relay.DONE, "more_body": False})
 
-    async def _whole(
-        self, handle: RoundHandle, form: relay.AnswerForm, send: Send, progress: _Progress
-    ) -> None:
-        async with contextlib.aclosing(relay.events(handle, form)) as events:
-            content = msgspec.json.encode(await relay.fold(events, form))
+    async def _whole(self, handle: RoundHandle, checked: Checked, send: Send, progress: _Progress) -> None:
+        async with contextlib.aclosing(self._events(handle, checked)) as events:
+            content = msgspec.json.encode(await relay.fold(events, checked.form))
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(content)).encode()),

@@ -7,34 +7,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
+from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import (
     ApiError,
     UserError,
     body_too_large,
     invalid,
-    model_not_found,
     no_engine,
 )
 from antiphon.scheduler.gateway import relay, requests
-from antiphon.scheduler.gateway.identity import identify
+from antiphon.scheduler.gateway.caller import current_caller
+from antiphon.scheduler.gateway.conversations import Asked, Conversations, Spoken
+from antiphon.scheduler.gateway.history import tools_of
+from antiphon.scheduler.gateway.identity import Identifier, Identity, checked_id, conversation_scope
+from antiphon.scheduler.gateway.message_chain import Links, links
 from antiphon.scheduler.gateway.prompts import (
     PromptTokenizer,
     TemplateOptions,
     TokenizerSource,
-    content_chars,
     encode_off_loop,
 )
 from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE, Body, ChatBody
-from antiphon.scheduler.rounds import RoundRequest
+from antiphon.scheduler.gateway.salts import CacheSalts
+from antiphon.scheduler.gateway.session_fields import read_said
+from antiphon.scheduler.hints import Hints, Slos, targets
+from antiphon.scheduler.models import ONLY, Model, Models
+from antiphon.scheduler.rounds import RoundHandle, RoundRequest
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +50,12 @@ DRAIN_FACTOR = 4
 
 
 class FleetModel(Protocol):
-    """What the fleet says of the model that it serves."""
+    """What the fleet says of the models that it serves; `model` is a `Model.key`."""
 
-    def model_ids(self) -> tuple[str, ...]:
+    def model_ids(self, model: str = ONLY) -> tuple[str, ...]:
         """Model ids by the engines' hellos; empty while none is known."""
 
-    def context_tokens(self) -> int:
+    def context_tokens(self, model: str = ONLY) -> int:
         """The smallest window of the live engines; 0 = unknown."""
 
 
@@ -56,15 +63,9 @@ class ClientGone(Exception):
     """The client closed its connection."""
 
 
-def served_names(config: Config, fleet: FleetModel) -> tuple[str, ...]:
-    """Names by which clients may call the model; empty while none is known."""
-    if config.model.names:
-        return config.model.names
-    ids = fleet.model_ids()
-    if not ids and config.model.path:
-        return (Path(config.model.path).name,)
-    short = [model_id.rstrip("/").rpartition("/")[2] for model_id in ids]
-    return tuple(dict.fromkeys([*short, *ids]))
+def served_models(models: Models, fleet: FleetModel) -> dict[str, Model]:
+    """Models by the names that clients may call them; empty while none is known."""
+    return {name: model for model in models for name in models.names(model, fleet.model_ids(model.key))}
 
 
 class _Shape(msgspec.Struct, frozen=True):
@@ -97,64 +98,166 @@ class Checked:
 
     request: RoundRequest
     form: relay.AnswerForm
-    targets: requests.Slos
+    targets: Slos
+    spoken: Spoken | None = None
+    """Of a chat: what its prompt was made of."""
 
 
 class Intake:
     """Makes rounds of requests, for the model that the fleet serves."""
 
-    def __init__(self, tokenizers: TokenizerSource, config: Config, fleet: FleetModel) -> None:
+    def __init__(
+        self,
+        tokenizers: TokenizerSource,
+        config: Config,
+        fleet: FleetModel,
+        salts: CacheSalts,
+        identifier: Identifier,
+        conversations: Conversations | None = None,
+    ) -> None:
+        self.conversations = conversations or Conversations()
+        self._salts = salts
+        self._identifier = identifier
         self._tokenizers = tokenizers
         self._config = config
         self._fleet = fleet
+        self._models = Models(config)
 
     async def body(self, receive: Receive, headers: Headers) -> bytes:
         """The whole body; raises as `read_body`."""
         limits = self._config.gateway
-        return await read_body(receive, headers, limits.body_limit_bytes, limits.body_deadline_s)
+        own_bytes = current_caller().limits.body_bytes or limits.body_limit_bytes
+        limit_bytes = min(own_bytes, limits.body_limit_bytes)
+        return await read_body(receive, headers, limit_bytes, limits.body_deadline_s)
 
-    async def check(self, route: str, raw: bytes, headers: Headers, round_id: str) -> Checked:
-        """All checks of a body for `route` (CHAT_ROUTE or COMPLETION_ROUTE); raises `ApiError`."""
+    async def check(
+        self, route: str, raw: bytes, headers: Headers, round_id: str, append_to: str | None = None
+    ) -> Checked:
+        """All checks of a body for `route` (CHAT_ROUTE or COMPLETION_ROUTE); raises `ApiError`.
+
+        `append_to`: the session to which the messages are added, as the path names it.
+        """
         body: Body
         if route == CHAT_ROUTE:
             body, prompt = requests.parse_chat(raw), None
         else:
             body, prompt = requests.parse_completion(raw)
-        identity = identify(headers, body.session.id if body.session else None, body.session_id)
-        self._check_model(body.model)
-        try:
-            tokenizer = await self._tokenizers.get()
-        except UserError as error:
-            raise _unusable_model(str(error)) from error
-        input_ids = await _input_ids(tokenizer, body, prompt)
-        limit = requests.output_limit(body, len(input_ids), self._window_tokens(tokenizer))
+        said, tenant = read_said(headers, body), current_caller().tenant
+        hints = said.hints
+        model = self.model(body.model)
+        append = append_to is not None or hints.append
+        conversation = None  # some new messages tell nothing of a conversation
+        if isinstance(body, ChatBody) and not append:
+            conversation = partial(_conversation, tenant, model.key, body)
+        identity = await self._identifier.identify(
+            said.headers, said.signals, tenant, hints.final, conversation
+        )
+        if append_to is not None:
+            session_id = checked_id(append_to, "session_id")
+            identity = replace(identity, session_id=session_id, identified_by="path")
+        tokenizer = await self.tokenizer(model)
+        spoken = None
+        if isinstance(body, ChatBody):
+            body, spoken = await self._speak(tokenizer, body, identity, hints, model, append=append)
+            ids = spoken.prompt
+        else:
+            ids = await _text_prompt(tokenizer, prompt)
+        limit = requests.output_limit(body, len(ids), self.window_tokens(tokenizer, model))
         scheduler = self._config.scheduler
-        default = requests.Slos(scheduler.slo_ttft_s, scheduler.slo_itl_s)
-        targets = requests.slos(body.session, default, ",".join(headers.getlist("x-session-hints")))
+        slos = targets(hints, Slos(scheduler.slo_ttft_s, scheduler.slo_itl_s))
         request = RoundRequest(
             round_id=round_id,
             session_id=identity.session_id,
-            tenant=identity.tenant,
+            tenant=tenant,
             path=route,
-            input_ids=input_ids,
+            prompt=ids,
             body=requests.engine_fields(body, limit),
             max_output_tokens=limit,
-            slo_ttft_s=targets.ttft_s,
-            slo_itl_s=targets.itl_s,
-            cache_salt=body.cache_salt,
+            slo_ttft_s=slos.ttft_s,
+            slo_itl_s=slos.itl_s,
+            cache_salt=self._salts.of(tenant, body.cache_salt),
             tool=requests.tool_answered(body),
+            parent_id=identity.parent_id,
+            final=identity.final,
+            model=model.key,
+            hints=hints,
         )
-        return Checked(request, _form(body, round_id, identity.identified_by), targets)
+        return Checked(request, _form(body, round_id, identity.identified_by, hints.warnings), slos, spoken)
 
-    def _check_model(self, model: str) -> None:
-        served = served_names(self._config, self._fleet)
+    async def keep(self, checked: Checked, handle: RoundHandle, message: dict[str, Any]) -> tuple[str, ...]:
+        """Remember a chat's round that ended with this message; warnings for the client."""
+        if checked.spoken is None:
+            return ()
+        return await self.conversations.keep(checked.spoken, handle, message, checked.request.hints.ttl_s)
+
+    async def _speak(
+        self,
+        tokenizer: PromptTokenizer,
+        body: ChatBody,
+        identity: Identity,
+        hints: Hints,
+        model: Model,
+        *,
+        append: bool,
+    ) -> tuple[ChatBody, Spoken]:
+        """The prompt of a chat; an append's body gets the tools of the round before, if it brings none."""
+        base = None
+        if append:
+            base = await self.conversations.base(
+                identity.tenant,
+                identity.session_id,
+                must_exist=hints.must_exist,
+                opens=body.messages[0]["role"] not in ("assistant", "tool", "function"),
+            )
+            if body.tools is None and (tools := tools_of(base.options)):
+                body = msgspec.structs.replace(body, tools=tools)
+        options = TemplateOptions(
+            requests.template_tools(body),
+            requests.template_kwargs(body),
+            continue_final_message=bool(body.continue_final_message),
+        )
+        asked = Asked(
+            tenant=identity.tenant,
+            identity=identity,
+            messages=body.messages,
+            tools=body.tools,
+            options=options,
+            model=body.model,
+            scope=conversation_scope(identity.tenant, model.key, body.prompt_cache_key),
+        )
+        spoken = await self.conversations.prompt(tokenizer, asked, base)
+        if not spoken.prompt:
+            raise invalid("The prompt has no tokens.", param="messages")
+        requests.check_token_ids(spoken.plan.ids, tokenizer.vocabulary_tokens)
+        return body, spoken
+
+    def model(self, name: str) -> Model:
+        """The model that a client calls so; raises `ApiError` (404, or 503 while none is known)."""
+        served = served_models(self._models, self._fleet)
         if not served:
             raise no_engine("No engine has told its model yet; try again when one is up.")
-        if model not in served:
-            raise model_not_found(model, served)
+        if name not in served:
+            raise requests.unknown_model(name, tuple(served))
+        return served[name]
 
-    def _window_tokens(self, tokenizer: PromptTokenizer) -> int:
-        known = [tokens for tokens in (self._fleet.context_tokens(), tokenizer.context_tokens) if tokens > 0]
+    def only_model(self) -> str | None:
+        """A name of the model, if there is but one; raises `ApiError` (503) while none is known."""
+        served = served_models(self._models, self._fleet)
+        if not served:
+            raise no_engine("No engine has told its model yet; try again when one is up.")
+        return next(iter(served)) if len({model.key for model in served.values()}) == 1 else None
+
+    async def tokenizer(self, model: Model) -> PromptTokenizer:
+        """Raises `ApiError` (503) while no engine has told of the model, or if its files are unusable."""
+        try:
+            return await self._tokenizers.get(model.key)
+        except UserError as error:
+            raise _unusable_model(str(error)) from error
+
+    def window_tokens(self, tokenizer: PromptTokenizer, model: Model) -> int:
+        """How long prompt and answer may be together; raises `ApiError` (503) if nothing says it."""
+        said = self._fleet.context_tokens(model.key), tokenizer.context_tokens
+        known = [tokens for tokens in said if tokens > 0]
         if not known:
             raise _unusable_model("The model's window is unknown: its config.json does not say it.")
         return min(known)
@@ -186,29 +289,25 @@ async def read_body(receive: Receive, headers: Headers, limit_bytes: int, deadli
     return b"".join(pieces)
 
 
-async def _input_ids(
-    tokenizer: PromptTokenizer, body: Body, prompt: str | tuple[int, ...] | None
-) -> tuple[int, ...]:
-    if isinstance(body, ChatBody):
-        messages = body.messages
-        options = TemplateOptions(
-            requests.template_tools(body),
-            requests.template_kwargs(body),
-            continue_final_message=bool(body.continue_final_message),
-        )
-        ids = await encode_off_loop(lambda: tokenizer.encode_chat(messages, options), content_chars(messages))
-    elif isinstance(prompt, str):
+async def _text_prompt(tokenizer: PromptTokenizer, prompt: str | tuple[int, ...] | None) -> Prompt:
+    """Of a completion."""
+    if isinstance(prompt, str):
         text = prompt
         ids = await encode_off_loop(lambda: tokenizer.encode_text(text), len(text))
     else:
         ids = prompt or ()
     if not ids:
-        raise invalid("The prompt has no tokens.", param="messages" if prompt is None else "prompt")
+        raise invalid("The prompt has no tokens.", param="prompt")
     requests.check_token_ids(ids, tokenizer.vocabulary_tokens)
-    return ids
+    return Prompt(ids)
 
 
-def _form(body: Body, round_id: str, identified_by: str) -> relay.AnswerForm:
+def _conversation(tenant: str, model: str, body: ChatBody) -> tuple[str, Links]:
+    """Within what the conversation is one of many, and what is to be known of it."""
+    return conversation_scope(tenant, model, body.prompt_cache_key), links(body.messages, body.tools)
+
+
+def _form(body: Body, round_id: str, identified_by: str, warnings: tuple[str, ...] = ()) -> relay.AnswerForm:
     chat, stream = isinstance(body, ChatBody), bool(body.stream)
     asked_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return relay.AnswerForm(
@@ -219,6 +318,7 @@ def _form(body: Body, round_id: str, identified_by: str) -> relay.AnswerForm:
         include_usage=asked_usage or not stream,
         token_ids=bool(body.return_token_ids),
         identified_by=identified_by,
+        warnings=warnings,
     )
 
 

@@ -70,6 +70,53 @@ def links(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     return Links(tuple(values), system_messages, openers, tuple(reversed(turns)))
 
 
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """Where a conversation ends: what the values of its next messages depend on, at no cost of what was."""
+
+    value: bytes
+    """The last message's, or that of the tools alone."""
+    link_0: bytes
+    before: bytes
+    """The last message itself."""
+    opening: bool = True
+    """Only system messages so far."""
+    own: tuple[bytes, ...] = ()
+    """As `Links.own()`, the latest ones."""
+    turn: bytes | None = None
+    """As `Links.turns[0]`."""
+
+
+def trail(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    since: Trail | None = None,
+    *,
+    kept: int = 64,
+) -> Trail:
+    """After these messages: of a conversation that begins with them, or goes on with them `since` (then the
+    tools are those of before)."""
+    if since is None:
+        value = _digest(b"tools", _canonical_json(list(tools)) if tools else b"")
+        since = Trail(value, value, b"")
+    value, link_0, before, opening = since.value, since.link_0, since.before, since.opening
+    own, turn = since.own[::-1], since.turn
+    for message in messages:
+        canonical = _canonical(message)
+        value = _digest(value, canonical)
+        role = message.get("role")
+        opening = opening and role in _SYSTEM_ROLES
+        if opening:
+            link_0 = value
+            continue
+        if role == "assistant":
+            turn = _digest(b"turn", link_0, before, canonical)
+        if turn is not None:
+            own = (*own[1 - kept :], value)
+        before = canonical
+    return Trail(value, link_0, before, opening, own[::-1], turn)
+
+
 def reply_message(message: Message) -> dict[str, Any]:
     """An answer's message as clients send it back: role, text, and names and arguments of its tool calls."""
     reply: dict[str, Any] = {"role": "assistant", "content": message.get("content") or None}

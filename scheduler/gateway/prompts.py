@@ -76,7 +76,11 @@ class PromptTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], options: TemplateOptions) -> tuple[int, ...]:
         """Ids of a conversation up to where the answer begins; `ApiError` (400) if the template refuses."""
-        return self._encode(self.render(messages, options), add_special_tokens=False)
+        return self.encode_rendered(self.render(messages, options))
+
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """Ids of a conversation's text: it has its special tokens already."""
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

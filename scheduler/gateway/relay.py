@@ -7,7 +7,7 @@ Usage goes last, after the stream has ended, because only the round's receipt kn
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from antiphon.scheduler.rounds import RoundHandle
 DONE = b"data: [DONE]\n\n"
 
 Event = dict[str, Any]
+
+Keep = Callable[[dict[str, Any]], Awaitable[tuple[str, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class AnswerForm:
     """Our extension `return_token_ids`: output ids in `choices[0].token_ids`."""
     identified_by: str
     """How the session was found (`identity.Identity`)."""
+    warnings: tuple[str, ...] = ()
+    """What of the request's hints was not understood."""
 
 
 def frame(event: Event) -> bytes:
@@ -47,11 +51,19 @@ def error_frame(error: ApiError) -> bytes:
     return frame(error.body())
 
 
-async def events(handle: RoundHandle, form: AnswerForm) -> AsyncGenerator[Event, None]:
+async def _keep_nothing(message: dict[str, Any]) -> tuple[str, ...]:
+    return ()
+
+
+async def events(
+    handle: RoundHandle, form: AnswerForm, keep: Keep = _keep_nothing
+) -> AsyncGenerator[Event, None]:
     """The answer's events, each a new dict, the usage event last (with `session`); raises `RoundBroke`.
 
-    What the client did not ask for (usage, token ids) is left out by `form`.
+    What the client did not ask for (usage, token ids) is left out by `form`. `keep` gets the first choice's
+    message when all of a chat has come, before the last event goes out; what it returns are warnings.
     """
+    first = _Choice()
     created = int(time.time())
     engine_usage: dict[str, Any] = {}
     completion_tokens = 0
@@ -61,24 +73,32 @@ async def events(handle: RoundHandle, form: AnswerForm) -> AsyncGenerator[Event,
         created = data.get("created", created)
         engine_usage = data.pop("usage", None) or engine_usage
         choices = data.get("choices")
+        if form.chat:
+            for choice in choices or ():
+                if not choice.get("index"):
+                    first.add(choice, chat=True)
         if form.token_ids and chunk.token_ids:
             choices = _with_token_ids(choices, chunk.token_ids, form.chat)
         if choices:
             yield {**data, **_head(form, created), "choices": choices}
+    warnings = form.warnings + (await keep(first.message()) if form.chat else ())
     if form.include_usage:
         usage = _usage(handle, engine_usage, completion_tokens)
-        session = session_object(handle, form)
+        session = session_object(handle, form, warnings)
         yield {**_head(form, created), "choices": [], "usage": usage, "session": session}
 
 
-def session_object(handle: RoundHandle, form: AnswerForm) -> dict[str, Any]:
-    return {
+def session_object(handle: RoundHandle, form: AnswerForm, warnings: tuple[str, ...] = ()) -> dict[str, Any]:
+    shown: dict[str, Any] = {
         "id": handle.session_id,
         "parent_id": handle.parent_id,
         "round": handle.round_number,
         "arm": handle.arm,
         "identified_by": form.identified_by,
     }
+    if warnings:
+        shown["warnings"] = warnings
+    return shown
 
 
 async def fold(answer: AsyncIterator[Event], form: AnswerForm) -> Event:
@@ -137,7 +157,7 @@ class _Choice:
         logprobs = {name: values or None for name, values in self.logprobs.items()} or None
         choice: dict[str, Any] = {"index": index}
         if form.chat:
-            choice["message"] = self._message(text)
+            choice["message"] = self.message()
         else:
             choice["text"] = text
         choice |= {"logprobs": logprobs, "finish_reason": None, **self.last}
@@ -145,7 +165,9 @@ class _Choice:
             choice["token_ids"] = self.token_ids
         return choice
 
-    def _message(self, text: str) -> dict[str, Any]:
+    def message(self) -> dict[str, Any]:
+        """Of a chat."""
+        text = "".join(self.text)
         calls = [self.tool_calls[index] for index in sorted(self.tool_calls)]
         message: dict[str, Any] = {"role": self.role, "content": text if text or not calls else None}
         if reasoning := "".join(self.reasoning):
