@@ -5,7 +5,8 @@ One answer per line:
     {"text": "Wait.", "tool_calls": [{"name": "search", "arguments": "{\\"q\\": 1}"}], "session_id": "s1"}
 
 `reasoning` is what the model thinks before `text`. `session_id` lines answer that session's requests, in
-their order; the others answer whoever comes next and has no line of its own. Each choice of `n` takes a line.
+their order ("s1/*": of each session whose id begins with "s1/"); the others answer whoever comes next and has
+no line of its own. Each choice of `n` takes a line.
 `token_ids` or `tokens` set the length (else: one token per word or fragment), `finish_reason` is "stop" or
 "length". When the script is used up, outputs are hashed tokens again. Prefills take no line, and an answer
 that was aborted goes back to where it came from.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
 ARGUMENT_FRAGMENT_CHARS = 8
 
@@ -132,11 +134,20 @@ class Script:
 
     def __init__(self, lines: Sequence[ScriptLine] = ()) -> None:
         self._lines: dict[str | None, deque[ScriptLine]] = {}
+        self._by_prefix: dict[str, list[ScriptLine]] = {}
         for line in lines:
-            self._lines.setdefault(line.session_id, deque()).append(line)
+            if line.session_id is not None and line.session_id.endswith("*"):
+                self._by_prefix.setdefault(line.session_id[:-1], []).append(line)
+            else:
+                self._lines.setdefault(line.session_id, deque()).append(line)
 
     def take(self, session_id: str | None) -> ScriptLine | None:
         """The next line for this session; None when its output is not scripted."""
+        if session_id is not None and session_id not in self._lines:
+            for prefix in filter(session_id.startswith, self._by_prefix):
+                lines = self._by_prefix[prefix]
+                self._lines[session_id] = deque(replace(line, session_id=session_id) for line in lines)
+                break
         for key in (session_id, None):
             queue = self._lines.get(key)
             if queue:

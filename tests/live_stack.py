@@ -67,10 +67,15 @@ def live_stack(
     model: Path,
     script: Sequence[Line] = (),
     *,
-    serve: Sequence[str] = (),
+    config: str = "",
 ) -> Iterator[LiveStack]:
-    """One decode engine and a gateway on it, in a fleet of their own; ended by pid on the way out."""
+    """One decode engine and a gateway on it, in a fleet of their own; ended by pid on the way out.
+
+    `config` is the gateway's antiphon.toml.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    settings = directory / "antiphon.toml"
+    settings.write_text(config)
     lines = directory / "script.jsonl"
     lines.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in script))
     urls: list[str] = []
@@ -86,7 +91,9 @@ def live_stack(
             options = ("--simulated", "--script", str(lines))
             engine = EngineSpec("d0", "decode", free_port(), options, sglang=("--context-length", "32768"))
             await stack.start_engines(model, [engine], START_DEADLINE_S)
-            urls.append(await stack.start_gateway("--model", str(model), *serve, port=free_port()))
+            urls.append(
+                await stack.start_gateway("--model", str(model), "--config", str(settings), port=free_port())
+            )
             up.set()
             await stop[0].wait()
 

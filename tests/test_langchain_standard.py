@@ -62,7 +62,9 @@ def gateway_url(
     tiny_model_dir: Path, valkey_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     script = [{**line, "session_id": name} for name, lines in ANSWERS.items() for line in lines]
-    with live_stack(tmp_path_factory.mktemp("standard"), valkey_url, tiny_model_dir, script) as stack:
+    directory = tmp_path_factory.mktemp("standard")
+    names = '[model]\nnames = ["tiny-llama", "another-name"]\n'
+    with live_stack(directory, valkey_url, tiny_model_dir, script, config=names) as stack:
         yield stack.url
 
 
@@ -84,8 +86,8 @@ class TestChatAntiphonUnit(ChatModelUnitTests):
 
 class TestChatAntiphonIntegration(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
-    def _on(self, gateway_url: str, tiny_model_dir: Path) -> None:
-        self.url, self.model_path = gateway_url, str(tiny_model_dir)
+    def _on(self, gateway_url: str) -> None:
+        self.url = gateway_url
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -104,8 +106,7 @@ class TestChatAntiphonIntegration(ChatModelIntegrationTests):
 
     @property
     def model_override_value(self) -> str:
-        """The served model's other name: its path."""
-        return self.model_path
+        return "another-name"
 
     @property
     def supports_json_mode(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from antiphon.engines.base import EngineError
-from antiphon.engines.scripts import ScriptLine, load_script
+from antiphon.engines.scripts import Script, ScriptLine, load_script
 from antiphon.engines.simulated_request import expected_tokens
 from tests.simulated_helpers import (
     FAST,
@@ -150,3 +150,15 @@ def test_script_length() -> None:
     assert ScriptLine(text="a b", tokens=9).output_tokens == 9
     assert ScriptLine(text="a b").output_tokens == 2
     assert ScriptLine().output_tokens == 1
+
+
+def test_script_lines_for_sessions_by_the_beginning_of_their_ids() -> None:
+    """Each such session gets all of the lines; a session with lines of its own has those."""
+    script = Script([ScriptLine(text=text, session_id="s/*") for text in ("a", "b")] + [ScriptLine(text="c")])
+    taken = [script.take(session_id) for session_id in ("s/1", "s/2", "s/1", "s", "s/2", "s/1")]
+    assert [line and line.text for line in taken] == ["a", "a", "b", "c", "b", None]
+    last = taken[4]
+    assert last is not None
+    script.give_back(last)
+    again = script.take("s/2")
+    assert again is not None and again.text == "b"

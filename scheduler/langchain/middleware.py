@@ -1,8 +1,8 @@
 """`SessionMiddleware`: sessions for LangChain agents, whatever OpenAI-compatible chat model they use.
 
 It stands where a model cannot: it sees tools start and end and runs end. The gateway hears of each tool with
-the time that the tool took so far, with each round how long the tools of this agent take as a rule, and at the
-end that nobody is coming back, or that it is the user's turn.
+the time that the tool took so far, with each round how long the tools of this agent take as a rule, and at
+the end that nobody is coming back, or that it is the user's turn.
 """
 
 from __future__ import annotations
