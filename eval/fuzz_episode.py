@@ -171,6 +171,8 @@ class Episode:
             return self.world.engine_up()
         if chance < 0.6:
             return self.world.engine_down()
+        if chance < 0.7:
+            return self.world.session_ended()
         return self.world.load_report() if chance < 0.9 else Tick()
 
     def go_on(self) -> None:

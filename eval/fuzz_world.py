@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from random import Random
 
+from msgspec.structs import replace
+
 from antiphon.engines.base import FailureKind
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.messages import (
@@ -29,6 +31,7 @@ from antiphon.scheduler.messages import (
     PrefillDone,
     RoundArrived,
     RoundFinished,
+    SessionEnded,
     Totals,
 )
 
@@ -135,10 +138,23 @@ class World:
         targets = rng.choice([0.05, 1.0, 30.0]), rng.choice([0.01, 0.1])
         output = rng.choice([1, 16, 2000])
         arrived = RoundArrived(
-            round_id, talk.session_id, talk.tenant, tokens, talk.hashes, PAGE, output, *targets
-        )
+            round_id, talk.session_id, talk.tenant, tokens, talk.hashes, PAGE, output, *targets,
+            *self._hints(),
+        )  # fmt: skip
         self.rounds[round_id] = arrived, talk
         return arrived
+
+    def _hints(self) -> tuple[int | None, ...]:
+        """What a client says of the answer's length, the next one's, and the rounds that are to come."""
+        rng = self.rng
+        if rng.random() < 0.7:
+            return ()
+        return rng.choice([None, 0, 5]), rng.choice([None, 0, 5000]), rng.choice([None, 0, 0, 7])
+
+    def session_ended(self) -> SessionEnded:
+        """One that is at work, idle or unknown."""
+        talk = self.rng.choice([*self.talks, Talk("nobody", "t", ())])
+        return SessionEnded(talk.tenant, talk.session_id)
 
     def answer(self, kind: type, round_id: str, call: Command | None) -> Event:
         """The event `kind` of this round; `call` is what is under way, None if that cannot be answered so."""
@@ -203,7 +219,10 @@ class World:
             pages = rng.randrange(1, len(hashes) + 1)
             tip_hash = hashes[pages - 1] if rng.random() < 0.7 else b"\0" * 32
             tip = tip_hash, self._holding(pages * PAGE)
-        return Claimed(round_id, self.fence, session_id, number, parent, home, holdings, others, tip)
+        told = Claimed(round_id, self.fence, session_id, number, parent, home, holdings, others, tip)
+        if rng.random() < 0.2:  # the session was created with targets, or with an end
+            return replace(told, slo_ttft_s=rng.choice([0.0, 2.0]), slo_itl_s=0.05, expected_rounds=2)
+        return told
 
     def _holding(self, tokens: int) -> Holding:
         rng = self.rng

@@ -31,7 +31,8 @@ Drivers and state
     ledger_connection.py  one connection to it: deadlines, errors, names of keys
     ledger_answers.py     what its scripts answer, as our types
     ledger_views.py       reading it: sessions, receipts, counters
-    session_store.py      beside it: whose conversation a request goes on with
+    session_store.py      beside it: whose conversation a request goes on with, and what was said of sessions
+    session_documents.py  a session as its clients see it
     response_store.py      stored responses (`/v1/responses`), and the messages up to them
     token_log.py   beside it: what was said in each session, as ids and messages; conversation.py adds it up
     receipt_log.py the latest receipts of this replica
@@ -51,5 +52,6 @@ Doors
     metrics.py, logs.py, errors.py
     cli.py         the `antiphon` command; doctor.py proves an installation
     cli_evaluation.py      simulate, sweep, report, ...; cli_trace.py: antiphon trace ..
+    cli_keys.py    antiphon keys ..
     sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

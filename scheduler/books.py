@@ -79,7 +79,10 @@ class Books:
             self.held(round) if history is None else history,
             round.excluded,
             round.arrived_s,
-            min(self.sessions.expected_output(session), arrived.max_output_tokens),
+            min(
+                arrived.expected_output_tokens or self.sessions.expected_output(session),
+                arrived.max_output_tokens,
+            ),
             predicted.pull_s + predicted.prefill_s if predicted is not None else 0.0,
             predicted.push_s if predicted is not None else 0.0,
             round.postponed,
@@ -179,7 +182,18 @@ class Books:
 
     def answered(self, round: Round, tokens: int) -> None:
         """The round has ended with so many tokens of output: later ones are expected to resemble it."""
-        self.sessions.answered(session_key(round), tokens)
+        self.sessions.answered(session_key(round), tokens, round.arrived.next_output_tokens or 0)
+
+    def session_over(self, key: SessionKey) -> None:
+        """Its client says that it will not be back: nobody keeps room for its KV. Its pages stay until they
+        are evicted, and a session that comes back all the same finds what is left of them."""
+        known = self.sessions.end(key)
+        for book in self.fleet.books.values():
+            if book.store.drop(key):
+                known = True
+                book.touch()
+        if known:
+            self.fleet.returns.said_so()
 
     def count_others(self, claimed: Claimed) -> None:
         """Take over what the other replicas have reserved."""

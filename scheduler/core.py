@@ -34,10 +34,11 @@ from antiphon.scheduler.messages import (
     PrefillDone,
     RoundArrived,
     RoundFinished,
+    SessionEnded,
     Tick,
 )
 from antiphon.scheduler.observer import Observer
-from antiphon.scheduler.states import IllegalEvent, Phase, Round, new_round
+from antiphon.scheduler.states import IllegalEvent, Phase, Round, new_round, with_session
 from antiphon.scheduler.what_if import explain
 
 
@@ -120,8 +121,7 @@ class Scheduler(Attempts):
         self._round_events[type(event)](self, round, event, now)
 
     def _on_claimed(self, round: Round, event: Claimed, now: float) -> None:
-        round.session_id = event.session_id
-        round.round_number = event.round_number
+        with_session(round, event)
         self.books.count_others(event)
         self.books.hold_claimed(round, event)
         if event.home is not None:
@@ -247,6 +247,13 @@ class Scheduler(Attempts):
             self._on_engine_down(EngineDown(up.engine_id, known.up.incarnation, reason), now)
         self.books.engine_up(up)
 
+    def _on_session_ended(self, event: SessionEnded, now: float) -> None:
+        key = (event.tenant, event.session_id)
+        for round in self.rounds.values():
+            if session_key(round) == key:
+                round.ends = True
+        self.books.session_over(key)
+
     def _on_load_reported(self, event: LoadReported, now: float) -> None:
         self.books.load_reported(event)
 
@@ -275,6 +282,7 @@ class Scheduler(Attempts):
         EngineUp: _on_engine_up,
         EngineDown: _on_engine_down,
         LoadReported: _on_load_reported,
+        SessionEnded: _on_session_ended,
         Tick: _on_tick,
     }
     _round_events: ClassVar[dict[type, Callable[[Scheduler, Round, Any, float], None]]] = {

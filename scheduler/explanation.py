@@ -18,6 +18,7 @@ from antiphon.scheduler.ledger import Look
 from antiphon.scheduler.messages import Claimed, RoundArrived
 from antiphon.scheduler.receipt_log import candidate_json
 from antiphon.scheduler.recorder import Recorder
+from antiphon.scheduler.rounds import RoundRequest
 from antiphon.scheduler.states import Round, new_round
 
 
@@ -66,11 +67,15 @@ class Explanation:
 
 
 async def explain(
-    core: Scheduler, recorder: Recorder, arrived: RoundArrived, clock: Callable[[], float]
+    core: Scheduler,
+    recorder: Recorder,
+    request: RoundRequest,
+    arrived: RoundArrived,
+    clock: Callable[[], float],
 ) -> Explanation:
     """Ask the ledger, which leases nothing, and the core, which remembers nothing."""
     places = core.checkpoints(arrived.hashes, arrived.page_size_tokens)
-    look = await recorder.look(arrived.tenant, arrived.session_id, places)
+    look = await recorder.look(request, places)
     known, now = look if isinstance(look, Look) else None, clock()
     claimed = replace(known.claimed, round_id=arrived.round_id) if known else None
     answer = core.explain(arrived, claimed, now)

@@ -81,12 +81,17 @@ class Ledger:
         ttl_s: float,
         slo_ttft_s: float = 0.0,
         slo_itl_s: float = 0.0,
+        parent_id: str | None = None,
+        own_ttl_s: float | None = None,
+        final: bool = False,
     ) -> Claimed:
         """Lease the session for this round; never waits for a busy session, never refuses one.
 
         When a live round of a live replica holds the session, the answer names a new one, forked from it.
-        `candidates` are (tokens, page hash), longest first; a long list is thinned. Repeating a claim gives
-        the same answer. Raises `LedgerUnavailable`, or `RoundTaken` if another live replica runs this round.
+        `candidates` are (tokens, page hash), longest first; a long list is thinned. A new session with a
+        `parent_id` starts with that one's home and tip. `own_ttl_s` is kept as the session's own, over
+        `ttl_s`; `final` closes the session when this round has completed. Repeating a claim gives the same
+        answer. Raises `LedgerUnavailable`, or `RoundTaken` if another live replica runs this round.
         """
         self.not_if_it_failed()
         c = self.connection
@@ -100,6 +105,8 @@ class Ledger:
         arguments = [
             c.tag, escaped(replica), round_id, session_id, tenant, _milliseconds(ttl_s), self._lease_ms,
             fork_of, c.session_key(tenant, fork_of), secrets.token_hex(8), slo_ttft_s, slo_itl_s,
+            parent_id or "", c.session_key(tenant, parent_id) if parent_id else "",
+            _milliseconds(own_ttl_s) if own_ttl_s is not None else "", int(final),
         ]  # fmt: skip
         try:
             answer = await c.script("claim", keys, arguments)
@@ -111,11 +118,17 @@ class Ledger:
         return read_claim(round_id, answer)
 
     async def look(
-        self, *, replica: str, session_id: str, tenant: str, candidates: Sequence[tuple[int, bytes]]
+        self,
+        *,
+        replica: str,
+        session_id: str,
+        tenant: str,
+        candidates: Sequence[tuple[int, bytes]],
+        parent_id: str | None = None,
     ) -> Look:
         """What a claim would be told now. Reads only: no lease, no fence, no TTL is touched.
 
-        `candidates` as for `claim`. Raises `LedgerUnavailable`.
+        `candidates` and `parent_id` as for `claim`. Raises `LedgerUnavailable`.
         """
         self.not_if_it_failed()
         c = self.connection
@@ -124,7 +137,9 @@ class Ledger:
             c.session_key(tenant, session_id),
             *c.residency_keys(tenant, [page_hash for _, page_hash in thin(candidates)]),
         ]
-        return read_look(session_id, await c.script("look", keys, [c.tag, escaped(replica)]))
+        parent_key = c.session_key(tenant, parent_id) if parent_id else ""
+        arguments = [c.tag, escaped(replica), parent_key, parent_id or ""]
+        return read_look(session_id, await c.script("look", keys, arguments))
 
     async def rehome(
         self, *, fence: int, session_id: str, tenant: str, from_home: str, to_home: str

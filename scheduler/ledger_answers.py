@@ -44,7 +44,8 @@ class Look:
 
 def read_claim(round_id: str, answer: Sequence[Any]) -> Claimed:
     """Of claim.lua."""
-    fence, _, session_id, parent_id, rounds, home, holdings, totals, tip = answer
+    fence, _, session_id, parent_id, rounds, home, holdings, totals, tip, *of_session = answer
+    ttl_ms, ttft_s, itl_s, expected = of_session
     return Claimed(
         round_id=round_id,
         fence=int(fence),
@@ -55,12 +56,16 @@ def read_claim(round_id: str, answer: Sequence[Any]) -> Claimed:
         holdings=_read_holdings(holdings),
         others=_summed(totals),
         tip=_read_tip(tip),
+        ttl_s=int(ttl_ms) / 1000,
+        slo_ttft_s=float(ttft_s or 0.0),
+        slo_itl_s=float(itl_s or 0.0),
+        expected_rounds=int(expected or 0),
     )
 
 
 def read_look(session_id: str, answer: Sequence[Any]) -> Look:
     """Of look.lua."""
-    known, busy, parent_id, rounds, home, holdings, totals, tip = answer
+    known, busy, parent_id, rounds, home, holdings, totals, tip, ttft_s, itl_s, expected = answer
     claimed = Claimed(
         round_id="",
         fence=0,
@@ -71,6 +76,9 @@ def read_look(session_id: str, answer: Sequence[Any]) -> Look:
         holdings=_read_holdings(holdings),
         others=_summed(totals),
         tip=_read_tip(tip),
+        slo_ttft_s=float(ttft_s or 0.0),
+        slo_itl_s=float(itl_s or 0.0),
+        expected_rounds=0 if busy else int(expected or 0),
     )
     return Look(bool(known), bool(busy), claimed)
 

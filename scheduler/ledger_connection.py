@@ -11,6 +11,7 @@ percent-encoded in keys, so that no name can reach another's record:
     {antiphon:F}:chain:SCOPE:VALUE  string whose conversation has come there; turn:SCOPE:VALUE: ended so; TTL
     {antiphon:F}:api_keys, api_key_names   hash   digest -> an API key's record; name -> digest
     {antiphon:F}:limit:NAME, limit_sessions:NAME   what the API key NAME has used; TTL
+    {antiphon:F}:own:TENANT, kids:TENANT:ID   a tenant's sessions by age; ids of a session's children; TTL
     {antiphon:F}:replicas, sessions, receipts, counters
 """
 
@@ -34,13 +35,15 @@ from antiphon.engines.registry import fleet_tag, shown
 T = TypeVar("T")
 
 SCRIPTS = {
-    "claim": ("reading", "claim"),
+    "claim": ("reading", "records", "claim"),
     "look": ("reading", "look"),
     "rehome": ("rehome",),
-    "complete": ("complete",),
-    "release": ("release",),
+    "complete": ("records", "complete"),
+    "release": ("records", "release"),
     "heartbeat": ("heartbeat",),
     "remember": ("remember",),
+    "session_put": ("records", "session_put"),
+    "session_close": ("reading", "session_close"),
     "respond": ("respond",),
     "limit": ("limit",),
     "log_append": ("log_append",),
@@ -153,6 +156,13 @@ class LedgerConnection:
 
     def session_key(self, tenant: str, session_id: str) -> str:
         return f"{self.tag}:sess:{escaped(tenant)}:{escaped(session_id)}"
+
+    def own_key(self, tenant: str) -> str:
+        """The tenant's sessions, by age."""
+        return f"{self.tag}:own:{escaped(tenant)}"
+
+    def children_key(self, tenant: str, session_id: str) -> str:
+        return f"{self.tag}:kids:{escaped(tenant)}:{escaped(session_id)}"
 
     def residency_keys(self, tenant: str, page_hashes: Sequence[bytes]) -> list[str]:
         """Content is shared within a tenant only: the tenant's digest stands in the key."""

@@ -46,7 +46,7 @@ async def sessions(
     """
     names, next_cursor = await _session_keys(connection, limit, cursor, tenant)
     records = await connection.commands([("HGETALL", name) for name in names])
-    return tuple(_session(fields) for fields in records if "session_id" in fields), next_cursor
+    return tuple(session_record(fields) for fields in records if "session_id" in fields), next_cursor
 
 
 async def _session_keys(
@@ -92,7 +92,8 @@ def _receipt(at: str, row: Mapping[str, str]) -> dict[str, Any]:
     return {**receipt, "tenant": row["tenant"], "recorded_s": int(at.split("-")[0]) / 1000}
 
 
-def _session(fields: Mapping[str, str]) -> SessionRecord:
+def session_record(fields: Mapping[str, str]) -> SessionRecord:
+    """Of a session's hash."""
     return SessionRecord(
         session_id=fields["session_id"],
         tenant=fields.get("tenant", ""),

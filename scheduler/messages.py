@@ -60,6 +60,15 @@ class RoundArrived(Struct, frozen=True, gc=False):
     max_output_tokens: int
     slo_ttft_s: float
     slo_itl_s: float
+    expected_output_tokens: int | None = None
+    """As the client says; None = not told, as in the next ones."""
+    next_output_tokens: int | None = None
+    """Of the session's next round."""
+    remaining_rounds: int | None = None
+    """After this one; 0 = the session ends with it."""
+    expected_gap_s: float | None = None
+    """From the end of this answer to the next request."""
+    priority: int = 0
 
 
 class Claimed(Struct, frozen=True, gc=False):
@@ -78,6 +87,13 @@ class Claimed(Struct, frozen=True, gc=False):
     """Engine id -> the other replicas' reservations there, summed."""
     tip: tuple[bytes, Holding] | None = None
     """Where the session's last round ended: the hash of its last whole page, and who holds it up to there."""
+    ttl_s: float = 0.0
+    """How long the session is kept when idle: for the answer, not for the core."""
+    slo_ttft_s: float = 0.0
+    """The session's own targets, where the round names none; 0 = it has none."""
+    slo_itl_s: float = 0.0
+    expected_rounds: int = 0
+    """As the session was created with; 0 = not told."""
 
 
 class ClaimLost(Struct, frozen=True, gc=False):
@@ -165,13 +181,20 @@ class ClientGone(Struct, frozen=True, gc=False):
     round_id: str
 
 
+class SessionEnded(Struct, frozen=True, gc=False):
+    """The session is over, as its client says: its KV is not expected to be asked for again."""
+
+    tenant: str
+    session_id: str
+
+
 class Tick(Struct, frozen=True, gc=False):
     """`next_deadline()` has come."""
 
 
 Event = (
     RoundArrived | Claimed | ClaimLost | PrefetchDone | PrefillDone | FirstToken | RoundFinished
-    | EngineFailed | EngineUp | EngineDown | LoadReported | ClientGone | Tick
+    | EngineFailed | EngineUp | EngineDown | LoadReported | ClientGone | SessionEnded | Tick
 )  # fmt: skip
 
 

@@ -40,6 +40,10 @@ class Metrics:
             "client_disconnects", "Clients that went away before their answer ended", "phase"
         )
         self.errors = self._counter("errors", "Error answers and error events, by code", "code")
+        self.identified = self._counter("sessions_identified", "Rounds, by what named their session", "by")
+        self.identity_lookups_failed = self._counter(
+            "identity_lookups_failed", "Conversations taken for new because the ledger was away"
+        )
 
     def _rounds(self) -> None:
         self.rounds = self._counter("rounds", "Rounds that ended", "arm", "outcome")

@@ -98,22 +98,29 @@ class Recorder:
                 ttl_s=self._config.session_ttl_s,
                 slo_ttft_s=request.slo_ttft_s,
                 slo_itl_s=request.slo_itl_s,
+                parent_id=request.parent_id,
+                own_ttl_s=request.hints.ttl_s,
+                final=request.final,
             )
         except (LedgerUnavailable, RoundTaken) as error:
             return ClaimLost(request.round_id, str(error))
-        return self._own(claimed)
+        return _asked(request, self._own(claimed))
 
     async def look(
-        self, tenant: str, session_id: str, candidates: Sequence[tuple[int, bytes]]
+        self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
     ) -> Look | LedgerUnavailable:
         """What a claim would be told, without claiming; the error if the ledger is away."""
         try:
             look = await self._ledger.look(
-                replica=self._replica, session_id=session_id, tenant=tenant, candidates=candidates
+                replica=self._replica,
+                session_id=request.session_id,
+                tenant=request.tenant,
+                candidates=candidates,
+                parent_id=request.parent_id,
             )
         except LedgerUnavailable as error:
             return error
-        return dataclasses.replace(look, claimed=self._own(look.claimed))
+        return dataclasses.replace(look, claimed=_asked(request, self._own(look.claimed)))
 
     def _own(self, claimed: Claimed) -> Claimed:
         """Without a home and an end that are another model's."""
@@ -177,3 +184,12 @@ class Recorder:
                 log.warning("round %s was fenced off: a newer claim has its session", receipt.round_id)
             return
         log.error("round %s was never recorded: the ledger stayed away", receipt.round_id)
+
+
+def _asked(request: RoundRequest, claimed: Claimed) -> Claimed:
+    """With the session's own targets only where the request names none."""
+    ttft_s = claimed.slo_ttft_s if request.hints.ttft_s is None else 0.0
+    itl_s = claimed.slo_itl_s if request.hints.itl_s is None else 0.0
+    if (ttft_s, itl_s) == (claimed.slo_ttft_s, claimed.slo_itl_s):
+        return claimed
+    return structs.replace(claimed, slo_ttft_s=ttft_s, slo_itl_s=itl_s)

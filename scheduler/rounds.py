@@ -85,6 +85,8 @@ class RoundHandle:
         self.session_id = request.session_id
         """The session that the round really ran in: another than asked for when it became a fork."""
         self.parent_id: str | None = None
+        self.expires_in_s: float | None = None
+        """How long the session is kept after this round, idle; None = the ledger was not asked."""
         self.round_number = 0
         self.arm = ""
         self.receipt: Receipt | None = None

@@ -39,6 +39,7 @@ from antiphon.scheduler.messages import (
     Reserved,
     RoundArrived,
     RoundFinished,
+    SessionEnded,
     Tick,
 )
 from antiphon.scheduler.recorder import Recorder
@@ -140,10 +141,11 @@ class Runtime:
 
     async def explain(self, request: RoundRequest) -> Explanation:
         """What would be decided of the round if it came now. Nothing is begun, reserved or written."""
-        return await explain(self._core, self._recorder, self._arrived(request), self._clock)
+        return await explain(self._core, self._recorder, request, self._arrived(request), self._clock)
 
     def _arrived(self, request: RoundRequest) -> RoundArrived:
         hashes: tuple[bytes, ...] = ()
+        hints = request.hints
         if self._hashing:
             hashes = request.prompt.hashes(self._page_tokens, seed_of(request))
         return RoundArrived(
@@ -156,7 +158,16 @@ class Runtime:
             max_output_tokens=request.max_output_tokens,
             slo_ttft_s=request.slo_ttft_s,
             slo_itl_s=request.slo_itl_s,
+            expected_output_tokens=hints.expected_output_tokens,
+            next_output_tokens=hints.next_output_tokens,
+            remaining_rounds=0 if request.final else hints.remaining_rounds,
+            expected_gap_s=hints.expected_gap_s,
+            priority=hints.priority or 0,
         )
+
+    def session_ended(self, tenant: str, session_id: str) -> None:
+        """The session is over: nothing is kept for it any more."""
+        self.post(SessionEnded(tenant, session_id))
 
     def post(self, event: Event) -> None:
         """Give an event to the core and carry out what it commands."""
@@ -285,6 +296,7 @@ class Runtime:
         if isinstance(answer, Claimed):
             live.fence, live.claimed = answer.fence, True
             live.handle.session_id, live.handle.parent_id = answer.session_id, answer.parent_id
+            live.handle.expires_in_s = answer.ttl_s
         return answer
 
     async def _generate(self, live: LiveRound, command: Generate) -> Event | None:

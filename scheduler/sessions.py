@@ -17,6 +17,8 @@ class Session:
     round_number: int
     output_tokens: float = 0.0
     """Mean length of its answers, later ones counting more; 0 before the first has ended."""
+    next_output_tokens: int = 0
+    """Of its next answer, as its client has said; 0 = it has not."""
 
 
 OUTPUT_WEIGHT = 0.1
@@ -68,18 +70,28 @@ class SessionTable:
         self._fleet.books[home].set_session(key, tokens)
         self._trim(now)
 
-    def answered(self, key: SessionKey, tokens: int) -> None:
-        """A round of the session has ended with so many tokens of output."""
+    def answered(self, key: SessionKey, tokens: int, next_tokens: int = 0) -> None:
+        """A round of the session has ended with so many tokens of output; the next, it says, will have
+        `next_tokens` (0: it says nothing)."""
         tokens = max(1, tokens)
         self.output_tokens = _mean(self.output_tokens, tokens)
         session = self._sessions.get(key)
         if session is not None:
             session.output_tokens = _mean(session.output_tokens, tokens)
+            session.next_output_tokens = next_tokens
+
+    def end(self, key: SessionKey) -> bool:
+        """The session is over; False if it was unknown."""
+        session = self._sessions.pop(key, None)
+        if session is not None:
+            self._leave_home(key, session)
+        return session is not None
 
     def expected_output(self, session: Session | None) -> int:
         """Tokens that the session's next answer is expected to have; 0 = nothing is known."""
-        mean = session.output_tokens if session is not None else 0.0
-        return round(mean or self.output_tokens)
+        if session is None:
+            return round(self.output_tokens)
+        return session.next_output_tokens or round(session.output_tokens or self.output_tokens)
 
     def engine_returned(self, engine_id: str) -> None:
         """A new incarnation took over the name: its sessions still have their home there, with no KV."""

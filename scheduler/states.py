@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from antiphon.policies.base import Arm, Placement
 from antiphon.scheduler.messages import (
@@ -103,6 +104,8 @@ class Round(Struct):
     session_id: str = ""
     phase: Phase = Phase.CLAIMING
     round_number: int = 1
+    ends: bool = False
+    """Its session is over with it."""
     degraded: bool = False
     tries: list[Try] = field(default_factory=list)
     excluded: frozenset[str] = frozenset()
@@ -185,8 +188,21 @@ class Round(Struct):
         self.entered_s = now
 
 
+def with_session(round: Round, claimed: Claimed) -> None:
+    """Take over what a claim tells of the round's session: its name, and what it was created with."""
+    round.session_id = claimed.session_id
+    round.round_number = claimed.round_number
+    arrived = round.arrived
+    if claimed.slo_ttft_s or claimed.slo_itl_s:
+        ttft_s, itl_s = claimed.slo_ttft_s or arrived.slo_ttft_s, claimed.slo_itl_s or arrived.slo_itl_s
+        round.arrived = replace(arrived, slo_ttft_s=ttft_s, slo_itl_s=itl_s)
+    if claimed.expected_rounds and arrived.remaining_rounds is None:
+        round.ends = claimed.round_number >= claimed.expected_rounds
+
+
 def new_round(arrived: RoundArrived, now: float, deadline_s: float) -> Round:
     """The record of a round that has just arrived."""
     digest = hashlib.sha256(f"{arrived.session_id}\0{arrived.round_id}".encode()).digest()
     seed = int.from_bytes(digest[:8], "little")
-    return Round(arrived.round_id, arrived, now, deadline_s, seed, arrived.session_id)
+    ends = arrived.remaining_rounds == 0
+    return Round(arrived.round_id, arrived, now, deadline_s, seed, arrived.session_id, ends=ends)

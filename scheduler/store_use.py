@@ -39,6 +39,10 @@ class Returns:
         """A session's first round."""
         self._began += 1
 
+    def said_so(self) -> None:
+        """A session that has told that it ends: no idle one is taken for it."""
+        self._began = max(0, self._began - 1)
+
     def came_back(self, gap_s: float) -> bool:
         """A later one, so long after the one before was last heard of; True when the horizon changed."""
         bucket, limit_s = 0, 1.0
@@ -91,6 +95,10 @@ class StoreUse:
             self._idle[session] = tokens, now
             self._tokens += tokens
             self._forget(now)
+
+    def drop(self, session: SessionKey) -> bool:
+        """The session is not expected back; one that is at work stays. True if it was there."""
+        return session in self._idle and self._take_out(session) > 0
 
     def _take_out(self, session: SessionKey) -> int:
         tokens = self._working.pop(session, 0)

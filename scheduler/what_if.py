@@ -14,7 +14,7 @@ from antiphon.policies.base import ClusterView, EngineView, Placement, Policy, R
 from antiphon.scheduler.books import Books, claimed_holdings, session_key
 from antiphon.scheduler.fleet import NO_TOTALS, EngineBook
 from antiphon.scheduler.messages import Claimed, RoundArrived, Totals
-from antiphon.scheduler.states import Round, new_round
+from antiphon.scheduler.states import Round, new_round, with_session
 
 
 def explain(
@@ -24,7 +24,7 @@ def explain(
     round = new_round(arrived, now, now)
     if claimed is None:
         return policy.place(books.view(round, now), books.cluster(now))
-    round.session_id = claimed.session_id
+    with_session(round, claimed)
     return policy.place(_round_view(books, round, claimed, now), _cluster(books, round, claimed, now))
 
 

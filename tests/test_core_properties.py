@@ -34,6 +34,7 @@ from antiphon.scheduler.messages import (
     Refuse,
     Rehome,
     RoundFinished,
+    SessionEnded,
     Tick,
     Totals,
 )
@@ -195,6 +196,10 @@ class Machine(RuleBasedStateMachine):
     @rule(engine=st.sampled_from(sorted(ENGINES)), used_tokens=st.integers(0, 40_000))
     def an_engine_tells_its_load(self, engine: str, used_tokens: int) -> None:
         self.send(LoadReported(engine, used_tokens))
+
+    @rule(session=st.integers(0, 5))
+    def a_session_ends(self, session: int) -> None:
+        self.send(SessionEnded("t", f"s{session}"))
 
     @precondition(lambda self: self.core.rounds)
     @rule(data=st.data())

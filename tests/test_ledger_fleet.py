@@ -239,7 +239,7 @@ def test_what_a_round_writes_expires(valkey_url: str) -> None:
             bounded = {"fence", "sessions", "receipts", "counters", "replicas"}
             keys = [key async for key in ledger.connection.redis.scan_iter(f"{tag}:*", 1000)]
             assert {key.removeprefix(f"{tag}:") for key in keys} >= bounded
-            assert len(keys) == len(bounded) + 7
+            assert len(keys) == len(bounded) + 8
             for key in keys:
                 lasting = key.removeprefix(f"{tag}:") in bounded
                 assert (await ledger.connection.command("PTTL", key) == -1) == lasting, key
@@ -251,7 +251,8 @@ def test_scripts_use_commands_of_redis_6_2_only() -> None:
     """No FUNCTION, no per-field TTL: any Redis or Valkey since 6.2 will do."""
     allowed = {
         "TIME", "EXISTS", "HSETNX", "HGET", "HSET", "HMGET", "HDEL", "HINCRBY", "HGETALL", "PEXPIRE", "ZADD",
-        "ZREM", "ZREMRANGEBYSCORE", "SMEMBERS", "SADD", "SREM", "GET", "SET", "DEL", "XADD",
+        "ZREM", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "SMEMBERS", "SADD", "SREM", "GET", "SET", "DEL", "XADD",
+        "HEXISTS", "PTTL", "LTRIM", "RPUSH", "COPY", "LLEN", "LRANGE", "LINDEX", "ZSCORE", "ZCARD",
     }  # fmt: skip
     for name in {part for parts in SCRIPTS.values() for part in parts}:
         text = (resources.files("antiphon.scheduler") / "data" / f"{name}.lua").read_text()

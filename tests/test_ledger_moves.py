@@ -11,9 +11,11 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 
+from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Moved
 from antiphon.scheduler.messages import Claimed, Outcome, Rehome, Totals
 from antiphon.scheduler.recorder import Recorder
+from antiphon.scheduler.rounds import RoundRequest
 from tests.ledger_helpers import TTL_S, claim, complete, ledger_at, page
 
 
@@ -110,10 +112,11 @@ def test_a_ledger_that_is_away_costs_a_note(silent_url: str, caplog: pytest.LogC
         async with ledger_at(silent_url, deadline_s=0.1) as ledger:
             counted: list[str] = []
             recorder = Recorder(ledger, "A", on_move=counted.append)
+            request = RoundRequest("r", "s", "t", "/v1/x", Prompt((1,)), {}, 1, 1.0, 1.0)
             async with asyncio.timeout(5.0):
                 await recorder.rehome("t", "s", 7, Rehome("r1", "d0", "d1"))
                 await recorder.rehome("t", "s", 0, Rehome("r2", "d0", "d1"))
-                assert isinstance(await recorder.look("t", "s", ()), LedgerUnavailable)
+                assert isinstance(await recorder.look(request, ()), LedgerUnavailable)
             assert counted == ["away", "unclaimed"]
 
     asyncio.run(scenario())
@@ -156,12 +159,12 @@ def test_a_look_tells_what_a_claim_would_and_changes_nothing(valkey_url: str) ->
                 assert await everything(ledger) == before
                 assert (look.known, look.busy) == (number > 0, False)
                 got = await claim(ledger, "A", f"r{number}", candidates=candidates)
-                assert replace(look.claimed, round_id=got.round_id, fence=got.fence) == got
+                assert replace(look.claimed, round_id=got.round_id, fence=got.fence, ttl_s=TTL_S) == got
                 assert got.others == {"d0": Totals(1.5, 1, 2, 3000)} and len(got.holdings) == 2 * (number > 0)
                 busy = await ledger.look(replica="A", session_id="s", tenant="t", candidates=candidates)
                 fork = await claim(ledger, "A", f"f{number}", candidates=candidates)
                 assert busy.busy and busy.claimed.parent_id == "s" == fork.parent_id
-                same = replace(fork, round_id="", fence=0, session_id="s")
+                same = replace(fork, round_id="", fence=0, session_id="s", ttl_s=0.0)
                 assert busy.claimed == same
                 await complete(ledger, "A", got, holdings=held, home="d0")
 

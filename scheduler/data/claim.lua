@@ -2,9 +2,11 @@
 --
 -- KEYS  1 fence, 2 replicas, 3 session index, 4 round, 5 session, 6.. residency, longest prefix first
 -- ARGV  1 key prefix of the fleet, 2 replica, 3 round id, 4 session id, 5 tenant, 6 session TTL ms, 7 lease ms,
---       8 head of a fork's id, 9 head of a fork's key, 10 epoch for an empty ledger, 11 TTFT SLO, 12 ITL SLO
--- Answers {fence, epoch, session id, parent id, rounds so far, home, {engine, value, ...}, {totals, ...}, tip}:
--- the tip is where the session's last round ended and who holds it, "hash|tokens|incarnation|engine" or ''.
+--       8 head of a fork's id, 9 head of a fork's key, 10 epoch for an empty ledger, 11 TTFT SLO, 12 ITL SLO,
+--       13 parent id or '', 14 the parent's key, 15 the session's own TTL ms or '', 16 '1' if this is its last round
+-- Answers {fence, epoch, session id, parent id, rounds so far, home, {engine, value, ...}, {totals, ...}, tip,
+-- TTL ms, TTFT SLO and ITL SLO that the session was created with, rounds expected}: the tip is where the session's
+-- last round ended and who holds it, "hash|tokens|incarnation|engine"; '' stands for what there is not.
 local round_id = ARGV[3]
 local ttl_ms, lease_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
 
@@ -34,30 +36,33 @@ if lease[1] == round_id and lease[2] == replica then
 else
     fence = next_fence()
     if holds(lease) then
-        local parent, of_parent = session_id, redis.call('HMGET', key, 'home', 'tip')
+        local parent_id, parent_key = session_id, key
         local suffix = string.format('~%x', fence)
         while redis.call('EXISTS', ARGV[9] .. suffix) == 1 do
             fence = next_fence()
             suffix = string.format('~%x', fence)
         end
         key, session_id = ARGV[9] .. suffix, ARGV[8] .. suffix
-        redis.call('HSET', key, 'parent_id', parent)
-        if of_parent[1] then redis.call('HSET', key, 'home', of_parent[1]) end
-        if of_parent[2] then redis.call('HSET', key, 'tip', of_parent[2]) end
+        link(key, session_id, parent_key, parent_id, ttl_ms)
     end
 end
+link(key, session_id, ARGV[14], ARGV[13], ttl_ms)
+if ARGV[15] ~= '' then redis.call('HSET', key, 'ttl_ms', ARGV[15]) end
+ttl_ms = tonumber(redis.call('HGET', key, 'ttl_ms')) or ttl_ms
 
 local fence_text, until_ms = string.format('%.0f', fence), string.format('%.0f', now_ms + lease_ms)
 redis.call('HSET', key, 'session_id', session_id, 'tenant', ARGV[5], 'slo_ttft_s', ARGV[11], 'slo_itl_s', ARGV[12],
     'lease_round', round_id, 'lease_replica', replica, 'lease_until', until_ms, 'lease_fence', fence_text,
     'updated_ms', string.format('%.0f', now_ms))
-redis.call('HSETNX', key, 'created_ms', string.format('%.0f', now_ms))
-local keep_ms = math.max(ttl_ms, lease_ms)
-redis.call('PEXPIRE', key, keep_ms)
-redis.call('ZADD', KEYS[3], string.format('%.0f', now_ms + keep_ms), key)
+redis.call('HDEL', key, 'closed_ms', 'closing') -- a closed session that is used again is open
+if ARGV[16] == '1' then redis.call('HSET', key, 'closing', 'after_round') end
+begin(key, now_ms)
+keep(KEYS[3], key, now_ms, math.max(ttl_ms, lease_ms))
 redis.call('HSET', KEYS[4], 'session_key', key, 'session_id', session_id, 'replica', replica, 'lease_until', until_ms)
 redis.call('PEXPIRE', KEYS[4], lease_ms)
 
-local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home', 'tip')
+local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home', 'tip', 'want_ttft_s', 'want_itl_s',
+    'expected_rounds')
 return {fence_text, redis.call('HGET', KEYS[1], 'epoch'), session_id, record[1] or '', record[2] or '0',
-    record[3] or '', read_holdings(6, ttl_ms), read_totals(KEYS[2]), record[4] or ''}
+    record[3] or '', read_holdings(6, ttl_ms), read_totals(KEYS[2]), record[4] or '', text(ttl_ms),
+    record[5] or '', record[6] or '', record[7] or ''}

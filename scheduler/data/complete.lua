@@ -16,7 +16,7 @@ local done = redis.call('HGET', KEYS[2], 'done')
 if done == fence then return {1, epoch} end
 
 local session = redis.call('HMGET', KEYS[3], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until',
-    'last_fence', 'rounds')
+    'last_fence', 'rounds', 'ttl_ms', 'doc', 'closing')
 local ours = session[1] == round_id and session[2] == replica
 local newer = math.max(tonumber(session[3]) or 0, tonumber(session[5]) or 0)
 local claimed = fence ~= '0'
@@ -31,12 +31,11 @@ local other_runs = session[1] and not ours and tonumber(session[4]) > now_ms
 if claimed or not other_runs then
     local rounds = tonumber(session[6]) or 0
     if outcome ~= 'refused' then rounds = rounds + 1 end
-    if rounds == 0 then
-        redis.call('DEL', KEYS[3])
-        redis.call('ZREM', KEYS[4], KEYS[3])
+    if rounds == 0 and not session[8] then -- nobody else has spoken of it
+        forget(KEYS[4], KEYS[3])
     else
         redis.call('HSET', KEYS[3], 'session_id', ARGV[5], 'tenant', ARGV[6], 'rounds', rounds, 'updated_ms', now_text)
-        redis.call('HSETNX', KEYS[3], 'created_ms', now_text)
+        begin(KEYS[3], now_ms)
         redis.call('HDEL', KEYS[3], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until')
         if claimed then redis.call('HSET', KEYS[3], 'last_fence', fence) end
         if outcome == 'completed' then
@@ -46,11 +45,14 @@ if claimed or not other_runs then
             redis.call('HINCRBY', KEYS[3], 'completion_tokens', ARGV[11])
             redis.call('HINCRBY', KEYS[3], 'cached_tokens', ARGV[12])
         end
-        redis.call('PEXPIRE', KEYS[3], ttl_ms)
-        redis.call('ZADD', KEYS[4], string.format('%.0f', now_ms + ttl_ms), KEYS[3])
+        redis.call('HDEL', KEYS[3], 'closing')
+        if session[9] == 'at_once' or session[9] == 'after_round' and outcome == 'completed' then
+            redis.call('HSET', KEYS[3], 'closed_ms', now_text)
+        end
+        keep(KEYS[4], KEYS[3], now_ms, tonumber(session[7]) or ttl_ms)
     end
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now_text)
+sweep(KEYS[4], now_ms)
 
 redis.call('HSET', KEYS[2], 'done', fence)
 redis.call('PEXPIRE', KEYS[2], ARGV[15])

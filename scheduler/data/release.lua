@@ -5,12 +5,11 @@
 local round = redis.call('HMGET', KEYS[1], 'session_key', 'replica', 'done')
 if not round[1] or round[2] ~= ARGV[1] or round[3] then return 0 end
 redis.call('DEL', KEYS[1])
-local session = redis.call('HMGET', round[1], 'lease_round', 'lease_replica', 'rounds')
+local session = redis.call('HMGET', round[1], 'lease_round', 'lease_replica', 'rounds', 'doc')
 if session[1] ~= ARGV[2] or session[2] ~= ARGV[1] then return 0 end
-if session[3] then
-    redis.call('HDEL', round[1], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until')
+if session[3] or session[4] then
+    redis.call('HDEL', round[1], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until', 'closing')
 else
-    redis.call('DEL', round[1])
-    redis.call('ZREM', KEYS[2], round[1])
+    forget(KEYS[2], round[1])
 end
 return 1
