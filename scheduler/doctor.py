@@ -154,7 +154,11 @@ async def check_fleet(records: Sequence[EngineRecord], fleet: str, fleet_key: by
                 linked.append(engine)
                 checks.append(await check_page_hashes(engine))
         for at, source in enumerate(linked):
-            pullers = [*linked[at + 1 :], *linked[:at]][:MAX_PULLERS]
+            # Pages never move between engines of different models.
+            others = [
+                engine for engine in (*linked[at + 1 :], *linked[:at]) if _model(engine) == _model(source)
+            ]
+            pullers = others[:MAX_PULLERS]
             checks += await check_transfers(source, pullers)
         if len(linked) == 1:
             fix = "start another one with the linker"
@@ -202,6 +206,10 @@ async def check_page_hashes(engine: Engine) -> Check:
             fix = f"is it SGLang {SGLANG_VERSION}? other versions may hash otherwise; see the engine's log"
             return Check(name, False, detail, fix)
     return Check(name, True, "equal to ours, with and without a cache salt")
+
+
+def _model(engine: Engine) -> str | None:
+    return engine.hello.model_id if engine.hello is not None else None
 
 
 async def check_transfers(source: Engine, pullers: Sequence[Engine]) -> list[Check]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from antiphon.policies.registry import ORDERINGS, POLICIES
-from antiphon.scheduler.config import Config, load_config
+from antiphon.scheduler.access_config import KeyConfig
+from antiphon.scheduler.config import Config, EngineConfig, ServedModelConfig, load_config
 from antiphon.scheduler.states import ACCEPTS, SUCCESSORS, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,16 +55,23 @@ def test_the_table_of_phases_is_that_of_the_code() -> None:
 
 def test_the_configuration_reference_is_complete(tmp_path: Path) -> None:
     """The file in docs/operations.md loads, names every key, and shows the defaults."""
-    (shown,) = re.findall(r"```toml\n(.*?)```", text("docs/operations.md"), re.DOTALL)
+    shown, lists = re.findall(r"```toml\n(.*?)```", text("docs/operations.md"), re.DOTALL)
     path = tmp_path / "antiphon.toml"
     path.write_text(shown)
     loaded = load_config(path, env={})
     assert dataclasses.replace(loaded, engines=(), policy=Config().policy) == Config()
     table = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", shown, flags=re.MULTILINE))
     for section in dataclasses.fields(Config):
-        if section.name not in ("engines", "policy"):
+        if not isinstance(getattr(Config(), section.name), tuple | Mapping):
             known = {field.name for field in dataclasses.fields(getattr(Config(), section.name))}
             assert set(table[section.name]) == known, section.name
+    path.write_text(lists)
+    load_config(path, env={})
+    entries = tomllib.loads(lists) | {"engines": table["engines"]}
+    assert set(entries["models"][0]) == {field.name for field in dataclasses.fields(ServedModelConfig)}
+    assert set(entries["engines"][0]) == {field.name for field in dataclasses.fields(EngineConfig)}
+    named = {field.name for field in dataclasses.fields(KeyConfig) if field.name in lists}
+    assert named == {field.name for field in dataclasses.fields(KeyConfig)}
     for name, parameters in loaded.policy.items():
         entry = POLICIES[name]
         assert dict(parameters) == dataclasses.asdict(entry.parameters())
