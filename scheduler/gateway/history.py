@@ -166,7 +166,8 @@ def same_calls(part: Part, reply: Message, theirs: Message) -> bool:
 def after_reply(tokenizer: PromptTokenizer, part: Part, upto: str, at: int) -> int | None:
     """Where the text goes on behind the generated ids, when it shows the reply from `at` on and ends there.
 
-    What ends a turn was generated too, if the model came to an end by itself.
+    What ends a turn was generated too, if the model came to an end by itself. None if there is more between
+    what was generated and what is shown than spaces.
     """
     last = part.upto[-1]
     ended = part.end > part.start and last in tokenizer.eos_ids
@@ -174,7 +175,12 @@ def after_reply(tokenizer: PromptTokenizer, part: Part, upto: str, at: int) -> i
     found = upto.rfind(mark, at) if mark else -1
     if found < 0:
         return None
-    return found + len(mark) if ended else found
+    end = found + len(mark) if ended else found
+    return end if _squeezed(upto[at:end]) == _squeezed(text_of(tokenizer, part)) else None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 # ---------------------------------------------------------------- new messages only
