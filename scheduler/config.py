@@ -258,9 +258,10 @@ def _refuse_unknown(kind: type, table: object, where: str) -> None:
         if dataclasses.is_dataclass(hints[key]):
             _refuse_unknown(hints[key], value, path)
         elif isinstance(value, list):
-            for item_kind in filter(dataclasses.is_dataclass, typing.get_args(hints[key])):
-                for index, item in enumerate(value):
-                    _refuse_unknown(item_kind, item, f"{path}[{index}]")
+            for item_kind in typing.get_args(hints[key]):
+                if isinstance(item_kind, type) and dataclasses.is_dataclass(item_kind):
+                    for index, item in enumerate(value):
+                        _refuse_unknown(item_kind, item, f"{path}[{index}]")
 
 
 def _fields(section: Any) -> dict[str, Any]:

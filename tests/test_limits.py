@@ -259,7 +259,7 @@ def test_rounds_in_flight(tiny_model_dir: Path) -> None:
             third = asyncio.create_task(status(gateway, A))
             await until(lambda: len(gateway.runner.requests) == 4)
             go.set()
-            assert await asyncio.gather(first[1], other, third) == [OK, OK, OK]
+            assert set(await asyncio.gather(first[1], other, third)) == {OK}
             assert await status(gateway, A) == OK
 
     asyncio.run(scenario())
