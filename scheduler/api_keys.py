@@ -125,7 +125,7 @@ class KeyRing:
     ) -> None:
         """`ledger` counts if the configuration says so. Raises `UserError` if the environment lacks a key."""
         self._configured = [(_digest(key, env), _from_config(key)) for key in config.keys]
-        self._ledger = ledger if config.access.ledger_keys else None
+        self._ledger = ledger
         self._access = config.access
         self._clock = clock
         self._max_cached = max_cached
@@ -134,7 +134,7 @@ class KeyRing:
     @property
     def required(self) -> bool:
         """A request needs a key; else any is taken, and none."""
-        return bool(self._configured) or self._ledger is not None
+        return bool(self._configured) or self._access.ledger_keys
 
     async def find(self, presented: bytes) -> ApiKey | None:
         """None for a key that nobody knows. Raises `LedgerUnavailable` if only the ledger could say."""
@@ -143,8 +143,10 @@ class KeyRing:
         for known, key in self._configured:  # all of them: the time must not say which one it was
             if hmac.compare_digest(known, digest):
                 found = key
-        if found is not None or self._ledger is None:
+        if found is not None or not self._access.ledger_keys:
             return found
+        if self._ledger is None:
+            raise LedgerUnavailable("this gateway has no ledger to look for keys in")
         return await self._in_ledger(self._ledger, digest)
 
     async def _in_ledger(self, ledger: LedgerKeys, digest: bytes) -> ApiKey | None:

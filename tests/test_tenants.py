@@ -358,6 +358,18 @@ def test_known_keys_outlive_the_ledger_for_a_time(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_keys_of_a_ledger_that_is_not_there_are_asked_for_all_the_same(tiny_model_dir: Path) -> None:
+    """A gateway that was told to ask and cannot is closed, not open."""
+
+    async def scenario() -> None:
+        async with running_gateway(three_words, tiny_model_dir, LEDGER) as gateway:
+            assert (await gateway.post(CHAT_PATH, CHAT))[0].status == 401
+            assert (await gateway.post(CHAT_PATH, CHAT, **bearer(A)))[0].status == 503
+            assert not gateway.runner.requests
+
+    asyncio.run(scenario())
+
+
 def test_few_keys_are_remembered(valkey_url: str) -> None:
     """The memory for keys of the ledger is bounded: the longest unused ones are forgotten."""
 
