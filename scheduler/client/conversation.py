@@ -18,7 +18,7 @@ from antiphon.client.wire import CHAT, Answer, Call, Outcome, session_path
 
 NOT_HELD = {
     (404, "session_not_found"), (404, "not_found"), (405, "method_not_allowed"), (410, "session_closed"),
-    (410, "history_lost"),
+    (410, "history_lost"), (501, "append_unavailable"), (503, "ledger_unavailable"),
 }  # fmt: skip
 """Answers to an append that mean: send everything. A server without the route says one of them too."""
 OURS = ("messages", "stream", "stream_options", "session", "session_id", "n")
@@ -124,10 +124,14 @@ class Conversation:
 
 
 def _append(append: Call, whole: Call, max_retries: int) -> Plan:
-    answer = yield from plan_call(append, max_retries, again=whole)
-    if not answer.ok and (answer.status, answer.error().code) in NOT_HELD:
+    answer = yield from plan_call(append, max_retries, again=whole, hopeless=_is_not_held)
+    if _is_not_held(answer):
         answer = yield from plan_call(whole, max_retries)
     return answer
+
+
+def _is_not_held(answer: Answer) -> bool:
+    return not answer.ok and (answer.status, answer.error().code) in NOT_HELD
 
 
 def messages_of(given: Given) -> list[Message]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from antiphon.client.errors import OVERLOADED, Unreachable, retry_after_s
@@ -48,9 +48,16 @@ def never_ran(outcome: Outcome) -> bool:
     return isinstance(outcome, Answer) and outcome.status in OVERLOADED
 
 
-def plan_call(call: Call, max_retries: int, *, again: Call | None = None, repeatable: bool = True) -> Plan:
+def plan_call(
+    call: Call,
+    max_retries: int,
+    *,
+    again: Call | None = None,
+    repeatable: bool = True,
+    hopeless: Callable[[Answer], bool] = lambda _: False,
+) -> Plan:
     """`again` replaces the call as soon as a try may have run; without it, one that is not `repeatable` is
-    then not tried any more.
+    then not tried any more. An answer that is `hopeless` is returned at once.
 
     Raises `Unreachable` when the last try found nobody.
     """
@@ -58,7 +65,7 @@ def plan_call(call: Call, max_retries: int, *, again: Call | None = None, repeat
         headers = {**call.headers, RETRY_COUNT: str(tried - 1)} if tried > 1 else call.headers
         outcome = yield Send(Call(call.method, call.path, call.body, headers, call.stream))
         assert outcome is not None
-        if isinstance(outcome, Answer) and outcome.ok:
+        if isinstance(outcome, Answer) and (outcome.ok or hopeless(outcome)):
             return outcome
         may_retry = tried <= max_retries and (repeatable or again is not None or never_ran(outcome))
         wait_s = delay_s(outcome, tried) if may_retry else None
