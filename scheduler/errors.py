@@ -99,6 +99,11 @@ def history_lost(session_id: str, why: str) -> ApiError:
     )
 
 
+def session_closed(session_id: str) -> ApiError:
+    """410: for who says that the session must be open; for others it is opened again."""
+    return ApiError(410, "session_closed", f"The session {session_id!r} is closed.", param="session.id")
+
+
 def session_not_found(session_id: str) -> ApiError:
     return ApiError(404, "session_not_found", f"There is no session {session_id!r}.", param="session.id")
 

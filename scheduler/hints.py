@@ -20,10 +20,12 @@ from antiphon.scheduler import hint_headers
 from antiphon.scheduler.hint_headers import MAX_CLASS_CHARS, MAX_TTL_S, MIN_TTL_S, BadHint
 
 __all__ = [
-    "NO_HINTS", "BadHint", "Hints", "SessionFields", "Slos", "read_hints", "read_session", "targets",
+    "NO_HINTS", "BadHint", "Hints", "SessionFields", "Slos", "converted", "read_hints", "read_session",
+    "targets",
 ]  # fmt: skip
 
 T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 
 Milliseconds = Annotated[float, Meta(gt=0, le=1e9)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
@@ -141,8 +143,7 @@ def read_session(given: Mapping[str, Any] | None) -> tuple[SessionFields, tuple[
     """The body's `session`, and warnings for keys in it that mean nothing here. Raises `BadHint`."""
     if given is None:
         return NO_SESSION, ()
-    fields: SessionFields = _converted(given, SessionFields, "session")
-    return fields, tuple(_unknown(given, SessionFields, "session"))
+    return converted(given, SessionFields, "session")
 
 
 def read_hints(
@@ -216,14 +217,23 @@ def _of_nvext(nvext: Any) -> dict[str, Any]:
 _AT_PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 
 
+def converted(given: Any, kind: type[S], where: str) -> tuple[S, tuple[str, ...]]:
+    """A JSON object as a `kind`, and warnings for keys in it that mean nothing here. Raises `BadHint`.
+
+    `where` is what the object is called in both; "" = it is the body itself.
+    """
+    return _converted(given, kind, where), tuple(_unknown(given, kind, where))
+
+
 def _converted(given: Any, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(given, kind)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
         found = _AT_PATH.match(str(error))
         what, path = (found["what"], found["path"]) if found else (str(error), "")
-        param = f"{where}.{path}" if path else where
-        raise BadHint(param, f"Wrong value for `{param}`: {what[:1].lower()}{what[1:]}.") from error
+        param = ".".join(filter(None, (where, path)))
+        shown = f"`{param}`" if param else "the body"
+        raise BadHint(param, f"Wrong value for {shown}: {what[:1].lower()}{what[1:]}.") from error
 
 
 def _unknown(given: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -> list[str]:
@@ -231,7 +241,7 @@ def _unknown(given: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -
     inner = {"slo": SloFields, "next_round": NextRoundFields}
     found = []
     for key, value in given.items():
-        path = f"{where}.{key}"[:100]
+        path = f"{where}.{key}"[:100] if where else key[:100]
         if key not in kind.__struct_encode_fields__:
             found.append(f"unknown key `{path}` was ignored")
         elif key in inner and isinstance(value, Mapping):

@@ -140,11 +140,6 @@ class Replica:
         for fleet in self._fleets.values():
             fleet.runtime.session_ended(tenant, session_id)
 
-    def session_ended(self, tenant: str, session_id: str) -> None:
-        """No round of the session is expected any more."""
-        for fleet in self._fleets.values():
-            fleet.runtime.session_ended(tenant, session_id)
-
     def readiness(self) -> Readiness:
         ledger = "degraded" if self._heartbeat.away else "ok" if self._heartbeat.beats else "starting"
         idle = [key for key, fleet in self._fleets.items() if key != ONLY and not fleet.engine_ids]

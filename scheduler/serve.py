@@ -93,6 +93,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         store,
         responses,
         conversations,
+        replica.session_ended,
     )
     server = _Server(
         uvicorn.Config(

@@ -147,7 +147,7 @@ class SessionStore:
         at_round: int | None = None,
         expected_start_s: float | None = None,
     ) -> list[SessionDocument]:
-        """Children of a session that is there; they start with its home. Those that are there already stay."""
+        """Children of a session that is there; they start with its home. Those that exist already stay."""
         fields = {"forked_at": at_round, "expected_gap_s": expected_start_s}
         given = {name: value for name, value in fields.items() if value is not None}
         return [await self.create(tenant, child, default_ttl_s, parent_id, **given) for child in ids]

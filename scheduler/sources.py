@@ -50,7 +50,7 @@ class GatewaySource:
         return self._list("/v1/engines")
 
     def sessions(self, limit: int) -> Sequence[Item]:
-        return self._list(f"/v1/sessions?limit={limit}")
+        return [_flat(item) for item in self._list(f"/v1/sessions?limit={limit}")]
 
     def receipts(self, limit: int, session_id: str | None) -> Sequence[Item]:
         chosen = f"&session_id={quote(session_id, safe='')}" if session_id is not None else ""
@@ -83,6 +83,21 @@ class GatewaySource:
             return msgspec.json.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: not JSON; is this an Antiphon gateway?") from error
+
+
+def _flat(session: Item) -> Item:
+    """A session of the gateway with the names that the ledger's records have."""
+    if session.get("object") != "session":
+        return session
+    usage = session["usage"]
+    return {
+        **session,
+        "session_id": session["id"],
+        "rounds": session["round"],
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+    }
 
 
 @dataclass(frozen=True, slots=True)

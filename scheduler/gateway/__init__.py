@@ -5,6 +5,7 @@ completions.py one completion request: submitted and answered, or explained
 intake.py      before that: read whole, checked, made a round
 requests.py    checks of what clients send
 identity.py    whose round it is: the session id
+sessions.py    the resource /v1/sessions: made, looked at, changed, forked, closed
 session_fields.py  what a request says of its session: the signals that name it, and hints
 message_chain.py  what a conversation looks like from outside: a hash chain over its messages
 prompts.py     tokenizer and chat template
@@ -22,5 +23,5 @@ responses.py   /v1/responses as a chat, response_events.py back again, responses
 messages.py    /v1/messages (Anthropic's), message_events.py, messages_route.py: the same
 tokenize.py    /tokenize and /detokenize
 surface.py     the routes of all these
-openapi.py     the document that describes every route; openapi_schemas.py: what they answer
+openapi.py     the document of every route; openapi_bodies.py: what they take, openapi_schemas.py: answer
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,8 @@ from antiphon.scheduler.gateway.openapi import openapi_route
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE
 from antiphon.scheduler.gateway.rounds_route import ROUNDS_PATH, RoundsRoute
+from antiphon.scheduler.gateway.sessions import PATH as SESSIONS_PATH
+from antiphon.scheduler.gateway.sessions import SessionPages
 from antiphon.scheduler.gateway.surface import surface_routes
 from antiphon.scheduler.gateway.tenants import Access, TenantGate
 from antiphon.scheduler.logs import request_id_var
@@ -88,11 +90,13 @@ def create_app(
     store: SessionStore | None = None,
     responses: ResponseStore | None = None,
     conversations: Conversations | None = None,
+    on_session_ended: Callable[[str, str], None] = lambda tenant, session_id: None,
 ) -> ASGIApp:
     """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it.
 
-    Without `access` the configured keys and limits are this replica's alone; without `store` conversations that
-    name no session are all new.
+    Without `access` the configured keys and limits are this replica's alone; without `store` conversations
+    that name no session are all new, and sessions can only be listed. `on_session_ended` is told (tenant, id)
+    of sessions that are closed here.
     """
     metrics.watch_engines(lambda: state.readiness().engines_alive)
     access = access or Access.alone(config)
@@ -118,7 +122,7 @@ def create_app(
         Route("/v1/models/{model:path}", pages.model),
         Route("/v1/receipts", pages.receipts),
         Route("/v1/engines", pages.engines),
-        Route("/v1/sessions", pages.sessions),
+        *_session_routes(pages, intake, store, config, on_session_ended),
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/metrics", pages.metrics),
@@ -134,6 +138,18 @@ def create_app(
     )
     gate = TenantGate(app, access.keys, config, metrics)
     return _RequestScope(gate, metrics, frozenset(route.path for route in routes))
+
+
+def _session_routes(
+    pages: _Pages,
+    intake: Intake,
+    store: SessionStore | None,
+    config: Config,
+    on_ended: Callable[[str, str], None],
+) -> list[Route]:
+    if store is None:
+        return [Route(SESSIONS_PATH, pages.sessions)]
+    return SessionPages(store, intake, config.ledger.session_ttl_s, on_ended).routes()
 
 
 class _Pages:

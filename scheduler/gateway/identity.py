@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from antiphon.scheduler.errors import ApiError, invalid
+from antiphon.scheduler.errors import (
+    ApiError,
+    invalid,
+    ledger_unavailable,
+    session_closed,
+    session_not_found,
+)
 from antiphon.scheduler.gateway.message_chain import Links, scope_of
 from antiphon.scheduler.hints import SessionFields
 from antiphon.scheduler.session_config import SessionConfig
@@ -37,7 +43,7 @@ class Identity:
     session_id: str
     identified_by: str
     """Which signal won: "header:x-session-id", "body:session.id", "body:session_id", "header:<alias>",
-    "body:<alias>", "prefix" (goes on where a session ended), "prefix:fork" (branches off one),
+    "body:<alias>", "path" (of the request), "prefix" (goes on where a session ended), "prefix:fork" (branches off one),
     "prefix:compaction" (goes on, with early messages rewritten) or "new"."""
     tenant: str = DEFAULT_TENANT
     parent_id: str | None = None
@@ -157,13 +163,17 @@ class Identifier:
         tenant: str,
         final: bool,
         conversation: Callable[[], tuple[str, Links]] | None = None,
+        path_id: str | None = None,
     ) -> Identity:
         """The session that the request names, else the one that it goes on with, else a new one.
 
-        `conversation` makes (scope, links) of the messages; None when there are none. It is called only if
+        `path_id` is the session that the request's path names, which wins. `conversation` makes (scope, links) of the messages; None when there are none. It is called only if
         they are needed. Raises `ApiError` as the function `identify` does, and for nothing else.
         """
         found = identify(headers, body, self._config, tenant)
+        if path_id is not None:
+            parent_id = named_parent(headers, body, self._config)
+            found = _identity(checked_id(path_id, "session_id"), "path", tenant, parent_id)
         if found is None:
             found = await self._infer(tenant, conversation) if conversation is not None else None
             found = found or new_identity(tenant)
@@ -172,6 +182,19 @@ class Identifier:
                 found = replace(found, parent_id=named)
         self._on_identified(found.kind)
         return replace(found, final=True) if final else found
+
+    async def must_be_open(self, identity: Identity) -> None:
+        """Raises `ApiError`: 404 if the session is unknown, 410 if it is closed, 503 if nobody can say."""
+        if self._store is None:
+            raise ledger_unavailable("`must_exist` needs the ledger, and this gateway has none.")
+        try:
+            document = await self._store.get(identity.tenant, identity.session_id)
+        except LedgerUnavailable as error:
+            raise ledger_unavailable(f"Whether the session exists cannot be told: {error}.") from error
+        if document is None:
+            raise session_not_found(identity.session_id)
+        if document.status == "closed":
+            raise session_closed(identity.session_id)
 
     async def _infer(self, tenant: str, conversation: Callable[[], tuple[str, Links]]) -> Identity | None:
         if self._store is None or not self._config.infer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from antiphon.scheduler.gateway import relay, requests
 from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.conversations import Asked, Conversations, Spoken
 from antiphon.scheduler.gateway.history import tools_of
-from antiphon.scheduler.gateway.identity import Identifier, Identity, checked_id, conversation_scope
+from antiphon.scheduler.gateway.identity import Identifier, Identity, conversation_scope
 from antiphon.scheduler.gateway.message_chain import Links, links
 from antiphon.scheduler.gateway.prompts import (
     PromptTokenizer,
@@ -150,11 +150,10 @@ class Intake:
         if isinstance(body, ChatBody) and not append:
             conversation = partial(_conversation, tenant, model.key, body)
         identity = await self._identifier.identify(
-            said.headers, said.signals, tenant, hints.final, conversation
+            said.headers, said.signals, tenant, hints.final, conversation, path_id=append_to
         )
-        if append_to is not None:
-            session_id = checked_id(append_to, "session_id")
-            identity = replace(identity, session_id=session_id, identified_by="path")
+        if hints.must_exist and not append:
+            await self._identifier.must_be_open(identity)
         tokenizer = await self.tokenizer(model)
         spoken = None
         if isinstance(body, ChatBody):
@@ -188,7 +187,7 @@ class Intake:
         """Remember a chat's round that ended with this message; warnings for the client."""
         if checked.spoken is None:
             return ()
-        return await self.conversations.keep(checked.spoken, handle, message, checked.request.hints.ttl_s)
+        return await self.conversations.keep(checked.spoken, handle, message, handle.expires_in_s)
 
     async def _speak(
         self,
