@@ -26,7 +26,7 @@ from antiphon.scheduler.gateway.conversations import Conversations
 from antiphon.scheduler.gateway.error_shapes import error_body
 from antiphon.scheduler.gateway.identity import Identifier, given_request_id
 from antiphon.scheduler.gateway.intake import FleetModel, Intake, served_models
-from antiphon.scheduler.gateway.limits import LimitedRunner
+from antiphon.scheduler.gateway.limits import LimitedRunner, Limits
 from antiphon.scheduler.gateway.openapi import openapi_route
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE
@@ -122,7 +122,7 @@ def create_app(
         Route("/v1/models/{model:path}", pages.model),
         Route("/v1/receipts", pages.receipts),
         Route("/v1/engines", pages.engines),
-        *_session_routes(pages, intake, store, config, on_session_ended),
+        *_session_routes(pages, intake, store, config, on_session_ended, access.limits),
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/metrics", pages.metrics),
@@ -146,10 +146,11 @@ def _session_routes(
     store: SessionStore | None,
     config: Config,
     on_ended: Callable[[str, str], None],
+    limits: Limits,
 ) -> list[Route]:
     if store is None:
         return [Route(SESSIONS_PATH, pages.sessions)]
-    return SessionPages(store, intake, config.ledger.session_ttl_s, on_ended).routes()
+    return SessionPages(store, intake, config.ledger.session_ttl_s, on_ended, limits).routes()
 
 
 class _Pages:

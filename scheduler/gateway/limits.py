@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antiphon.scheduler.access_config import LimitsConfig
+from antiphon.scheduler.errors import from_refusal
 from antiphon.scheduler.gateway import token_bucket
 from antiphon.scheduler.gateway.caller import Caller, current_caller
 from antiphon.scheduler.gateway.token_bucket import MINUTE_S, Bucket
@@ -82,63 +83,73 @@ class Limits:
                 counts.owed_tokens += round.uncounted()
                 counts.owed_at_s = self._clock()
 
+    async def opened(self, session_id: str) -> None:
+        """Let the caller make a session without a round; raises `ApiError` (429)."""
+        caller = current_caller()
+        if caller.limits.sessions:
+            limits = LimitsConfig(sessions=caller.limits.sessions)
+            session = caller.tenant, session_id
+            try:
+                await self._let_in(caller.key, self._of(caller.key), _Asked(limits, session))
+            except RoundRefused as refusal:
+                raise from_refusal(refusal) from refusal
+
     async def _admit(self, caller: Caller, counts: _Counts, request: RoundRequest, round: _Round) -> None:
-        limits, now = caller.limits, self._clock()
-        owed = self._owed(counts, limits.tokens_per_minute)
+        limits, session = caller.limits, (request.tenant, request.session_id)
+        asked = _Asked(limits, session, round.prompt_tokens, self._owed(counts, limits.tokens_per_minute))
         try:
-            full, wait_s = await self._ask(caller, counts, request, owed)
+            await self._let_in(caller.key, counts, asked)
+            round.let_in = True
+        finally:
+            caller.headers[:] = _headers(limits, counts.bucket)
+
+    async def _let_in(self, key: str, counts: _Counts, asked: _Asked) -> None:
+        """Raises `RoundRefused`."""
+        limits = asked.limits
+        try:
+            full, wait_s = await self._ask(key, counts, asked)
         except LedgerUnavailable:
-            full, wait_s = self._ask_ourselves(limits, counts, request, owed, now)
-        caller.headers[:] = _headers(limits, counts.bucket)
+            full, wait_s = self._ask_ourselves(counts, asked)
         if full:
             what = f"This key has {limits.sessions} live sessions, as many as it may."
             raise RoundRefused("session_limit_exceeded", what, SESSIONS_RETRY_S)
         if wait_s > 0:
             what = (
                 f"This key may use {limits.tokens_per_minute} tokens per minute; this prompt has "
-                f"{round.prompt_tokens}. Try again in {wait_s:.1f} s."
+                f"{asked.tokens}. Try again in {wait_s:.1f} s."
             )
             raise RoundRefused("rate_limit_exceeded", what, wait_s)
-        round.let_in = True
-        self._remember(counts, request)
+        counts.sessions[asked.session] = self._clock()
+        counts.sessions.move_to_end(asked.session)
+        if len(counts.sessions) > MAX_COUNTS:
+            counts.sessions.popitem(last=False)
 
-    async def _ask(
-        self, caller: Caller, counts: _Counts, request: RoundRequest, owed: float
-    ) -> tuple[bool, float]:
+    async def _ask(self, key: str, counts: _Counts, asked: _Asked) -> tuple[bool, float]:
         """(too many sessions, seconds to wait), by the ledger."""
-        c, limits = self._connection, caller.limits
+        c, limits, name = self._connection, asked.limits, escaped(key)
         if c is None or c.failed_within(LEDGER_RETRY_S):
             raise LedgerUnavailable("no ledger")
-        name = escaped(caller.key)
         arguments: list[Any] = [
-            limits.tokens_per_minute, len(request.prompt), repr(owed), limits.sessions,
-            c.session_key(request.tenant, request.session_id), round(2000 * self._session_ttl_s),
+            limits.tokens_per_minute, asked.tokens, repr(asked.owed), limits.sessions,
+            c.session_key(*asked.session), round(2000 * self._session_ttl_s),
         ]  # fmt: skip
         keys = c.keys(f"limit:{name}", f"limit_sessions:{name}")
         let_in, full, left, wait_ms, _, _ = await c.script("limit", keys, arguments)
-        counts.bucket = Bucket(float(left), self._clock())
+        if limits.tokens_per_minute:
+            counts.bucket = Bucket(float(left), self._clock())
         return bool(full), 0.0 if let_in else wait_ms / 1000
 
-    def _ask_ourselves(
-        self, limits: LimitsConfig, counts: _Counts, request: RoundRequest, owed: float, now: float
-    ) -> tuple[bool, float]:
-        known = counts.sessions
+    def _ask_ourselves(self, counts: _Counts, asked: _Asked) -> tuple[bool, float]:
+        now, limits, known = self._clock(), asked.limits, counts.sessions
         while known and next(iter(known.values())) < now - self._session_ttl_s:
             known.popitem(last=False)
-        full = 0 < limits.sessions <= len(known) and (request.tenant, request.session_id) not in known
+        full = 0 < limits.sessions <= len(known) and asked.session not in known
         if not limits.tokens_per_minute:
             return full, 0.0
-        asked = 0 if full else len(request.prompt)
-        taken = token_bucket.take(counts.bucket, limits.tokens_per_minute, asked, owed, now)
+        tokens = 0 if full else asked.tokens
+        taken = token_bucket.take(counts.bucket, limits.tokens_per_minute, tokens, asked.owed, now)
         counts.bucket = taken.bucket
         return full, taken.wait_s
-
-    def _remember(self, counts: _Counts, request: RoundRequest) -> None:
-        name = request.tenant, request.session_id
-        counts.sessions[name] = self._clock()
-        counts.sessions.move_to_end(name)
-        if len(counts.sessions) > MAX_COUNTS:
-            counts.sessions.popitem(last=False)
 
     def _owed(self, counts: _Counts, per_minute: int) -> float:
         """What is to be told now. The bucket has filled meanwhile: after long enough nothing is owed."""
@@ -154,6 +165,15 @@ class Limits:
             if not self._counts[oldest].in_flight:
                 del self._counts[oldest]
         return counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    limits: LimitsConfig
+    session: tuple[str, str]
+    """(tenant, session id)."""
+    tokens: int = 0
+    owed: float = 0.0
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,7 @@ from antiphon.scheduler.errors import ApiError, invalid, ledger_unavailable, ses
 from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.identity import checked_id, new_session_id
 from antiphon.scheduler.gateway.intake import ClientGone, Intake
+from antiphon.scheduler.gateway.limits import Limits
 from antiphon.scheduler.gateway.session_fields import bad_hint
 from antiphon.scheduler.hints import BadHint, Priority, Seconds, SloFields, Tokens, TtlS, converted
 from antiphon.scheduler.session_documents import STATUSES, TOOL_START, SessionDocument, resource
@@ -76,12 +77,14 @@ class SessionPages:
         intake: Intake,
         default_ttl_s: float,
         on_ended: Callable[[str, str], None] = lambda tenant, session_id: None,
+        limits: Limits | None = None,
     ) -> None:
         """`on_ended` is told (tenant, id) of every session that is closed here."""
         self._store = store
         self._intake = intake
         self._default_ttl_s = default_ttl_s
         self._on_ended = on_ended
+        self._limits = limits
 
     def routes(self) -> list[Route]:
         """An id may hold slashes, so the longer paths come first."""
@@ -133,6 +136,7 @@ class SessionPages:
         given, warnings = await self._body(request, _Create)
         session_id = new_session_id() if given.id is None else checked_id(given.id, "id")
         parent_id = None if given.parent_id is None else checked_id(given.parent_id, "parent_id")
+        await self._opened(session_id)
         document = await self._store.create(
             current_caller().tenant, session_id, self._default_ttl_s, parent_id, **_fields(given)
         )
@@ -160,6 +164,7 @@ class SessionPages:
             if not isinstance(at_round, int) or at_round > parent.record.rounds:
                 what = f'`from` must be "tip" or a round that was: 0 to {parent.record.rounds}.'
                 raise invalid(what, param="from")
+        await self._opened(*ids)
         children = await self._store.fork(
             tenant, parent_id, ids, self._default_ttl_s, at_round, given.expected_start_s
         )
@@ -195,6 +200,12 @@ class SessionPages:
         return _json(shown | ({"children": closed[1:]} if closed[1:] else {}))
 
     # ---------------------------------------------------------------- small things
+
+    async def _opened(self, *session_ids: str) -> None:
+        """Raises `ApiError` (429) if the caller's key may not have so many sessions."""
+        if self._limits is not None:
+            for session_id in session_ids:
+                await self._limits.opened(session_id)
 
     def _guarded(self, handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
