@@ -1,4 +1,4 @@
-"""Chat templates piece by piece: what is proven renders as the whole does; what could differ is not proven."""
+"""Chat templates piece by piece: what is proven renders as the whole does; what may differ is not proven."""
 
 from __future__ import annotations
 
