@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from antiphon.scheduler.access_config import LimitsConfig
 from antiphon.scheduler.api_keys import KeyRing
 from antiphon.scheduler.config import Config
+from antiphon.scheduler.errors import ApiError
+from antiphon.scheduler.gateway.caller import Caller, caller_var
 from antiphon.scheduler.gateway.limits import Limits, duration
 from antiphon.scheduler.gateway.salts import CacheSalts
 from antiphon.scheduler.gateway.tenants import Access
@@ -295,6 +297,26 @@ def test_live_sessions(valkey_url: str, tiny_model_dir: Path) -> None:
                 assert await status(one, A, x_session_id="s1") == OK
             finally:
                 await connection.close()
+
+    asyncio.run(scenario())
+
+
+def test_sessions_that_are_made_without_a_round_count_too(valkey_url: str) -> None:
+    """`opened` counts as a round does; a session that is known is not counted twice."""
+
+    async def scenario() -> None:
+        connection = LedgerConnection(valkey_url, secrets.token_hex(6), 2.0, 2)
+        limits = Limits(connection, session_ttl_s=60.0)
+        token = caller_var.set(Caller("red", "a", limits=LimitsConfig(sessions=2)))
+        try:
+            for name in ("s1", "s2", "s1"):
+                await limits.opened(name)
+            with pytest.raises(ApiError) as caught:
+                await limits.opened("s3")
+            assert (caught.value.status, caught.value.code) == (429, "session_limit_exceeded")
+        finally:
+            caller_var.reset(token)
+            await connection.close()
 
     asyncio.run(scenario())
 

@@ -27,6 +27,7 @@ from antiphon.scheduler.api_keys import ApiKey, KeyLimits, KeyRing, LedgerKeys, 
 from antiphon.scheduler.config import Config, ModelConfig, load_config, to_toml
 from antiphon.scheduler.errors import UserError
 from antiphon.scheduler.gateway.app import create_app
+from antiphon.scheduler.gateway.conversations import Conversations
 from antiphon.scheduler.gateway.limits import Limits
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.salts import CacheSalts
@@ -34,6 +35,9 @@ from antiphon.scheduler.gateway.tenants import Access, presented_key
 from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable
 from antiphon.scheduler.logs import JsonFormatter
 from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.response_store import ResponseStore
+from antiphon.scheduler.session_store import SessionStore
+from antiphon.scheduler.token_log import TokenLogs
 from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.gateway_helpers import (
     CHAT,
@@ -454,7 +458,20 @@ async def guarded(c: Cluster, model_dir: Path) -> AsyncIterator[tuple[str, aioht
     config = replace(GUARDED, model=ModelConfig(str(model_dir), (MODEL,)))
     access = access_of(config, None, c.ledger.connection)
     tokenizers = TokenizerSource(lambda: str(model_dir))
-    app = create_app(c.replica, tokenizers, config, c.replica, Metrics(), access)
+    url, fleet = c.ledger.connection.where, c.ledger.connection.fleet
+    logs, store = TokenLogs(url, fleet=fleet, memory_bytes=2**20), SessionStore(c.ledger)
+    app = create_app(
+        c.replica,
+        tokenizers,
+        config,
+        c.replica,
+        Metrics(),
+        access,
+        store,
+        ResponseStore(c.ledger, 60.0),
+        Conversations(logs, store, c.ledger, 60.0),
+        c.replica.session_ended,
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         settings = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
         server = uvicorn.Server(settings)
@@ -466,6 +483,7 @@ async def guarded(c: Cluster, model_dir: Path) -> AsyncIterator[tuple[str, aioht
         finally:
             server.should_exit = True
             await serving
+            await logs.close()
 
 
 def test_tenants_share_nothing(valkey_url: str, tiny_model_dir: Path) -> None:
@@ -487,7 +505,7 @@ def test_tenants_share_nothing(valkey_url: str, tiny_model_dir: Path) -> None:
             async def listed(path: str, key: str) -> set[tuple[str, str]]:
                 async with http.get(url + path, headers=bearer(key)) as answer:
                     found = (await answer.json())["data"]
-                return {(item["tenant"], item["session_id"]) for item in found}
+                return {(item["tenant"], item.get("session_id") or item["id"]) for item in found}
 
             assert await cached(A, "s") == 0, "nobody has sent it"
             assert await cached(B, "s") == 0, "the other tenant's KV is not hit"
@@ -500,6 +518,67 @@ def test_tenants_share_nothing(valkey_url: str, tiny_model_dir: Path) -> None:
                 assert await listed(path, B) == blue, path
                 assert await listed(path, ADMIN) == red | blue, path
             assert await listed("/v1/receipts?session_id=s3", B) == set()
+
+    asyncio.run(scenario())
+
+
+async def ask(
+    http: aiohttp.ClientSession, method: str, url: str, key: str, body: Any = None
+) -> tuple[int, Any]:
+    async with http.request(method, url, json=body, headers=bearer(key)) as answer:
+        return answer.status, await answer.json()
+
+
+def test_tenants_cannot_reach_each_others_things(valkey_url: str, tiny_model_dir: Path) -> None:
+    """By an id that they know: sessions, histories, stored responses; nor by saying the same words."""
+
+    async def scenario() -> None:
+        async with cluster(valkey_url, "local", engines="d0") as c, guarded(c, tiny_model_dir) as (url, http):
+            words = [{"role": "user", "content": "the launch code is 1234"}]
+            chat = {"model": MODEL, "messages": words, "max_tokens": 4, "ignore_eos": True}
+            status, said = await ask(http, "POST", url + CHAT_PATH, A, chat | {"session_id": "s"})
+            assert status == 200
+            await c.recorded()
+            for key, expected in ((A, 200), (ADMIN, 404), (B, 404)):
+                assert (await ask(http, "GET", f"{url}/v1/sessions/s", key))[0] == expected
+            for method, path, body in (
+                ("POST", "/v1/sessions/s", {"ttl_s": 5}),
+                ("POST", "/v1/sessions/s/fork", {"n": 1}),
+                ("POST", "/v1/sessions/s/events", {"type": "tool_start"}),
+                ("DELETE", "/v1/sessions/s", None),
+            ):
+                status, answer = await ask(http, method, url + path, B, body)
+                assert (status, answer["error"]["code"]) == (404, "session_not_found"), path
+
+            more = [{"role": "tool", "tool_call_id": "1", "content": "and?"}]
+            append = {"model": MODEL, "messages": more, "max_tokens": 4, "ignore_eos": True}
+            status, answer = await ask(http, "POST", f"{url}/v1/sessions/s/rounds", B, append)
+            assert status in (404, 410), answer
+            own = append | {"messages": [{"role": "user", "content": "and?"}]}
+            tokens = {}
+            for key in (A, B):
+                status, answer = await ask(http, "POST", f"{url}/v1/sessions/s/rounds", key, own)
+                if status == 200:
+                    tokens[key] = answer["usage"]["prompt_tokens"]
+                await c.recorded()
+            assert tokens[A] > tokens.get(B, 0), "what A said is not in B's prompt"
+
+            reply = said["choices"][0]["message"]
+            on = [*words, reply, {"role": "user", "content": "and then?"}]
+            for key, expected in ((B, "new"), (A, "prefix:fork")):
+                status, answer = await ask(http, "POST", url + CHAT_PATH, key, chat | {"messages": on})
+                assert status == 200 and answer["session"]["identified_by"] == expected
+                await c.recorded()
+
+            body = {"model": MODEL, "input": "remember this", "max_output_tokens": 4}
+            status, stored = await ask(http, "POST", f"{url}/v1/responses", A, body)
+            assert status == 200
+            one = f"{url}/v1/responses/{stored['id']}"
+            after = body | {"previous_response_id": stored["id"]}
+            assert (await ask(http, "GET", one, B))[0] == 404
+            assert (await ask(http, "DELETE", one, B))[0] == 404
+            assert (await ask(http, "POST", f"{url}/v1/responses", B, after))[0] == 404
+            assert (await ask(http, "GET", one, A))[0] == 200
 
     asyncio.run(scenario())
 
