@@ -80,6 +80,8 @@ def test_a_whole_chat_and_a_whole_completion(gateway: Start) -> None:
                 "round": 1,
                 "arm": "local",
                 "identified_by": "body:session_id",
+                "expires_in_s": None,
+                "worker": "e0",
             }
             _, text = await g.post(TEXT_PATH, {**TEXT, "return_token_ids": True})
             assert text["object"] == "text_completion" and text["id"].startswith("cmpl-")

@@ -102,6 +102,8 @@ def test_the_session_comes_with_usage() -> None:
         "round": 4,
         "arm": "remote_pull",
         "identified_by": "new",
+        "expires_in_s": None,
+        "worker": "e0",
     }
 
 

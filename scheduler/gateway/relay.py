@@ -95,6 +95,8 @@ def session_object(handle: RoundHandle, form: AnswerForm, warnings: tuple[str, .
         "round": handle.round_number,
         "arm": handle.arm,
         "identified_by": form.identified_by,
+        "expires_in_s": handle.expires_in_s,
+        "worker": handle.receipt.home if handle.receipt is not None else None,
     }
     if warnings:
         shown["warnings"] = warnings
