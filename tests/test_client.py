@@ -332,7 +332,7 @@ def error(status: int, **headers: str) -> tuple[int, dict[str, str], bytes]:
     return status, named, msgspec.json.encode({"error": {"message": "m", "code": "c"}})
 
 
-OK = (200, {}, msgspec.json.encode(REPLY))
+OK: tuple[int, dict[str, str], bytes] = (200, {}, msgspec.json.encode(REPLY))
 HANG_UP: tuple[int, dict[str, str], None] = (0, {}, None)
 
 

@@ -247,7 +247,7 @@ class Meeting:
 
 def agent_with_two_sub_agents(model: BaseChatModel, middleware: list[SessionMiddleware]) -> Any:
     """Its script lets it ask two researchers at once, each of whom looks something up."""
-    researcher = create_agent(model, [Meeting().look_up()], middleware=middleware)
+    researcher: Any = create_agent(model, [Meeting().look_up()], middleware=middleware)
 
     @tool
     def research(topic: str) -> str:
@@ -317,7 +317,7 @@ def test_middleware_for_a_stock_chat_model(stack: LiveStack, in_a_loop: bool) ->
 
 def test_middleware_without_a_gateway_for_events(stack: LiveStack, model: ChatAntiphon) -> None:
     """Events are hints: an agent runs when nobody takes them."""
-    agent = create_agent(model, [_look_up()], middleware=[SessionMiddleware("http://127.0.0.1:9")])
+    agent: Any = create_agent(model, [_look_up()], middleware=[SessionMiddleware("http://127.0.0.1:9")])
     assert agent.invoke({"messages": [("user", TEXT)]}, thread("no-events"))["messages"][-1].text
     assert len(stack.rounds("no-events", 1)) == 1
 

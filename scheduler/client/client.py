@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -138,7 +138,7 @@ class Session:
             answer = self._run(messages, options, stream=False, final=final)
             return self._finished(messages, reply_of(answer), final)
 
-    def stream(self, new: Given, *, final: bool = False, **options: Any) -> Iterator[Delta]:
+    def stream(self, new: Given, *, final: bool = False, **options: Any) -> Generator[Delta, None, None]:
         """As `append`, bit by bit; the whole answer is in `last` afterwards. An iteration that is left early
         ends the round, and the conversation is as before."""
         messages = messages_of(new)
