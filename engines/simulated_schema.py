@@ -16,6 +16,8 @@ from antiphon.engines.scripts import ScriptedCall, ScriptLine
 
 MAX_DEPTH = 32
 """Of a value: a recursive schema ends here."""
+MAX_SIZE = 1000
+"""Of a string or list."""
 
 
 def forced_line(
@@ -24,7 +26,19 @@ def forced_line(
     tools: list[dict[str, Any]] | None,
     tool_choice: str | Mapping[str, Any] | None,
 ) -> ScriptLine | None:
-    """The answer that the request's constraint leaves; None without a constraint. Raises ValueError."""
+    """The answer that the request's constraint leaves; None without one. Raises ValueError for a bad one."""
+    try:
+        return _forced(response_format, json_schema, tools, tool_choice)
+    except (AttributeError, IndexError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise ValueError(f"the constraint is malformed: {error!r}") from error
+
+
+def _forced(
+    response_format: Mapping[str, Any] | None,
+    json_schema: str | None,
+    tools: list[dict[str, Any]] | None,
+    tool_choice: str | Mapping[str, Any] | None,
+) -> ScriptLine | None:
     if tools and isinstance(tool_choice, Mapping):
         name = (tool_choice.get("function") or {}).get("name")
         return _called([tool for tool in tools if tool["function"]["name"] == name])
@@ -87,7 +101,7 @@ def _of_type(schema: dict[str, Any], root: dict[str, Any], depth: int) -> Any:
     kind = schema.get("type")
     kind = kind[0] if isinstance(kind, list) and kind else kind
     if kind == "string":
-        return "x" * int(schema.get("minLength", 1))
+        return "x" * _size(schema, "minLength", 1)
     if kind in ("integer", "number"):
         least = schema.get("minimum", schema.get("exclusiveMinimum"))
         return 1 if least is None else least + ("exclusiveMinimum" in schema)
@@ -97,10 +111,17 @@ def _of_type(schema: dict[str, Any], root: dict[str, Any], depth: int) -> Any:
         return None
     if kind == "array":
         items = schema.get("items", {})
-        return [_value(items, root, depth - 1) for _ in range(int(schema.get("minItems", 0)))]
+        return [_value(items, root, depth - 1) for _ in range(_size(schema, "minItems", 0))]
     properties = schema.get("properties") or {}
     required = schema.get("required", list(properties))
     return {name: _value(properties.get(name, {"type": "string"}), root, depth - 1) for name in required}
+
+
+def _size(schema: dict[str, Any], name: str, default: int) -> int:
+    size = int(schema.get(name, default))
+    if size > MAX_SIZE:
+        raise ValueError(f"{name} must be at most {MAX_SIZE}, got {size}")
+    return size
 
 
 def _resolve(reference: Any, root: dict[str, Any]) -> Any:

@@ -131,6 +131,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
         "messages",
     ),
+    ({"messages": [{"role": "assistant", "content": [{"type": {}}]}]}, "messages[0].content[0]"),
     ({"system": [{"type": "image"}]}, "system[0]"),
     ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0]"),
     ({"tools": [{"name": "w"}]}, "tools[0]"),

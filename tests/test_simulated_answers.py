@@ -121,8 +121,14 @@ def test_forced_answers() -> None:
         (call,) = got["choices"][0]["message"]["tool_calls"]
         assert call["function"]["name"] == "look" and got["choices"][0]["finish_reason"] == "tool_calls"
         jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
-    status, _ = ask(CHAT, chat_body(response_format={"type": "json_schema", "json_schema": {}}))
-    assert status == 400
+    for bad in (
+        {},
+        5,
+        {"schema": {"type": "object", "properties": 5}},
+        {"schema": {"type": "array", "minItems": 10**9}},
+    ):
+        status, _ = ask(CHAT, chat_body(response_format={"type": "json_schema", "json_schema": bad}))
+        assert status == 400, bad
     assert forced_line(None, None, [TOOL], "auto") is None
 
 

@@ -21,7 +21,7 @@ COUNT_ROUTE = "/v1/messages/count_tokens"
 Message = dict[str, Any]
 Block = dict[str, Any]
 
-_IGNORED = frozenset({"thinking", "redacted_thinking"})
+_IGNORED = ("thinking", "redacted_thinking")
 """Blocks of an assistant's message that its successor does not get to see."""
 
 
@@ -38,6 +38,7 @@ class CountBody(msgspec.Struct, kw_only=True, frozen=True):
     # Of the chat route, passed on as they are.
     session: Any = None
     session_id: Any = None
+    priority: Any = None
     nvext: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -59,8 +60,8 @@ class MessagesBody(CountBody, kw_only=True, frozen=True):
 _messages_decoder = msgspec.json.Decoder(MessagesBody)
 _count_decoder = msgspec.json.Decoder(CountBody)
 _PASSED = (
-    "model", "session", "session_id", "nvext", "temperature", "top_p", "top_k", "metadata", "seed",
-    "ignore_eos",
+    "model", "session", "session_id", "priority", "nvext", "temperature", "top_p", "top_k", "metadata",
+    "seed", "ignore_eos",
 )  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def template_kwargs(body: ChatBody) -> dict[str, Any]:
 
 def check_token_ids(ids: Sequence[int], vocabulary_tokens: int, param: str = "prompt") -> None:
     """Raises `ApiError` (400) for an id that the model has no embedding for."""
-    lowest, highest = min(ids), max(ids)
+    lowest, highest = min(ids, default=0), max(ids, default=0)
     if lowest < 0 or highest >= vocabulary_tokens:
         wrong = lowest if lowest < 0 else highest
         raise invalid(

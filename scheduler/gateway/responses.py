@@ -66,6 +66,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
     # Of the chat route, passed on as they are.
     session: Any = None
     session_id: Any = None
+    priority: Any = None
     nvext: Any = None
     cache_salt: Any = None
     chat_template_kwargs: Any = None
@@ -90,8 +91,8 @@ class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
 
 _PASSED = (
     "model", "temperature", "top_p", "parallel_tool_calls", "metadata", "prompt_cache_key",
-    "session", "session_id", "nvext", "cache_salt", "chat_template_kwargs", "seed", "stop", "top_k", "min_p",
-    "min_tokens", "ignore_eos", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "session", "session_id", "priority", "nvext", "cache_salt", "chat_template_kwargs", "seed", "stop",
+    "top_k", "min_p", "min_tokens", "ignore_eos", "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
 
 _decoder = msgspec.json.Decoder(ResponsesBody)
