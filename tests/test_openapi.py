@@ -21,7 +21,9 @@ from antiphon.scheduler.config import Config
 from antiphon.scheduler.gateway.app import create_app
 from antiphon.scheduler.gateway.openapi import OPENAPI_PATH, OPERATIONS, document
 from antiphon.scheduler.gateway.prompts import TokenizerSource
+from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.session_store import SessionStore
 from tests.gateway_helpers import FakeState, ScriptedRunner, three_words
 from tests.live_stack import LiveStack, live_stack
 
@@ -49,7 +51,15 @@ schema = schemathesis.openapi.from_dict(document())
 
 def test_every_route_is_described() -> None:
     """And nothing else is."""
-    app: Any = create_app(ScriptedRunner(three_words), TokenizerSource({}), Config(), FakeState(), Metrics())
+    ledger = Ledger("redis://127.0.0.1:1", fleet="nobody asks it")
+    app: Any = create_app(
+        ScriptedRunner(three_words),
+        TokenizerSource({}),
+        Config(),
+        FakeState(),
+        Metrics(),
+        store=SessionStore(ledger),
+    )
     routes = {path.replace(":path}", "}") for path in app._paths}
     assert routes == {operation.path for operation in OPERATIONS}
 

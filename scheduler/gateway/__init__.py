@@ -23,5 +23,6 @@ responses.py   /v1/responses as a chat, response_events.py back again, responses
 messages.py    /v1/messages (Anthropic's), message_events.py, messages_route.py: the same
 tokenize.py    /tokenize and /detokenize
 surface.py     the routes of all these
-openapi.py     the document of every route; openapi_bodies.py: what they take, openapi_schemas.py: answer
+openapi.py     the document of every route, openapi_operations.py: the table of them;
+               openapi_bodies.py: what they take, openapi_schemas.py: what they answer
 """

@@ -24,6 +24,13 @@ from antiphon.scheduler.gateway.openapi_schemas import (
     one_of,
     ref,
 )
+from antiphon.scheduler.gateway.sessions import (
+    EVENTS,
+    MAX_FORKS,
+    MAX_METADATA_CHARS,
+    MAX_METADATA_KEY_CHARS,
+    MAX_METADATA_KEYS,
+)
 
 SESSION_ID: Schema = {"type": "string", "pattern": "^[!-~]{1,255}$"}
 NOT_EMPTY: Schema = {"type": "string", "minLength": 1}
@@ -46,9 +53,6 @@ CHAT_MESSAGE = either(
     an_object({"tool_calls": listed(CALL)}, role=const("assistant"), content=_or_nothing(CONTENT)),
     an_object(role=const("tool"), tool_call_id=TEXT, content=CONTENT),
 )
-SLO = an_object({"ttft_ms": {"type": "number", "exclusiveMinimum": 0},
-                 "tpot_ms": {"type": "number", "exclusiveMinimum": 0}})  # fmt: skip
-SESSION = an_object({"id": SESSION_ID, "parent_id": SESSION_ID, "final": FLAG, "slo": SLO})
 RESPONSE_FORMAT = either(
     an_object(type=one_of("text", "json_object")),
     an_object(type=const("json_schema"), json_schema=an_object(name=TEXT, schema=OBJECT)),
@@ -74,7 +78,6 @@ ANTHROPIC_MESSAGE = either(
 COMPONENTS: dict[str, Schema] = {
     "ChatMessageParam": CHAT_MESSAGE,
     "ToolParam": an_object(type=const("function"), function=FUNCTION),
-    "SessionParam": SESSION,
     "ResponseFormat": RESPONSE_FORMAT,
     "ResponseItem": INPUT_ITEM,
     "FunctionTool": an_object(
@@ -84,8 +87,18 @@ COMPONENTS: dict[str, Schema] = {
     "CustomTool": an_object({"description": TEXT}, name=NOT_EMPTY, input_schema=OBJECT),
 }
 
+_METADATA: dict[str, Schema] = {
+    "metadata": _or_nothing(
+        {
+            "type": "object",
+            "maxProperties": MAX_METADATA_KEYS,
+            "propertyNames": {"maxLength": MAX_METADATA_KEY_CHARS},
+            "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_CHARS},
+        }
+    )
+}
 _OF_SESSION: dict[str, Schema] = {
-    "session": _or_nothing(ref("SessionParam")),
+    "session": _or_nothing(ref("SessionFields")),
     "session_id": _or_nothing(SESSION_ID),
     "nvext": _or_nothing(an_object({"agent_hints": OBJECT})),
 }
@@ -118,6 +131,14 @@ _OF_MESSAGES: dict[str, Schema] = {
     ),
 }
 _REFINED: dict[str, dict[str, Schema]] = {
+    "SessionFields": {"id": _or_nothing(SESSION_ID), "parent_id": _or_nothing(SESSION_ID)},
+    "SessionCreate": {"id": _or_nothing(SESSION_ID), "parent_id": _or_nothing(SESSION_ID), **_METADATA},
+    "SessionUpdate": _METADATA,
+    "SessionFork": {
+        "ids": _or_nothing(_several(SESSION_ID) | {"maxItems": MAX_FORKS, "uniqueItems": True}),
+        "from": either(const("tip"), {"type": "integer", "minimum": 0}),
+    },
+    "SessionEvent": {"type": one_of(*EVENTS)},
     "ChatBody": {**_COMPLETING, **_CHAT_TOOLS},
     "CompletionBody": {
         **_COMPLETING,

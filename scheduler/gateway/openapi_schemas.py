@@ -116,8 +116,15 @@ EXPLANATION = an_object(
 )  # fmt: skip
 READINESS = an_object(ready=FLAG, engines_alive=COUNT, ledger=TEXT, detail=TEXT, policy=TEXT)
 
+SESSION_RESOURCE = an_object(
+    id=TEXT, object=const("session"), created_at=WHOLE, last_active_at=WHOLE, expires_at=WHOLE,
+    status=one_of("active", "waiting_tool", "closing", "closed"), parent_id=TEXT_OR_NOTHING, root_id=TEXT,
+    round=COUNT, usage=ref("Usage"), metadata=OBJECT, context_tokens=COUNT,
+)  # fmt: skip
+
 COMPONENTS: dict[str, Schema] = {
     "Session": SESSION,
+    "SessionResource": SESSION_RESOURCE,
     "Usage": USAGE,
     "ChatMessage": CHAT_MESSAGE,
     "ChatCompletion": CHAT,

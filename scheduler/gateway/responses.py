@@ -92,7 +92,8 @@ class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
 _PASSED = (
     "model", "temperature", "top_p", "parallel_tool_calls", "metadata", "prompt_cache_key",
     "session", "session_id", "priority", "nvext", "cache_salt", "chat_template_kwargs", "seed", "stop",
-    "top_k", "min_p", "min_tokens", "ignore_eos", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "top_k", "min_p", "min_tokens", "ignore_eos", "frequency_penalty", "presence_penalty",
+    "repetition_penalty",
 )  # fmt: skip
 
 _decoder = msgspec.json.Decoder(ResponsesBody)

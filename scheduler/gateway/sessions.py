@@ -35,7 +35,7 @@ EVENTS = (TOOL_START, "tool_end", "user_wait", "resume_soon")
 Name = Annotated[str, Meta(max_length=255)]
 
 
-class _Update(msgspec.Struct, frozen=True, kw_only=True):
+class SessionUpdate(msgspec.Struct, frozen=True, kw_only=True):
     model: Name | None = None
     ttl_s: TtlS | None = None
     slo: SloFields | None = None
@@ -44,19 +44,19 @@ class _Update(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] | None = None
 
 
-class _Create(_Update, frozen=True, kw_only=True):
+class SessionCreate(SessionUpdate, frozen=True, kw_only=True):
     id: str | None = None
     parent_id: str | None = None
 
 
-class _Fork(msgspec.Struct, frozen=True, rename={"from_round": "from"}):
+class SessionFork(msgspec.Struct, frozen=True, rename={"from_round": "from"}):
     n: Annotated[int, Meta(ge=1, le=MAX_FORKS)] | None = None
     ids: Annotated[list[str], Meta(min_length=1, max_length=MAX_FORKS)] | None = None
     from_round: str | Annotated[int, Meta(ge=0)] = "tip"
     expected_start_s: Seconds | None = None
 
 
-class _Event(msgspec.Struct, frozen=True):
+class SessionEvent(msgspec.Struct, frozen=True):
     type: str
     expected_gap_s: Seconds | None = None
     tool: Name | None = None
@@ -133,7 +133,7 @@ class SessionPages:
     # ---------------------------------------------------------------- what is changed
 
     async def create(self, request: Request) -> Response:
-        given, warnings = await self._body(request, _Create)
+        given, warnings = await self._body(request, SessionCreate)
         session_id = new_session_id() if given.id is None else checked_id(given.id, "id")
         parent_id = None if given.parent_id is None else checked_id(given.parent_id, "parent_id")
         await self._opened(session_id)
@@ -144,13 +144,13 @@ class SessionPages:
 
     async def update(self, request: Request) -> Response:
         session_id = _id(request)
-        given, warnings = await self._body(request, _Update)
+        given, warnings = await self._body(request, SessionUpdate)
         document = await self._update(session_id, **_fields(given))
         return _json(resource(document) | warnings)
 
     async def fork(self, request: Request) -> Response:
         parent_id = _id(request)
-        given, warnings = await self._body(request, _Fork)
+        given, warnings = await self._body(request, SessionFork)
         if given.ids is not None and given.n not in (None, len(given.ids)):
             raise invalid("`n` is not how many `ids` there are: leave one of them out.", param="n")
         ids = [checked_id(name, f"ids[{at}]") for at, name in enumerate(given.ids or ())]
@@ -174,7 +174,7 @@ class SessionPages:
 
     async def event(self, request: Request) -> Response:
         session_id = _id(request)
-        given, warnings = await self._body(request, _Event)
+        given, warnings = await self._body(request, SessionEvent)
         if given.type not in EVENTS:
             raise _bad("type", f"`type` must be one of {', '.join(EVENTS)}.")
         taken = {"event": given.type, "expected_gap_s": given.expected_gap_s, "tool": given.tool}
@@ -242,7 +242,7 @@ class SessionPages:
 _NO_ENDS = {"first_id": None, "last_id": None}
 
 
-def _fields(given: _Update) -> dict[str, Any]:
+def _fields(given: SessionUpdate) -> dict[str, Any]:
     """What was given, as the store names it."""
     slo = given.slo or SloFields()
     fields = {
