@@ -4,8 +4,8 @@ Each test of the standard suite runs in a session of its own name, and the scrip
 what a model would say is given, everything on the way there and back is not.
 
 What the suite skips, and why that is right:
-- `test_serdes`: the class does not claim to be serialisable, since LangChain's `load()` refuses namespaces that
-  are not its own;
+- `test_serdes`: the class does not claim to be serialisable: LangChain's `load()` refuses namespaces that are
+  not its own;
 - images, audio, PDF, also in tool messages: the gateway refuses content that is not text, with a clear 400;
 - Anthropic's content blocks: the chat route speaks OpenAI's, `/v1/messages` is for the others;
 - `test_stream_time`: it replays recorded HTTP, and here nothing is recorded.
