@@ -168,7 +168,8 @@ async def test_forks_share_what_was_said(stack: LiveStack, way: str) -> None:
         for child, reply in zip(children, replies, strict=True):
             assert reply.session is not None and reply.session.id == child.id
             assert reply.session.parent_id == parent.id
-            assert reply.usage is not None and reply.usage.cached_tokens > said.usage.prompt_tokens // 2
+            assert reply.usage is not None and reply.usage.prompt_tokens > said.usage.total_tokens
+            assert reply.usage.cached_tokens > said.usage.prompt_tokens // 2
         assert len({child.id for child in children}) == 2
         assert (await parent.append("And you?")).session is not None
 
@@ -196,6 +197,10 @@ async def test_a_session_that_another_program_began(stack: LiveStack, valkey_url
         assert first.usage is not None and second.usage is not None and second.session is not None
         assert second.session.round == 2
         assert second.usage.prompt_tokens > first.usage.prompt_tokens + first.usage.completion_tokens
+        (branch,) = await resumed.fork(1)
+        third = await branch.append("Or else?")
+        assert third.session is not None and third.session.parent_id == resumed.id
+        assert third.usage is not None and third.usage.prompt_tokens > second.usage.total_tokens
         await forget_histories(valkey_url, resumed.id)
         # This replica remembers it without the ledger: one that never saw it would say 410.
         with contextlib.suppress(Refused):

@@ -186,15 +186,16 @@ def test_a_round_that_became_a_fork_is_the_session_from_then_on() -> None:
 
 
 def test_forks_begin_as_their_parent() -> None:
-    """With ids made here, and everything that was said; what only the server has is gone on with there."""
+    """With ids made here; appending at once if the server lets them begin so, with everything otherwise."""
     parent = begun()
     ids = parent.fork_call(2).body["ids"]
     assert len(set(ids)) == 2 and all(child.startswith("s/") for child in ids)
     assert all(len(one) <= 255 for one in Conversation("x" * 255, None, {}).fork_call(1).body["ids"])
-    child = parent.children(ids, {"temperature": 1}, known=True)[0]
-    ((call,), _, _) = ask(child, OK)
-    assert call.path == CHAT and call.headers["X-Parent-Session-ID"] == "s"
-    assert call.body["temperature"] == 1 and len(call.body["messages"]) == 3
+    for known, path, messages in ((True, session_path(ids[0], "rounds"), 1), (False, CHAT, 3)):
+        child = parent.children(ids, {"temperature": 1}, known=known)[0]
+        ((call,), _, _) = ask(child, OK)
+        assert call.path == path and call.headers["X-Parent-Session-ID"] == "s"
+        assert call.body["temperature"] == 1 and len(call.body["messages"]) == messages
     only_there = Conversation("s", None, {}, resumed=True).children(["t"], {}, known=True)[0]
     assert ask(only_there, OK)[0][0].path == session_path("t", "rounds")
     assert parent.messages == begun().messages

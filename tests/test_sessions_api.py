@@ -224,7 +224,9 @@ def test_forks_are_children_at_their_parents_home(valkey_url: str, tiny_model_di
             assert [item["created_at"] for item in again["data"]] == [
                 item["created_at"] for item in made["data"]
             ]
+            assert "warnings" not in made and "warnings" not in again
             three = await c.good("POST", f"{PATH}/parent/fork", {"n": 3, "from": 0})
+            assert three["warnings"] == ["the first round of each must bring all messages"]
             assert len({item["id"] for item in three["data"]}) == 3
             assert {item["forked_at_round"] for item in three["data"]} == {0}
             answer = await c.chat("hello", session_id="a")

@@ -157,8 +157,8 @@ class Session:
         call = self._conversation.fork_call(n)
         ids, known = call.body["ids"], False
         with ignoring_not_found():  # before its first round, the server does not know the session
-            self._client.call(call)
-            known = True
+            found = self._client.call(call)
+            known = not found.get("warnings")  # else it holds too little of what was said here
         made = self._conversation.children(ids, options, known=known)
         return [Session(self._client, child) for child in made]
 

@@ -43,6 +43,7 @@ class Conversation:
         options: Mapping[str, Any],
         messages: Sequence[Message] = (),
         *,
+        held: bool = False,
         resumed: bool = False,
     ) -> None:
         self.id = session_id or f"sess_{secrets.token_hex(12)}"
@@ -50,7 +51,7 @@ class Conversation:
         self.messages = list(messages)
         self.hints: dict[str, Any] = {}
         self._options = checked_options(options)
-        self._held = resumed
+        self._held = held or resumed
         """The server has all of `messages`."""
         self._resumed = resumed
         """What was said before is known to the server alone."""
@@ -111,15 +112,15 @@ class Conversation:
         return Call("POST", session_path(self.id, "fork"), {"ids": ids})
 
     def children(self, ids: Sequence[str], options: Mapping[str, Any], *, known: bool) -> list[Conversation]:
-        """Conversations that begin as this one; `known` = the server knows them as that.
-
-        Their first rounds bring everything, unless only the server has it: a fork is new to whatever replica
-        it comes to.
-        """
+        """Conversations that begin as this one; `known` = the server lets them begin so, too."""
         if self._resumed and not known:
             raise Refused(404, f"session {self.id} cannot be forked: the server does not know it")
         merged = {**self._options, **checked_options(options)}
-        return [Conversation(child, self.id, merged, self.messages, resumed=self._resumed) for child in ids]
+        held = known and self._held
+        return [
+            Conversation(child, self.id, merged, self.messages, held=held, resumed=self._resumed)
+            for child in ids
+        ]
 
 
 def _append(append: Call, whole: Call, max_retries: int) -> Plan:

@@ -65,6 +65,11 @@ class Spoken:
     new_messages: Sequence[Message]
     """Beyond those kept."""
 
+    @property
+    def served_tokens(self) -> int:
+        """Of the prompt, what the same session's rounds before had."""
+        return self.plan.kept_tokens if self.base.session_id == self.asked.identity.session_id else 0
+
 
 class Conversations:
     """For one event loop. Without logs nothing is remembered, and append is refused."""
@@ -148,6 +153,16 @@ class Conversations:
             log.info("history not used: %s", error, extra={"session": asked.identity.session_id})
             return empty
         return found
+
+    async def fork(self, tenant: str, parent: str, children: Sequence[str], ttl_s: float) -> bool:
+        """Let sessions that have had no round begin with all that was said in `parent`; False if that is not
+        there. Raises `LedgerUnavailable`."""
+        if self._logs is None:
+            return False
+        try:
+            return all([await self._logs.fork(tenant, parent, child, ttl_s) for child in children])
+        except HistoryLost:
+            return False
 
     # ---------------------------------------------------------------- after it
 

@@ -106,12 +106,12 @@ class SessionPages:
         status = query.get("status")
         if status is not None and status not in STATUSES:
             raise invalid(f"`status` must be one of {', '.join(STATUSES)}.", param="status")
-        tenant = query.get("tenant", caller.sees_tenant)
+        tenant = query.get("tenant", caller.sees_tenant if caller.key else caller.tenant)
         if caller.sees_tenant not in (None, tenant):
             tenant = caller.sees_tenant  # of its own only
         after = query.get("after")
         try:
-            found, more = await self._store.list(
+            found, more = await self._store.page(
                 tenant,
                 limit,
                 self._default_ttl_s,
@@ -157,17 +157,24 @@ class SessionPages:
         ids = ids or [new_session_id() for _ in range(given.n or 1)]
         if len({*ids, parent_id}) <= len(ids):
             raise invalid("`ids` must differ from each other and from the session.", param="ids")
-        tenant, at_round = current_caller().tenant, None
+        tenant = current_caller().tenant
+        at_round: int | None = None
         parent = await self._store.get(tenant, parent_id, self._default_ttl_s) or _unknown(parent_id)
         if given.from_round != "tip":
-            at_round = given.from_round
-            if not isinstance(at_round, int) or at_round > parent.record.rounds:
+            if not isinstance(given.from_round, int) or given.from_round > parent.record.rounds:
                 what = f'`from` must be "tip" or a round that was: 0 to {parent.record.rounds}.'
                 raise invalid(what, param="from")
+            at_round = given.from_round
         await self._opened(*ids)
         children = await self._store.fork(
             tenant, parent_id, ids, self._default_ttl_s, at_round, given.expected_start_s
         )
+        fresh = [child.record.session_id for child in children if child.record.rounds == 0]
+        known, ttl_s = self._intake.conversations, children[0].ttl_s
+        at_tip = at_round in (None, parent.record.rounds)
+        if not (at_tip and await known.fork(tenant, parent_id, fresh, ttl_s)):
+            # Said plainly, since an append to one of them would begin a conversation of its own.
+            warnings.setdefault("warnings", []).append("the first round of each must bring all messages")
         items = [resource(child) for child in children]
         ends = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
         return _json({"object": "list", "data": items, **ends, **warnings})
