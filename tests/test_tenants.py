@@ -565,16 +565,16 @@ def test_tenants_cannot_reach_each_others_things(valkey_url: str, tiny_model_dir
 
             reply = said["choices"][0]["message"]
             on = [*words, reply, {"role": "user", "content": "and then?"}]
-            for key, expected in ((B, "new"), (A, "prefix:fork")):
+            for key, found_by in ((B, "new"), (A, "prefix:fork")):
                 status, answer = await ask(http, "POST", url + CHAT_PATH, key, chat | {"messages": on})
-                assert status == 200 and answer["session"]["identified_by"] == expected
+                assert status == 200 and answer["session"]["identified_by"] == found_by
                 await c.recorded()
 
-            body = {"model": MODEL, "input": "remember this", "max_output_tokens": 4}
-            status, stored = await ask(http, "POST", f"{url}/v1/responses", A, body)
+            first = {"model": MODEL, "input": "remember this", "max_output_tokens": 4}
+            status, stored = await ask(http, "POST", f"{url}/v1/responses", A, first)
             assert status == 200
             one = f"{url}/v1/responses/{stored['id']}"
-            after = body | {"previous_response_id": stored["id"]}
+            after = first | {"previous_response_id": stored["id"]}
             assert (await ask(http, "GET", one, B))[0] == 404
             assert (await ask(http, "DELETE", one, B))[0] == 404
             assert (await ask(http, "POST", f"{url}/v1/responses", B, after))[0] == 404
