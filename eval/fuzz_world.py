@@ -144,11 +144,11 @@ class World:
         self.rounds[round_id] = arrived, talk
         return arrived
 
-    def _hints(self) -> tuple[int | None, ...]:
+    def _hints(self) -> tuple[int | None, int | None, int | None]:
         """What a client says of the answer's length, the next one's, and the rounds that are to come."""
         rng = self.rng
         if rng.random() < 0.7:
-            return ()
+            return None, None, None
         return rng.choice([None, 0, 5]), rng.choice([None, 0, 5000]), rng.choice([None, 0, 0, 7])
 
     def session_ended(self) -> SessionEnded:

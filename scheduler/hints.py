@@ -238,7 +238,7 @@ def _converted(given: Any, kind: type[T], where: str) -> T:
 
 def _unknown(given: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -> list[str]:
     """Keys that `kind` does not have, at any depth."""
-    inner = {"slo": SloFields, "next_round": NextRoundFields}
+    inner: dict[str, type[msgspec.Struct]] = {"slo": SloFields, "next_round": NextRoundFields}
     found = []
     for key, value in given.items():
         path = f"{where}.{key}"[:100] if where else key[:100]

@@ -152,7 +152,7 @@ class SessionStore:
         given = {name: value for name, value in fields.items() if value is not None}
         return [await self.create(tenant, child, default_ttl_s, parent_id, **given) for child in ids]
 
-    async def list(
+    async def page(
         self,
         tenant: str | None,
         limit: int,

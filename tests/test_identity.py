@@ -50,13 +50,14 @@ def found(
 @pytest.mark.parametrize("bad", ["", "x" * 256, "a b", "a\n", "é", "\x7f"], ids=repr)
 def test_a_bad_id_of_ours_is_refused_wherever_it_stands(bad: str) -> None:
     """A session id is 1 to 255 visible ASCII characters; a bad one is never replaced."""
-    for param, headers, fields in (
+    cases: tuple[tuple[str, dict[str, str], dict[str, Any]], ...] = (
         ("X-Session-ID", {"x-session-id": bad}, {}),
         ("session.id", {}, {"id": bad}),
         ("session_id", {}, {"session_id": bad}),
         ("X-Parent-Session-ID", {"x-parent-session-id": bad, "x-session-id": "s"}, {}),
         ("session.parent_id", {"x-session-id": "s"}, {"parent_id": bad}),
-    ):
+    )
+    for param, headers, fields in cases:
         with pytest.raises(ApiError) as caught:
             found(headers, **fields)
         assert (caught.value.status, caught.value.code) == (400, "invalid_session_id")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.hints import Hints
@@ -19,7 +20,7 @@ async def remaining_s(ledger: Ledger, session_id: str, tenant: str = "t") -> flo
     return int(await ledger.connection.command("PTTL", key)) / 1000
 
 
-async def run_round(ledger: Ledger, round_id: str, session_id: str, **more: object) -> Claimed:
+async def run_round(ledger: Ledger, round_id: str, session_id: str, **more: Any) -> Claimed:
     """Claimed and completed at d0, which then holds two pages' worth."""
     claimed = await claim(ledger, "A", round_id, session_id, **more)
     await complete(ledger, "A", claimed, holdings=[(page(1), 512, "d0", "i")])

@@ -19,6 +19,7 @@ from antiphon.scheduler.gateway.openapi_schemas import (
     one_of,
     ref,
 )
+from antiphon.scheduler.session_documents import STATUSES
 
 OPENAPI_PATH = "/openapi.json"
 EVENTS = "text/event-stream"
@@ -70,12 +71,12 @@ def _of_sessions() -> tuple[Operation, ...]:
         Operation(
             "get",
             sessions.PATH,
-            "Sessions, last active first",
+            "Sessions, the newest first",
             a_list(ref("SessionResource")),
             query=(
                 _LIMIT,
                 ("after", SESSION_ID, "Those that come after this one."),
-                ("status", one_of(*sessions.STATUSES), "In this state only."),
+                ("status", one_of(*STATUSES), "In this state only."),
                 ("parent_id", SESSION_ID, "Children of this one only."),
             ),
         ),
