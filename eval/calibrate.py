@@ -28,6 +28,7 @@ from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.config import Config, LedgerConfig
 from antiphon.scheduler.fleet_key import load_or_create_fleet_key
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
+from antiphon.traces.output import check_writable, whole_file
 
 WHOLE_PROMPT_UNIT_TOKENS = 512
 """Lengths of the points are multiples of the chunk; of this, where there are no chunks."""
@@ -112,11 +113,13 @@ def run_calibrate(options: CalibrateOptions, console: Console | None = None) -> 
     """The command: 0 = the profile is written (or printed), 2 = the engine could not be measured."""
     console = console or Console()
     try:
+        if options.output is not None:
+            check_writable(options.output)  # measuring takes minutes
         found = asyncio.run(calibrate(options, lambda words: console.print(words, highlight=False)))
         text = msgspec.json.format(msgspec.json.encode(found.profile), indent=2).decode()
         if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(text + "\n")
+            with whole_file(options.output) as file:
+                file.write(text.encode() + b"\n")
     except (ProbeError, FitFailed, OSError, ValueError) as error:
         console.print(f"antiphon calibrate: {error}", style="red", markup=False, highlight=False)
         return 2
@@ -133,6 +136,8 @@ def run_calibrate(options: CalibrateOptions, console: Console | None = None) -> 
 
 async def _records(options: CalibrateOptions) -> tuple[EngineRecord, EngineRecord | None]:
     """The engine to measure and the one that pulls from it, with all that is known of them."""
+    if not options.url.startswith(("http://", "https://")):
+        raise ProbeError(f"--url {options.url!r} is no URL: give it as http://HOST:PORT")
     if options.ledger is None:
         if options.peer is not None:
             raise ProbeError("--peer needs --ledger: engines are told apart and proven there")

@@ -70,7 +70,7 @@ class Probe:
             self.info = await self._read_info()
         except EngineError as error:
             await self._close()
-            raise ProbeError(str(error)) from error
+            raise ProbeError(f"{self.record.url}: {error}") from error
         except ProbeError:
             await self._close()
             raise

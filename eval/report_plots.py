@@ -284,7 +284,7 @@ def arms_plot(scenario: Scenario) -> Plot:
     with drawing(1.3 + 0.32 * len(cells)) as figure:
         left, right = panels(figure, 2, sharey=True)
         _arm_bars(left, cells)
-        _byte_bars(right, cells)
+        byte_bars(right, cells)
         left.set_yticks(range(len(cells)), [short(cell.series) for cell in cells])
         left.set_ylim(len(cells) - 0.4, -0.6)
         for axis in (left, right):
@@ -298,8 +298,9 @@ def arms_plot(scenario: Scenario) -> Plot:
         f"Where is the prompt computed, and what does it move, at {load_words(scenario, scenario.focus)}?",
         "Left, the share of completed rounds that ran each arm. local: the session's home computes the "
         "prompt; remote_pull: a prefill engine does, and pulls the history from the home first; "
-        "remote_recompute: a prefill engine does, with what it has. Right, the KV cache that crossed the "
-        "network for one completed round, to the prefill engine and back. All seeds together.",
+        "remote_recompute: a prefill engine does, with what it has; move: another engine takes the session "
+        "over, and fetches its history from the home that it leaves. Right, the KV cache that crossed the "
+        "network for one completed round, by where it went. All seeds together.",
         png,
     )
 
@@ -316,15 +317,19 @@ def _arm_bars(axis: Axes, cells: Sequence[Cell]) -> None:
     axis.set_xlabel("share of completed rounds")
 
 
-def _byte_bars(axis: Axes, cells: Sequence[Cell]) -> None:
+def byte_bars(axis: Axes, cells: Sequence[Cell]) -> None:
+    """MB per completed round, stacked by direction."""
     starts = [0.0] * len(cells)
     ways = (
         ("moved to prefill (pull)", "bytes_decode_to_prefill", "#777777", ""),
         ("moved to decode (push)", "bytes_prefill_to_decode", "#cccccc", "\\\\"),
+        ("moved to a new home", "bytes_home_to_home", "#444444", "xx"),
     )
     for name, field_name, colour, hatch in ways:
         spans = [cell.span(per_round(field_name)) for cell in cells]
         widths = [span.mean / 1e6 if span is not None else 0.0 for span in spans]
+        if field_name == "bytes_home_to_home" and not any(widths):
+            continue  # few policies move sessions
         axis.barh(
             range(len(cells)), widths, left=starts, height=0.62, label=name, facecolor=colour, hatch=hatch,
             edgecolor="white", linewidth=0.5,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from antiphon.eval.simulation_plan import Prepared, SimulateOptions, SimulationError, prepare
 from antiphon.eval.simulation_result import records_of, result_of
@@ -18,6 +17,7 @@ from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.simulated_sessions import split_children
 from antiphon.scheduler.simulation import RoundEnd, Simulation
 from antiphon.traces.arrivals import schedule
+from antiphon.traces.output import check_writable
 from antiphon.traces.result_types import RunResult
 from antiphon.traces.results import write_result, write_rounds
 from antiphon.traces.schema import SessionTrace
@@ -28,8 +28,9 @@ __all__ = ["Prepared", "SimulateOptions", "SimulationError", "prepare", "run_sim
 def run_simulation(options: SimulateOptions, prepared: Prepared | None = None) -> RunResult:
     """Simulate and write what the options name. Raises as `prepare`, and `OSError`."""
     ready = prepared or prepare(options)
-    policy = _make(make_policy, options.policy, options.policy_parameters)
-    ordering = _make(make_ordering, options.ordering, {})
+    _check_outputs(options)
+    policy = make_policy(options.policy, options.policy_parameters)
+    ordering = make_ordering(options.ordering)
     config = CoreConfig(publish=False, corrections=options.corrections)
     core = Scheduler(policy, ordering, ready.bench.decode.latency, config)
     ends: list[RoundEnd] = []
@@ -62,8 +63,12 @@ def _timed(
             gc.enable()
 
 
-def _make(maker: Any, name: str, parameters: Mapping[str, object]) -> Any:
-    try:
-        return maker(name, parameters)
-    except ValueError as error:
-        raise SimulationError(str(error)) from error
+def _check_outputs(options: SimulateOptions) -> None:
+    """Raise `SimulationError` for a file that cannot be written, before hours of simulation are lost."""
+    for option, path in (("--rounds", options.rounds_path), ("--json", options.json_path)):
+        if path is None:
+            continue
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise SimulationError(f"{option} {path}: cannot be written: {error.strerror}") from error

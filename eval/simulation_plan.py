@@ -9,12 +9,13 @@ from pathlib import Path
 from antiphon.engines.cluster import Cluster, EngineSpec, load_cluster, resolve_engines
 from antiphon.eval.cluster_files import find_cluster
 from antiphon.eval.load import Workbench
+from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.simulation import Targets
 from antiphon.traces.arrivals import Arrivals, Start
 from antiphon.traces.formats import Form
 from antiphon.traces.readers import BadLines, ReadOptions, read_trace, trace_sha256
 from antiphon.traces.result_types import Load, TraceInfo
-from antiphon.traces.schema import SessionTrace, TraceError
+from antiphon.traces.schema import MAX_S, SessionTrace, TraceError
 from antiphon.traces.shape import Shape, fit_window, shape
 
 DEFAULT_LOAD = 0.7
@@ -163,6 +164,11 @@ def check_parents(sessions: Sequence[SessionTrace]) -> None:
 
 
 def _check(options: SimulateOptions) -> None:
+    try:
+        make_policy(options.policy, options.policy_parameters)
+        make_ordering(options.ordering)
+    except ValueError as error:
+        raise SimulationError(str(error)) from error
     written = [path for path in (options.json_path, options.rounds_path) if path is not None]
     paths = [path.resolve() for path in (options.trace, *written)]
     if len(set(paths)) < len(paths):
@@ -193,9 +199,19 @@ def _arrivals(
         return Arrivals(Start.RECORDED, max_live=most), Load("as_recorded")
     if options.session_rate is not None:
         rate = options.session_rate
+        _check_rate(rate, "--session-rate", len(sessions))
         return Arrivals(Start.POISSON, rate, options.seed, most), Load("session_rate", rate, rate)
     if options.load is None and most is not None:
         return Arrivals(Start.AT_ONCE, max_live=most), Load("concurrency", most)
     rho = DEFAULT_LOAD if options.load is None else options.load
     rate = bench.session_rate(rho, sessions, slo_itl_s)
+    _check_rate(rate, "--load", len(sessions))
     return Arrivals(Start.POISSON, rate, options.seed, most), Load("rho", rho, rate)
+
+
+def _check_rate(rate: float, option: str, sessions: int) -> None:
+    """Beyond MAX_S seconds a float has no microseconds left: times would be noise."""
+    if sessions > rate * MAX_S:
+        raise SimulationError(
+            f"{option} is too low: {sessions} sessions at {rate:g} a second take more than {MAX_S:g} seconds"
+        )

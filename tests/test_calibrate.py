@@ -118,12 +118,15 @@ def test_a_profile_is_written_that_loads(small: None, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """Exit status 2 and a reason, not a traceback; the same for a peer without a ledger."""
+    """Status 2 and a reason with the URL, no traceback; so for a peer without a ledger, or a bad file."""
     console = Console(record=True, width=200)
     assert run_calibrate(CalibrateOptions("http://127.0.0.1:1"), console) == 2
     assert run_calibrate(CalibrateOptions("http://127.0.0.1:1", peer="b"), console) == 2
+    assert run_calibrate(CalibrateOptions("127.0.0.1:1"), console) == 2
+    assert run_calibrate(CalibrateOptions("http://127.0.0.1:1", output=tmp_path), console) == 2
     said = console.export_text()
-    assert "antiphon calibrate: " in said and "--peer needs --ledger" in said
+    assert "antiphon calibrate: http://127.0.0.1:1: " in said and "--peer needs --ledger" in said
+    assert "--url '127.0.0.1:1' is no URL" in said and "Is a directory" in said
 
 
 def test_an_unknown_engine_is_named(valkey_url: str) -> None:

@@ -396,6 +396,7 @@ def test_azure_faults_name_their_line(tmp_path: Path) -> None:
         ("6", 1.0, (RoundTrace(8, 7),)),
     ]
     assert [text.split(": ")[0].rpartition(" ")[2] for text in bad.first] == ["3", "4", "5", "6", "7"]
+    assert "generatedtokens 'x' is no number of tokens" in bad.first[1]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from antiphon.eval.report_data import (
     rounds_beside,
     scenarios_of,
 )
-from antiphon.eval.report_plots import attainment_plot, distribution_plot
+from antiphon.eval.report_plots import attainment_plot, byte_bars, distribution_plot
 from antiphon.eval.report_style import seconds, series_look, short
 from antiphon.eval.report_tables import attainment_table, finding, work_table
 from antiphon.eval.report_time import choose_session, session_plot
@@ -406,6 +406,23 @@ def test_work_is_per_completed_round() -> None:
 
 
 # ---------------------------------------------------------------- plots and files
+
+
+def test_the_bars_of_bytes_add_up_to_what_was_moved() -> None:
+    """Three directions of 1, 2 and 4 MB a round are stacked to 7; without moves their bar has no name."""
+    from matplotlib.figure import Figure
+
+    given = result()
+    three = given.rounds_completed * 1_000_000
+    moving = msgspec.structs.replace(
+        given, bytes_decode_to_prefill=three, bytes_prefill_to_decode=2 * three, bytes_home_to_home=4 * three
+    )
+    for run, names, end in ((moving, 3, 7.0), (given, 2, 2.0)):
+        (scenario,) = scenarios_of(runs_of(run))
+        axis = Figure().subplots()
+        byte_bars(axis, scenario.at(0.5))
+        assert len(axis.get_legend_handles_labels()[1]) == names
+        assert max(bar.get_x() + bar.get_width() for bar in axis.patches) == pytest.approx(end)
 
 
 def test_the_session_shown_is_the_one_with_most_arms(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from antiphon.eval.load import Workbench
 from antiphon.eval.simulate import SimulateOptions, SimulationError, prepare, run_simulation
 from antiphon.scheduler.cli import app
 from antiphon.scheduler.errors import UserError
+from antiphon.scheduler.simulation import Simulation
 from antiphon.traces.results import read_rounds
 from antiphon.traces.schema import RoundTrace, SessionTrace, TraceError
 from tests.simulation_helpers import agent_sessions, cluster_file
@@ -148,6 +150,8 @@ def test_recorded_starts_and_gaps_are_used_as_they_are(tmp_path: Path) -> None:
         (["--policy", "ampd", "--ordering", "no"], "unknown ordering 'no'"),
         (["--policy", "ampd", "--load", "0.5", "--session-rate", "1"], "exclude each other"),
         (["--policy", "ampd", "--load", "0"], "--load must be above 0"),
+        (["--policy", "ampd", "--load", "1e-12"], "--load is too low"),
+        (["--policy", "ampd", "--session-rate", "1e-9"], "--session-rate is too low"),
         (["--policy", "ampd", "--slo-ttft", "-1"], "--slo-ttft must be above 0"),
         (["--policy", "ampd", "--max-sessions", "0"], "at least 1"),
         (["--policy", "ampd", "--as-recorded"], "no recorded start"),
@@ -249,6 +253,27 @@ def test_a_result_never_takes_the_place_of_the_trace(tmp_path: Path) -> None:
             SimulateOptions(trace=trace, cluster=cluster_file(tmp_path), policy="local", rounds_path=trace)
         )
     assert trace.read_bytes() == before
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, or below a file: named, with its option, and no event has run; nothing is left."""
+    trace = write_trace(tmp_path, agent_sessions(2, 1))
+    asked = SimulateOptions(trace=trace, cluster=cluster_file(tmp_path), policy="local")
+    monkeypatch.delattr(Simulation, "run")
+    before = sorted(tmp_path.iterdir())
+    for option, path in (("json", tmp_path), ("rounds", trace / "rounds.jsonl")):
+        with pytest.raises(SimulationError, match=f"--{option} {path}: cannot be written"):
+            run_simulation(replace(asked, **{f"{option}_path": path}))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_names_are_looked_up_before_the_trace_is_read(tmp_path: Path) -> None:
+    """A misspelt policy costs no reading: the trace is not even there."""
+    asked = SimulateOptions(trace=tmp_path / "none", cluster=cluster_file(tmp_path), policy="amdp")
+    with pytest.raises(SimulationError, match="unknown policy 'amdp'"):
+        prepare(asked)
 
 
 def test_a_refused_round_says_why(tmp_path: Path) -> None:

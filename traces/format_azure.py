@@ -61,6 +61,9 @@ def _time(text: str) -> datetime:
 
 def _session(number: int, prompt: str, output: str, start_s: float) -> SessionTrace:
     """Raises `ValueError` for tokens or a time that cannot be."""
+    for column, text in zip(COLUMNS[1:], (prompt, output), strict=True):
+        if not (text.isascii() and text.isdecimal()):
+            raise ValueError(f"{column} {text!r} is no number of tokens")
     prompt_tokens, output_tokens = int(prompt), int(output)
     if not 1 <= prompt_tokens <= MAX_TOKENS or not 0 <= output_tokens <= MAX_TOKENS:
         raise ValueError(f"{prompt_tokens} context and {output_tokens} generated tokens make no request")
