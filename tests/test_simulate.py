@@ -263,9 +263,11 @@ def test_a_file_that_cannot_be_written_is_said_before_the_run(
     asked = SimulateOptions(trace=trace, cluster=cluster_file(tmp_path), policy="local")
     monkeypatch.delattr(Simulation, "run")
     before = sorted(tmp_path.iterdir())
-    for option, path in (("json", tmp_path), ("rounds", trace / "rounds.jsonl")):
-        with pytest.raises(SimulationError, match=f"--{option} {path}: cannot be written"):
-            run_simulation(replace(asked, **{f"{option}_path": path}))
+    below = trace / "rounds.jsonl"
+    with pytest.raises(SimulationError, match=f"--json {tmp_path}: cannot be written"):
+        run_simulation(replace(asked, json_path=tmp_path))
+    with pytest.raises(SimulationError, match=f"--rounds {below}: cannot be written"):
+        run_simulation(replace(asked, rounds_path=below))
     assert sorted(tmp_path.iterdir()) == before
 
 
