@@ -32,10 +32,13 @@ EXAMPLES = 25
 MOST_TOKENS = 4
 """Of an answer: a client that sets no limit would get a window full."""
 MOST_CHOICES = 3
+KNOWN = "known"
+"""Of a session."""
 LIMITS = {
     "/v1/responses": "max_output_tokens",
     "/v1/chat/completions": "max_completion_tokens",
     "/v1/completions": "max_tokens",
+    "/v1/sessions/{session_id}/rounds": "max_completion_tokens",
     "/v1/messages": "max_tokens",
 }
 WANTED = [
@@ -109,8 +112,12 @@ def test_no_request_breaks_it(case: schemathesis.Case, stack: LiveStack, tiny_mo
     """No 5xx, and every answer has a status, a type and a form that the document names.
 
     Requests are what the document allows and what it does not; where they name a model it is the one that
-    is served, so that they come further than to a 404.
+    is served, and every other session is one that there is, so that they come further than to a 404.
     """
+    for name in ("id", "session_id"):
+        if len(str(case.path_parameters.get(name, "x"))) % 2 == 0:
+            stack.http.post("/v1/sessions", json={"id": KNOWN}).raise_for_status()
+            case.path_parameters[name] = KNOWN
     body = case.body
     if isinstance(body, dict):
         if isinstance(body.get("model"), str):
