@@ -281,7 +281,15 @@ def test_a_stream_that_is_left_early_leaves_the_session_usable(stack: LiveStack)
             session.append("On")
         stream.close()
         assert session.messages == []
-        assert session.append("Hello", max_tokens=4).session is not None
+        first = session.append("Hello", max_tokens=4)
+        stream = session.stream("On")
+        next(stream)
+        stream.close()
+        second = session.append("On", max_tokens=4)
+        assert first.usage is not None and second.usage is not None
+        alone = client.session("not-left", max_tokens=4)
+        alone.append("Hello")
+        assert second.usage.prompt_tokens == (alone.append("On").usage or second.usage).prompt_tokens
 
 
 # ---------------------------------------------------------------- a server that fails on command

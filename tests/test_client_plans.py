@@ -121,6 +121,17 @@ def test_an_append_that_was_refused_at_the_door_is_repeated(status: int) -> None
     assert [call.path for call in calls] == ["/v1/sessions/s/rounds"] * 2 and waits == [0.25]
 
 
+@pytest.mark.parametrize("outcome", [failed(400), failed(429, retry_after="999")])
+def test_after_a_failure_everything_is_sent(outcome: Outcome) -> None:
+    """The server may hold a round whose answer nobody has seen; once answered, appends go on."""
+    conversation = begun()
+    ask(conversation, outcome)
+    ((call,), _, _) = ask(conversation, OK)
+    assert call.path == CHAT and len(call.body["messages"]) == 3
+    conversation.finished(messages_of("on"), reply_of(OK))
+    assert ask(conversation, OK)[0][0].path == "/v1/sessions/s/rounds"
+
+
 def test_a_resumed_session_has_nothing_to_send_again() -> None:
     """Its append is repeated only when nothing has happened of it; what is lost is the caller's to know."""
     resumed = Conversation("s", None, {}, resumed=True)

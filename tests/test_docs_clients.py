@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.live_stack import LiveStack, live_stack, tool_call
+from tests.live_stack import Line, LiveStack, live_stack, tool_call
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = ("agents.md", "langchain.md")
@@ -30,7 +30,7 @@ BLOCKS = [
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
 ]
 CONFIG = '[model]\nnames = ["model"]\n'
-SCRIPT = [
+SCRIPT: list[Line] = [
     {
         "session_id": "run-51",
         "tool_calls": [tool_call("research", topic="tea"), tool_call("research", topic="coffee")],

@@ -52,7 +52,7 @@ class Conversation:
         self.hints: dict[str, Any] = {}
         self._options = checked_options(options)
         self._held = held or resumed
-        """The server has all of `messages`."""
+        """The server has all of `messages`, and nothing else."""
         self._resumed = resumed
         """What was said before is known to the server alone."""
         self._busy = False
@@ -86,7 +86,9 @@ class Conversation:
         if self.parent_id is not None:
             headers["X-Parent-Session-ID"] = self.parent_id
         whole = Call("POST", CHAT, {**body, "messages": [*self.messages, *new]}, headers, stream)
-        if not self._held:
+        # Until it is `finished`, the server may hold this round or not: after a failure everything is sent.
+        held, self._held = self._held, self._resumed
+        if not held:
             return plan_call(whole, max_retries)
         append = Call("POST", session_path(self.id, "rounds"), {**body, "messages": [*new]}, headers, stream)
         if self._resumed:
