@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import aiohttp
@@ -28,7 +29,7 @@ from antiphon.engines.base import (
     PrefillResult,
 )
 from antiphon.engines.directory_client import AsyncDirectoryClient, DirectoryError
-from antiphon.engines.prompt import as_json
+from antiphon.engines.prompt import body_with
 from antiphon.engines.sse import SseError, SseEvent, SseParser
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ MAX_CONNECTIONS = 1024
 """Per engine: more rounds than that wait here instead of in the engine's queue."""
 KEEP_ALIVE_S = 2.0
 """Shorter than the server's 5 s, so that we never reuse a connection that it is just closing."""
+END_S = 0.05
+"""After the end mark, for the body to end too: only then can its connection be used again."""
 REPLY_MARGIN_S = 0.5
 """A prefetch ends at its deadline in the engine; its answer may take this much longer."""
 
@@ -93,14 +96,14 @@ class HttpEngine:
         deadline_s: float,
     ) -> PrefillResult:
         """Compute and keep the KV of `input_ids`; raises `EngineError`."""
-        body = {
-            "input_ids": as_json(input_ids),
+        fields = {
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "rid": rid,
             "session_id": session_id,
             "cache_salt": cache_salt,
             "stream": False,
         }
+        body = body_with(fields, "input_ids", input_ids)
         answer = await self._call("POST", "/generate", body, deadline_s)
         try:
             meta = msgspec.json.decode(answer)["meta_info"]
@@ -126,6 +129,7 @@ class HttpEngine:
                 chunk = reader.read(event)
                 if chunk is not None:
                     yield chunk
+            await events.end()
         finally:
             response.close()
 
@@ -178,7 +182,7 @@ class HttpEngine:
 
     async def abort(self, rid: str, *, deadline_s: float) -> None:
         """Stop `rid`; an unknown one is no error. SGLang also stops every rid that begins with it."""
-        await self._call("POST", "/abort_request", {"rid": rid}, deadline_s)
+        await self._call("POST", "/abort_request", msgspec.json.encode({"rid": rid}), deadline_s)
 
     async def load(self, *, deadline_s: float) -> LoadReport:
         """Sums over data-parallel ranks."""
@@ -222,12 +226,12 @@ class HttpEngine:
             )
         return self._session
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None, deadline_s: float) -> bytes:
+    async def _call(self, method: str, path: str, body: bytes | None, deadline_s: float) -> bytes:
         """Body of a 200 answer; raises `EngineError`."""
         try:
             async with (
                 asyncio.timeout(deadline_s),
-                self._http().request(method, path, data=_encoded(body), allow_redirects=False) as response,
+                self._http().request(method, path, data=body, allow_redirects=False) as response,
             ):
                 answer = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -236,14 +240,12 @@ class HttpEngine:
             raise stream.answer_error(self._name, path, response.status, answer)
         return answer
 
-    async def _open_stream(
-        self, path: str, body: dict[str, Any], deadline_s: float
-    ) -> aiohttp.ClientResponse:
+    async def _open_stream(self, path: str, body: bytes, deadline_s: float) -> aiohttp.ClientResponse:
         """A 200 response whose body is still to come; raises `EngineError`."""
         response: aiohttp.ClientResponse | None = None
         try:
             async with asyncio.timeout(deadline_s):
-                response = await self._http().post(path, data=_encoded(body), allow_redirects=False)
+                response = await self._http().post(path, data=body, allow_redirects=False)
                 if response.status == 200:
                     return response
                 answer = await response.read()
@@ -359,6 +361,13 @@ class _Events:
             raise translated(error, self._name, path, self._deadline_s, started=started) from error
         return self._ready.popleft()
 
+    async def end(self) -> None:
+        """Wait a moment for the body's own end."""
+        with suppress(TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(END_S):
+                while await self._response.content.readany():
+                    pass
+
 
 def translated(error: Exception, name: str, path: str, deadline_s: float, *, started: bool) -> EngineError:
     """Our error for one of aiohttp or the network; `started` = part of the answer was passed on already."""
@@ -367,7 +376,3 @@ def translated(error: Exception, name: str, path: str, deadline_s: float, *, sta
     kind = FailureKind.BROKEN if started else FailureKind.UNREACHABLE
     log.debug("%s: %s: connection failed: %r", name, path, error)
     return EngineError(kind, f"{name}: {path}: connection failed ({type(error).__name__})")
-
-
-def _encoded(body: dict[str, Any] | None) -> bytes | None:
-    return None if body is None else msgspec.json.encode(body)

@@ -10,8 +10,8 @@ For one event loop at a time. What is shared are an array, a bytearray and lists
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import msgspec
 
@@ -133,9 +133,13 @@ def as_prompt(ids: Sequence[int]) -> Prompt:
     return ids if isinstance(ids, Prompt) else Prompt(ids)
 
 
-def as_json(ids: Sequence[int]) -> msgspec.Raw:
-    """The ids for the body of a call, without serializing a prompt anew."""
-    return msgspec.Raw(ids.json() if isinstance(ids, Prompt) else msgspec.json.encode(list(ids)))
+def body_with(fields: Mapping[str, Any], name: str, ids: Sequence[int]) -> bytes:
+    """A JSON object of the fields and, last, the ids; those of a prompt are only copied, once."""
+    head = msgspec.json.encode(fields)[:-1] + (b"," if fields else b"") + b'"%s":' % name.encode()
+    if not isinstance(ids, Prompt):
+        return head + msgspec.json.encode(list(ids)) + b"}"
+    with memoryview(ids._log.text) as text:
+        return b"".join((head, text[: ids._text_end], b"]}"))
 
 
 def _as_array(ids: Sequence[int]) -> array[int]:

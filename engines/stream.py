@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from antiphon.engines.base import Chunk, EngineError, FailureKind, GenerateRequest, Usage
-from antiphon.engines.prompt import as_json
+from antiphon.engines.prompt import body_with
 from antiphon.engines.sse import SseEvent
 
 CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
@@ -38,10 +38,9 @@ class AnswerReader:
         """Choices whose finish reason has not come."""
         self._client_wants_ids = bool(request.body.get(_IDS_FLAG[request.path]))
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> bytes:
         """The client's fields with ours over them."""
         request = self._request
-        ids = as_json(request.input_ids)
         ours: dict[str, Any] = {
             "rid": request.rid,
             "session_id": request.session_id,
@@ -51,10 +50,11 @@ class AnswerReader:
             _IDS_FLAG[request.path]: True,
         }
         if request.path == CHAT_PATH:
-            ours |= {"input_ids": ids, "messages": _PLACEHOLDER}
-        else:
-            ours["prompt"] = ids
-        return {**request.body, **ours}
+            ours["messages"] = _PLACEHOLDER
+        name = "input_ids" if request.path == CHAT_PATH else "prompt"
+        fields = {**request.body, **ours}
+        fields.pop(name, None)
+        return body_with(fields, name, request.input_ids)
 
     def read(self, event: SseEvent) -> Chunk | None:
         """What one event means to the client's side; None for the end mark, which sets `done`."""

@@ -4,7 +4,7 @@ stack.py   start and stop a whole stack as child processes: Valkey, engines, gat
 verify.py  teacher-forced check of a result's tokens with transformers
 demo.py    `make demo`: one command from nothing to a checked result
 bench.py   `make bench`: ratios measured in one run; bench_decisions.py: cores that decide,
-           bench_simulation.py: the simulator's speed
+           bench_simulation.py: the simulator's speed, bench_append.py: rounds as histories grow
 Fuzzing the core
     fuzz.py        `make fuzz`: episodes, and what they must have tried; fuzz_episode.py is one of them
     fuzz_world.py  makes the events; fuzz_driver.py follows the commands; fuzz_policy.py draws

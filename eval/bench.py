@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from antiphon.engines.page_hash import page_hashes
+from antiphon.eval.bench_append import measure_append, print_append
 from antiphon.eval.bench_decisions import ORDERING, PAGE_TOKENS, PROMPT_TOKENS, Deciding, default_policy
 from antiphon.eval.bench_simulation import SpeedOptions, generated_trace, measure_speed, print_speed
 from antiphon.policies.latency import LatencyModel, load_latency_model
@@ -244,6 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--per-block", type=int, default=100)
     parser.add_argument("--policy", default=default_policy(), choices=sorted(POLICIES))
     parser.add_argument("--trace", type=Path, help="for the simulator; default: generated sessions")
+    parser.add_argument("--no-append", action="store_true", help="leave out rounds through a gateway")
     parser.add_argument("--dynamo", type=Path, help="a Python with ai-dynamo 1.6.1, to be measured beside")
     options = parser.parse_args(arguments)
     rows = [*decision_rows(load_latency_model(PROFILE), options.policy), residency_row(), hash_row()]
@@ -252,12 +254,16 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as state, EmbeddedValkey.start(Path(state) / "valkey") as server:
         round_trips, version = asyncio.run(measure(server.url, rows, options.blocks, options.per_block))
     result = result_of([*round_trips, *rows], version, options.policy)
+    if not options.no_append:
+        result["append"] = measure_append()
     with tempfile.TemporaryDirectory() as folder:
         trace = options.trace or generated_trace(Path(folder) / "claude-code.jsonl")
         result["simulator"] = measure_speed(SpeedOptions(trace=trace, dynamo=options.dynamo))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result, Console(width=110))
+    if not options.no_append:
+        print_append(result["append"], Console(width=110))
     print_speed(result["simulator"], Console(width=110))
     print(f"written to {options.out}")
     return 0

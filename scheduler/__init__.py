@@ -24,6 +24,7 @@ Drivers and state
     rounds.py      a round as the gateway sees it: its request, its stream to the client
     hints.py       what a client says of it and of what follows; hint_headers.py: in headers
     recorder.py    the driver's calls to the ledger: claim, move a home, record, publish reservations
+    told.py        of which sessions the ledger knows all already
     explanation.py what would be decided of a round, asked of ledger and core without a trace
     discovery.py   engine registry and configuration -> EngineUp / EngineDown
     heartbeat.py   keeps this replica's leases alive

@@ -84,12 +84,14 @@ class Scheduler(Attempts):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def checkpoints(self, hashes: Sequence[bytes], page_size_tokens: int) -> list[tuple[int, bytes]]:
+    def checkpoints(
+        self, hashes: Sequence[bytes], page_size_tokens: int, since: int = 0
+    ) -> list[tuple[int, bytes]]:
         """(tokens, hash) at which a ledger is told of a chain, or asked about it; longest first.
 
-        Pure. For the driver that has a ledger: it walks the whole chain.
+        Pure. For the driver that has a ledger: it walks the whole chain, but for its first `since` pages.
         """
-        return self.books.residency.checkpoints(hashes, page_size_tokens)
+        return self.books.residency.checkpoints(hashes, page_size_tokens, since)
 
     def explain(self, arrived: RoundArrived, claimed: Claimed | None, now: float) -> Placement | Reject:
         """What `receive` would decide now for such a round and claim. Pure: nothing is begun or believed.
@@ -124,8 +126,11 @@ class Scheduler(Attempts):
         with_session(round, event)
         self.books.count_others(event)
         self.books.hold_claimed(round, event)
-        if event.home is not None:
-            self.books.sessions.adopt(session_key(round), event.home, event.round_number, now)
+        home = event.home
+        if home is not None and event.parent_id is not None:
+            home = self.books.claimed_home(round, event, self.books.held(round))
+        if home is not None:
+            self.books.sessions.adopt(session_key(round), home, event.round_number, now)
         self._place(round, now)
 
     def _on_claim_lost(self, round: Round, event: ClaimLost, now: float) -> None:

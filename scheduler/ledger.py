@@ -68,6 +68,11 @@ class Ledger:
         """(replica, round) of claims without an answer -> since when; their leases are given back."""
         self._totals: dict[str, bytes] = {}
 
+    @property
+    def epoch(self) -> str:
+        """Names the ledger's data, as last seen; "" before the first answer."""
+        return self._epoch
+
     # ---------------------------------------------------------------- rounds
 
     async def claim(

@@ -84,6 +84,15 @@ class Recorder:
         self.note = self._reservations.note
         self.publish = self._reservations.publish
 
+    @property
+    def epoch(self) -> str:
+        """Names the ledger's data: another one means that it was lost."""
+        return self._ledger.epoch
+
+    @property
+    def session_ttl_s(self) -> float:
+        return self._config.session_ttl_s
+
     async def claim(
         self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
     ) -> Claimed | ClaimLost:

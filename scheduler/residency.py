@@ -17,7 +17,7 @@ a look-up, the logarithm of the length for every length at which beliefs end, an
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from antiphon.scheduler.messages import Holding
@@ -58,6 +58,25 @@ def chain_checkpoints(hashes: Sequence[bytes], page_size: int) -> list[tuple[int
     if hashes and len(hashes) % stride:
         pages.append(len(hashes))
     return [(count * page_size, hashes[count - 1]) for count in reversed(pages)]
+
+
+def latest_checkpoints(hashes: Sequence[bytes], page_size: int, since: int) -> list[tuple[int, bytes]]:
+    """As `chain_checkpoints`, but of the first `since` pages only some: fewer, the further back they are."""
+    stride = stride_pages(page_size)
+    whole, old = len(hashes) // stride, min(since // stride, len(hashes) // stride)
+    strides = [*range(whole, old, -1), *(old - back for back in _doubling(old))]
+    found = [(count * stride * page_size, hashes[count * stride - 1]) for count in strides]
+    if len(hashes) % stride:
+        found.insert(0, (len(hashes) * page_size, hashes[-1]))
+    return found
+
+
+def _doubling(limit: int) -> Iterator[int]:
+    """0, 1, 2, 4, ... below the limit."""
+    back = 0
+    while back < limit:
+        yield back
+        back = 2 * back or 1
 
 
 @dataclass(slots=True)
@@ -222,12 +241,15 @@ class ResidencyIndex:
                 return pages * page_size
         return base * page_size
 
-    def checkpoints(self, hashes: Sequence[bytes], page_size: int) -> list[tuple[int, bytes]]:
+    def checkpoints(self, hashes: Sequence[bytes], page_size: int, since: int = 0) -> list[tuple[int, bytes]]:
         """(tokens, hash) to tell the ledger of or to ask it about, longest first. Walks the whole chain.
 
-        The chain's own checkpoints, and where the beliefs of this index end: the ends of earlier rounds.
+        The chain's own checkpoints, and where the beliefs of this index end: the ends of earlier rounds. Of
+        the first `since` pages only a few, for a chain whose beginning the ledger knows.
         """
-        asked = dict(chain_checkpoints(hashes, page_size))
+        asked = dict(
+            latest_checkpoints(hashes, page_size, since) if since else chain_checkpoints(hashes, page_size)
+        )
         for pages, _ in self._ends(hashes, stride_pages(page_size)):
             asked[pages * page_size] = hashes[pages - 1]
         return sorted(asked.items(), reverse=True)

@@ -51,6 +51,8 @@ class RoundRequest:
     """The session's last round, as the client says."""
     hints: Hints = NO_HINTS
     """What the client says of the round and of what is to follow."""
+    served_tokens: int = 0
+    """So much of the prompt is what the session's rounds before had, or more; 0 = that is not known."""
     model: str = ""
     """Which of the replica's models is to run it; "" = its only one."""
 
@@ -181,6 +183,11 @@ class LiveRound:
     output_ids: list[int] = field(default_factory=list)
     error: EngineError | None = None
     """The last call's failure: an engine's own 4xx goes to the client."""
+
+    @property
+    def served_pages(self) -> int:
+        """Whole pages of the prompt that the session's rounds before had."""
+        return min(self.request.served_tokens // self.page_tokens, len(self.hashes))
 
     def refuse(self, command: Refuse) -> None:
         """Answer with an error; the engine's own, if the last call ended in one."""

@@ -44,6 +44,7 @@ from antiphon.scheduler.messages import (
 )
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRefused, RoundRequest, seed_of
+from antiphon.scheduler.told import Told
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Runtime:
         self._deadline_changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._told = Told(recorder.session_ttl_s / 4)
         self._page_tokens = DEFAULT_PAGE_TOKENS
         self._hashing = False
 
@@ -268,20 +270,28 @@ class Runtime:
         self._on_receipt(command.receipt)
         self._on_ended(live, command.receipt)
         if live.claimed or command.receipt.degraded:
-            entries = self._entries(command, live.page_tokens)
+            entries = self._entries(live, command)
             record = partial(self._recorder.record, live.request, command.receipt, entries, live.fence)
             task = self._background(record)
             if task is not None:
                 self._recording.add(task)
                 task.add_done_callback(self._recording.discard)
 
-    def _entries(self, command: Complete, page_tokens: int) -> list[tuple[bytes, int, str, str]]:
+    def _entries(self, live: LiveRound, command: Complete) -> list[tuple[bytes, int, str, str]]:
         """What the ledger keeps of who holds what: (page hash, tokens, engine id, incarnation)."""
-        return [
-            (page_hash, tokens, chain.engine_id, chain.incarnation)
-            for chain in command.holdings
-            for tokens, page_hash in self._core.checkpoints(chain.hashes, page_tokens)
-        ]
+        request = live.request
+        session = request.tenant, request.session_id
+        entries = []
+        for chain in command.holdings:
+            holder = self._recorder.epoch, chain.engine_id, chain.incarnation
+            since = live.served_pages if self._told.holder(session, self._clock()) == holder else 0
+            if not since and chain.engine_id == command.home:
+                self._told.note((request.tenant, command.receipt.session_id), holder, self._clock())
+            entries += [
+                (page_hash, tokens, chain.engine_id, chain.incarnation)
+                for tokens, page_hash in self._core.checkpoints(chain.hashes, live.page_tokens, since)
+            ]
+        return entries
 
     def _forget(self, round_id: str) -> None:
         self._live.pop(round_id, None)
@@ -291,7 +301,9 @@ class Runtime:
     # ---------------------------------------------------------------- calls; each returns its event
 
     async def _claim(self, live: LiveRound) -> Event:
-        candidates = self._core.checkpoints(live.hashes, live.page_tokens)
+        told = self._told.holder((live.request.tenant, live.request.session_id), self._clock())
+        since = live.served_pages if told is not None and told[0] == self._recorder.epoch else 0
+        candidates = self._core.checkpoints(live.hashes, live.page_tokens, since)
         answer = await self._recorder.claim(live.request, candidates)
         if isinstance(answer, Claimed):
             live.fence, live.claimed = answer.fence, True

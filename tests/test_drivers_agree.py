@@ -35,6 +35,9 @@ WORDS = Vocabulary(10, 30_000)
 class InstantLedger:
     """A recorder that takes `claim_s` for a claim and keeps nothing: one replica, as in a simulation."""
 
+    epoch = "e"
+    session_ttl_s = 3600.0
+
     def __init__(self, claim_s: float) -> None:
         self._claim_s = claim_s
         self._rounds: dict[str, int] = {}

@@ -170,6 +170,7 @@ class Intake:
             tenant=tenant,
             path=route,
             prompt=ids,
+            served_tokens=spoken.served_tokens if spoken is not None else 0,
             body=requests.engine_fields(body, limit),
             max_output_tokens=limit,
             slo_ttft_s=slos.ttft_s,
