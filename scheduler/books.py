@@ -270,6 +270,23 @@ class Books:
         if holdings:
             self.residency.merge(round.arrived.hashes, round.arrived.page_size_tokens, holdings)
 
+    def claimed_home(self, round: Round, claimed: Claimed, held: Mapping[str, int]) -> str | None:
+        """The home that a claim tells, as far as it counts; `held` is H(e).
+
+        A child's first round is told its parent's: that counts where it holds more of the prompt than any
+        other engine that could be home. A sub-agent that shares nothing with its parent may start anywhere.
+        """
+        home, book = claimed.home, self.fleet.books.get(claimed.home or "")
+        first = claimed.parent_id is not None and claimed.round_number == 1
+        if book is None or not first or not round.arrived.hashes:
+            return home
+        others = (
+            tokens
+            for engine_id, tokens in held.items()
+            if engine_id != home and self.fleet.books[engine_id].pool is book.pool
+        )
+        return home if held.get(book.up.engine_id, 0) > max(others, default=0) else None
+
     def new_holdings(self, round: Round, finished: RoundFinished) -> tuple[HeldChain, ...]:
         """What the ledger learns: the home holds prompt and output, a remote prefill engine the prompt."""
         assert round.placement is not None

@@ -25,10 +25,14 @@ def explain(
     if claimed is None:
         return policy.place(books.view(round, now), books.cluster(now))
     with_session(round, claimed)
-    return policy.place(_round_view(books, round, claimed, now), _cluster(books, round, claimed, now))
+    held = _held(books, round, claimed)
+    home = books.claimed_home(round, claimed, held)
+    view = _round_view(books, round, home, held, now)
+    return policy.place(view, _cluster(books, round, claimed, home, now))
 
 
-def _round_view(books: Books, round: Round, claimed: Claimed, now: float) -> RoundView:
+def _held(books: Books, round: Round, claimed: Claimed) -> dict[str, int]:
+    """H(e), with what the claim tells."""
     held, size = books.held(round), round.arrived.page_size_tokens
     longest = len(round.arrived.hashes)
     for holding in claimed_holdings(round, claimed):
@@ -37,16 +41,20 @@ def _round_view(books: Books, round: Round, claimed: Claimed, now: float) -> Rou
         ours = book is not None and book.up.incarnation == holding.incarnation
         if ours and tokens > held.get(holding.engine_id, 0):
             held[holding.engine_id] = tokens
+    return held
+
+
+def _round_view(books: Books, round: Round, home: str | None, held: dict[str, int], now: float) -> RoundView:
     view = books.view(round, now, held)
-    if claimed.home is None or claimed.home == view.home:
+    if home is None or home == view.home:
         return view
-    return replace(view, home=claimed.home if claimed.home in books.fleet.books else None)
+    return replace(view, home=home if home in books.fleet.books else None)
 
 
-def _cluster(books: Books, round: Round, claimed: Claimed, now: float) -> ClusterView:
+def _cluster(books: Books, round: Round, claimed: Claimed, home: str | None, now: float) -> ClusterView:
     """The engines with the other replicas' load as claimed, and the session no longer where it was."""
     session = books.sessions.get(session_key(round))
-    moved = session is not None and claimed.home is not None and claimed.home != session.home
+    moved = session is not None and home is not None and home != session.home
     cluster = books.cluster(now)
     changed: dict[str, EngineView] = {}
     for engine_id, book in books.fleet.books.items():

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from antiphon.scheduler.messages import ClientGone, FirstToken, RoundArrived, RoundFinished, SessionEnded
-from tests.core_helpers import Bench, arrived, claimed
+from antiphon.policies.base import Arm
+from antiphon.scheduler.messages import (
+    Claimed,
+    ClientGone,
+    FirstToken,
+    RoundArrived,
+    RoundFinished,
+    SessionEnded,
+)
+from tests.core_helpers import Bench, arrived, claimed, engine_up
 
 KEY = ("t", "s")
 
@@ -92,3 +100,45 @@ def test_a_session_s_own_targets_count() -> None:
     bench.send(replace(claimed("r2", number=2), slo_ttft_s=0.25))
     seen = [(view.slo_ttft_s, view.slo_itl_s) for view in bench.policy.seen]
     assert seen == [(1.0, 0.1), (0.25, 0.1)]
+
+
+def child_home(bench: Bench, first: int) -> str | None:
+    """Of a child whose parent ran on d0: where the policy is told that it is at home."""
+    bench.send(arrived("c1", "child", 400, first))
+    explained = bench.core.explain(arrived("c2", "child 2", 400, first), child("c2", "child 2"), bench.now)
+    bench.send(child("c1", "child"))
+    told = bench.policy.seen[-1].home
+    assert bench.policy.seen[-2].home == told, explained
+    return told
+
+
+def child(round_id: str, session_id: str) -> Claimed:
+    return replace(claimed(round_id, session_id, home="d0"), parent_id="s")
+
+
+def test_a_child_is_at_home_where_its_parents_kv_is() -> None:
+    """If it shares its parent's prompt; a sub-agent with a prompt of its own may start anywhere."""
+    bench = Bench()
+    run_round(bench, arrived("r1", tokens=320))
+    assert child_home(bench, first=0) == "d0"
+    bench = Bench()
+    run_round(bench, arrived("r1", tokens=320))
+    assert child_home(bench, first=10_000) is None
+
+
+def test_what_every_engine_holds_ties_nobody() -> None:
+    """A system prompt that is on both decode engines is no reason to crowd the parent's."""
+    bench = Bench()
+    bench.send(engine_up("d1", "decode"))
+    run_round(bench, arrived("r1", tokens=320))
+    bench.policy.next.append((Arm.LOCAL, "d1", "d1"))
+    run_round(bench, arrived("o1", "other", 320))
+    assert child_home(bench, first=0) is None
+
+
+def test_a_childs_home_without_a_linker_is_its_parents() -> None:
+    """Nothing is known of who holds what: then where the parent was is the best guess."""
+    bench = Bench()
+    bench.send(replace(arrived("c1", "child", 8), hashes=()))
+    bench.send(child("c1", "child"))
+    assert bench.policy.seen[-1].home == "d0"

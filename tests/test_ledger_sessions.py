@@ -125,6 +125,7 @@ def test_a_created_session_outlives_a_refused_first_round(valkey_url: str) -> No
             assert await store.get("t", "named") is None
             made = await store.get("t", "made")
             assert made is not None and made.record.rounds == 0 and made.record.in_flight is None
+            assert (await claim(ledger, "A", "later", "made", parent_id="p")).parent_id == "p"
 
     asyncio.run(scenario())
 

@@ -48,21 +48,21 @@ else
 end
 link(key, session_id, ARGV[14], ARGV[13], ttl_ms)
 if ARGV[15] ~= '' then redis.call('HSET', key, 'ttl_ms', ARGV[15]) end
-ttl_ms = tonumber(redis.call('HGET', key, 'ttl_ms')) or ttl_ms
+local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home', 'tip', 'want_ttft_s', 'want_itl_s',
+    'expected_rounds', 'ttl_ms', 'closed_ms', 'closing')
+ttl_ms = tonumber(record[8]) or ttl_ms
 
 local fence_text, until_ms = string.format('%.0f', fence), string.format('%.0f', now_ms + lease_ms)
 redis.call('HSET', key, 'session_id', session_id, 'tenant', ARGV[5], 'slo_ttft_s', ARGV[11], 'slo_itl_s', ARGV[12],
     'lease_round', round_id, 'lease_replica', replica, 'lease_until', until_ms, 'lease_fence', fence_text,
     'updated_ms', string.format('%.0f', now_ms))
-redis.call('HDEL', key, 'closed_ms', 'closing') -- a closed session that is used again is open
+if record[9] or record[10] then redis.call('HDEL', key, 'closed_ms', 'closing') end -- used again, it is open
 if ARGV[16] == '1' then redis.call('HSET', key, 'closing', 'after_round') end
-begin(key, now_ms)
+begin(key, now_ms, ttl_ms)
 keep(KEYS[3], key, now_ms, math.max(ttl_ms, lease_ms))
 redis.call('HSET', KEYS[4], 'session_key', key, 'session_id', session_id, 'replica', replica, 'lease_until', until_ms)
 redis.call('PEXPIRE', KEYS[4], lease_ms)
 
-local record = redis.call('HMGET', key, 'parent_id', 'rounds', 'home', 'tip', 'want_ttft_s', 'want_itl_s',
-    'expected_rounds')
 return {fence_text, redis.call('HGET', KEYS[1], 'epoch'), session_id, record[1] or '', record[2] or '0',
     record[3] or '', read_holdings(6, ttl_ms), read_totals(KEYS[2]), record[4] or '', text(ttl_ms),
     record[5] or '', record[6] or '', record[7] or ''}

@@ -35,8 +35,8 @@ if claimed or not other_runs then
         forget(KEYS[4], KEYS[3])
     else
         redis.call('HSET', KEYS[3], 'session_id', ARGV[5], 'tenant', ARGV[6], 'rounds', rounds, 'updated_ms', now_text)
-        begin(KEYS[3], now_ms)
-        redis.call('HDEL', KEYS[3], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until')
+        begin(KEYS[3], now_ms, ttl_ms)
+        redis.call('HDEL', KEYS[3], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until', 'closing')
         if claimed then redis.call('HSET', KEYS[3], 'last_fence', fence) end
         if outcome == 'completed' then
             redis.call('HSET', KEYS[3], 'home', ARGV[7], 'context_tokens', ARGV[10] + ARGV[11])
@@ -45,11 +45,11 @@ if claimed or not other_runs then
             redis.call('HINCRBY', KEYS[3], 'completion_tokens', ARGV[11])
             redis.call('HINCRBY', KEYS[3], 'cached_tokens', ARGV[12])
         end
-        redis.call('HDEL', KEYS[3], 'closing')
         if session[9] == 'at_once' or session[9] == 'after_round' and outcome == 'completed' then
             redis.call('HSET', KEYS[3], 'closed_ms', now_text)
         end
         keep(KEYS[4], KEYS[3], now_ms, tonumber(session[7]) or ttl_ms)
+        keep_list(KEYS[3], tonumber(session[7]) or ttl_ms)
     end
 end
 sweep(KEYS[4], now_ms)

@@ -15,6 +15,10 @@ end
 local function keep(index, key, now_ms, ttl_ms)
     redis.call('PEXPIRE', key, text(ttl_ms))
     redis.call('ZADD', index, text(now_ms + ttl_ms), key)
+end
+
+-- So is the list that it is in.
+local function keep_list(key, ttl_ms)
     local own = tenants_index(key)
     if redis.call('PTTL', own) < ttl_ms then redis.call('PEXPIRE', own, text(ttl_ms)) end
 end
@@ -22,7 +26,7 @@ end
 -- Record where a session comes from, unless that is known: it starts with what its parent has come to.
 local function link(key, session_id, parent_key, parent_id, keep_ms)
     if parent_id == '' or parent_id == session_id or redis.call('HEXISTS', key, 'parent_id') == 1
-        or redis.call('HEXISTS', key, 'rounds') == 1 then return end
+        or tonumber(redis.call('HGET', key, 'rounds') or 0) > 0 then return end
     redis.call('HSET', key, 'parent_id', parent_id)
     redis.call('HSETNX', key, 'root_id', redis.call('HGET', parent_key, 'root_id') or parent_id)
     redis.call('HSETNX', key, 'forked_at', redis.call('HGET', parent_key, 'rounds') or '0')
@@ -36,9 +40,10 @@ local function link(key, session_id, parent_key, parent_id, keep_ms)
 end
 
 -- The session is new: who owns it is told from its key.
-local function begin(key, now_ms)
+local function begin(key, now_ms, ttl_ms)
     if redis.call('HSETNX', key, 'created_ms', text(now_ms)) == 1 then
         redis.call('ZADD', tenants_index(key), text(now_ms), key)
+        keep_list(key, ttl_ms)
     end
 end
 

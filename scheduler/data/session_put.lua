@@ -20,9 +20,10 @@ if ARGV[4] == 'create' then
     redis.call('HSETNX', key, 'updated_ms', text(now_ms))
     redis.call('HDEL', key, 'closed_ms')
     link(key, ARGV[1], ARGV[6], ARGV[5], tonumber(ARGV[3]))
-    begin(key, now_ms)
+    begin(key, now_ms, tonumber(ARGV[3]))
 end
 local lease_until = tonumber(redis.call('HGET', key, 'lease_until')) or 0
 local ttl_ms = tonumber(redis.call('HGET', key, 'ttl_ms')) or tonumber(ARGV[3])
 keep(KEYS[2], key, now_ms, math.max(ttl_ms, lease_until - now_ms))
+keep_list(key, ttl_ms)
 return 1
