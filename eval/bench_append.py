@@ -377,5 +377,5 @@ if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(prog="antiphon.eval.bench_append", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Options.rounds)
+    parser.add_argument("--rounds", type=int, default=Options().rounds)
     print_append(measure_append(Options(parser.parse_args().rounds)), Console(width=120))

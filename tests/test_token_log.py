@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis.crc import key_slot
 
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.conversation import Conversation, Entry, Said
@@ -99,7 +99,7 @@ def test_only_what_is_lacking_is_read(valkey_url: str) -> None:
             reads.append(sum(map(len, entries)))
             return header, entries
 
-        one._read = counted  # type: ignore[method-assign]
+        one._read = counted  # type: ignore[method-assign, assignment]
         assert await one.load("t", "s") is base
         seen = await other.load("t", "s")
         await other.add(seen, "s", said(seen, [1], [2]), TTL_S)
@@ -325,5 +325,5 @@ def test_the_session_has_a_hash_tag_of_its_own(valkey_url: str) -> None:
     for tenant, name in (("a", "b:c"), ("a:b", "c"), ("a", "}x"), ("a", "b")):
         key = logs._key(tenant, name)
         assert key.count("{") == key.count("}") == 1
-        slots.add(redis.cluster.key_slot(key.encode()))
+        slots.add(key_slot(key.encode()))
     assert len(slots) == 4

@@ -59,7 +59,8 @@ def options_key(tools: Sequence[Any] | None, options: TemplateOptions) -> bytes:
 
 def tools_of(options: bytes) -> list[dict[str, Any]] | None:
     """The tools of an earlier round (`options_key`)."""
-    return msgspec.json.decode(options)[0] if options else None  # type: ignore[no-any-return]
+    tools: list[dict[str, Any]] | None = msgspec.json.decode(options)[0] if options else None
+    return tools
 
 
 def same_messages(ours: Sequence[Message], theirs: Sequence[Message]) -> int:

@@ -110,7 +110,9 @@ def _stepwise(tree: nodes.Template) -> nodes.Template:
         name.name = _WINDOW
     loop.body.insert(0, _say_mark())
     tree.body.insert(at + 1, _say_mark())
-    return tree.set_environment(tree.environment)  # type: ignore[return-value]
+    if tree.environment is not None:
+        tree.set_environment(tree.environment)  # of the new nodes
+    return tree
 
 
 def _find_loop(body: Sequence[nodes.Node]) -> int:
@@ -206,7 +208,11 @@ def _check_loop_variable(node: nodes.Node) -> None:
     """Of the outer `loop`: first and last, and index0 where a neighbour is looked at."""
     looked_at = {id(found.node) for found in _own(node) if isinstance(found, nodes.Getattr)}
     harmless = {id(_neighbour_index(found)) for found in _own(node) if isinstance(found, nodes.Getitem)}
-    harmless |= {id(found.expr) for found in _own(node) if _asks_for_the_first(found)}
+    harmless |= {
+        id(found.expr)
+        for found in _own(node)
+        if isinstance(found, nodes.Compare) and _asks_for_the_first(found)
+    }
     for found in _own(node):
         if isinstance(found, nodes.Name) and found.name == "loop" and id(found) not in looked_at:
             raise NotProven("the loop over the messages passes `loop` on")
@@ -239,9 +245,9 @@ def _neighbour_index(node: nodes.Getitem) -> nodes.Getattr | None:
     return None
 
 
-def _asks_for_the_first(node: nodes.Node) -> bool:
+def _asks_for_the_first(node: nodes.Compare) -> bool:
     """`loop.index0 == 0` and the like: the same for all messages but the first."""
-    if not isinstance(node, nodes.Compare) or len(node.ops) != 1 or not isinstance(node.expr, nodes.Getattr):
+    if len(node.ops) != 1 or not isinstance(node.expr, nodes.Getattr):
         return False
     least = {"index0": 0, "index": 1}.get(node.expr.attr) if _is_loop(node.expr.node) else None
     other = node.ops[0].expr
