@@ -109,6 +109,19 @@ class Conversation:
             raise ValueError(f"no part of {self.session_id} ends at token {tokens}")
         return parts
 
+    def before(self, messages: Sequence[Message]) -> Conversation:
+        """Before its last round, if that is what brought these messages; else as it is.
+
+        A client that did not get its answer asks again: the round takes the place of the first try.
+        """
+        count = len(self.messages) - 1 - len(messages)
+        if len(self.parts) < 2 or count < 0 or self.parts[-1].messages != len(self.messages):
+            return self
+        earlier = self.parts[-3].messages if len(self.parts) > 2 else 0
+        if earlier != count or list(self.messages[count:-1]) != list(messages):
+            return self
+        return replace(self, parts=self.parts[:-2], messages=self.messages[:count], notes={})
+
     def add(self, entry: Entry, said: Said | None = None) -> Conversation:
         """After one more entry; raises ValueError if it does not belong here. `said`: what it was made of."""
         parts = self.kept(entry.kept_tokens)

@@ -306,6 +306,31 @@ def test_what_an_append_may_begin(run: Callable[..., None], tokenizer: PromptTok
     run(work, [line(tokenizer, " x")] * 4)
 
 
+def test_an_append_that_is_sent_again_is_not_doubled(
+    run: Callable[..., None], tokenizer: PromptTokenizer
+) -> None:
+    """OpenAI's clients say that they try again: the round takes the place of the first try."""
+    again = {"x_stainless_retry_count": "1"}
+
+    async def work(made: Stack) -> None:
+        async with made.gateway() as gateway, made.gateway() as other:
+            path = "/v1/sessions/s/rounds"
+            for number, (mine, text, headers) in enumerate(
+                [(gateway, "a", {}), (gateway, "b", {}), (other, "b", again), (gateway, "c", again)]
+            ):
+                status, _ = await mine.post(path, {"messages": [user(text)]}, **headers)
+                assert status == 200, number
+                await mine.recorded()
+            said = [m["content"] for m in (await other.logs.load("default", "s")).messages]
+            assert said == ["a", " x0", "b", " x2", "c", " x3"]
+            assert other.prompts[0] == gateway.prompts[1]
+            status, _ = await gateway.post("/v1/sessions/n/rounds", {"messages": [user("a")]}, **again)
+            status, _ = await gateway.post("/v1/sessions/n/rounds", {"messages": [user("a")]}, **again)
+            assert status == 200 and gateway.prompts[-1] == gateway.prompts[-2]
+
+    run(work, [line(tokenizer, f" x{n}") for n in range(6)])
+
+
 def test_a_ledger_that_is_away_costs_no_round(
     run: Callable[..., None], tokenizer: PromptTokenizer, tmp_path: Path
 ) -> None:

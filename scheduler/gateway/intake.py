@@ -157,7 +157,10 @@ class Intake:
         tokenizer = await self.tokenizer(model)
         spoken = None
         if isinstance(body, ChatBody):
-            body, spoken = await self._speak(tokenizer, body, identity, hints, model, append=append)
+            again = said.headers.get("x-stainless-retry-count", "0") != "0"
+            body, spoken = await self._speak(
+                tokenizer, body, identity, hints, model, append=append, again=again
+            )
             ids = spoken.prompt
         else:
             ids = await _text_prompt(tokenizer, prompt)
@@ -199,8 +202,12 @@ class Intake:
         model: Model,
         *,
         append: bool,
+        again: bool,
     ) -> tuple[ChatBody, Spoken]:
-        """The prompt of a chat; an append's body gets the tools of the round before, if it brings none."""
+        """The prompt of a chat; an append's body gets the tools of the round before, if it brings none.
+
+        `again`: the client says that it has asked this before.
+        """
         base = None
         if append:
             base = await self.conversations.base(
@@ -209,6 +216,8 @@ class Intake:
                 must_exist=hints.must_exist,
                 opens=body.messages[0]["role"] not in ("assistant", "tool", "function"),
             )
+            if again:
+                base = base.before(body.messages)
             if body.tools is None and (tools := tools_of(base.options)):
                 body = msgspec.structs.replace(body, tools=tools)
         options = TemplateOptions(
