@@ -62,6 +62,14 @@ _SESSION = (400, 401, 404, 408, 413, 429, 503)
 _LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100}, "At most so many.")
 
 
+_CHOSEN = (
+    _LIMIT,
+    ("after", SESSION_ID, "Those that come after this one."),
+    ("status", one_of(*STATUSES), "In this state only."),
+    ("parent_id", SESSION_ID, "Children of this one only."),
+)
+
+
 def _of_sessions() -> tuple[Operation, ...]:
     path = f"{sessions.PATH}/{{id}}"
     page = an_object(
@@ -73,12 +81,7 @@ def _of_sessions() -> tuple[Operation, ...]:
             sessions.PATH,
             "Sessions, the newest first",
             a_list(ref("SessionResource")),
-            query=(
-                _LIMIT,
-                ("after", SESSION_ID, "Those that come after this one."),
-                ("status", one_of(*STATUSES), "In this state only."),
-                ("parent_id", SESSION_ID, "Children of this one only."),
-            ),
+            query=_CHOSEN,
         ),
         Operation(
             "post",
