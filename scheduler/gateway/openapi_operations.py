@@ -62,6 +62,9 @@ _SESSION = (400, 401, 404, 408, 413, 429, 503)
 _LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100}, "At most so many.")
 
 
+_FORKS = an_object(
+    object=const("list"), data=listed(ref("SessionResource")), first_id=TEXT, last_id=TEXT, has_more=FLAG
+)
 _CHOSEN = (
     _LIMIT,
     ("after", SESSION_ID, "Those that come after this one."),
@@ -72,9 +75,6 @@ _CHOSEN = (
 
 def _of_sessions() -> tuple[Operation, ...]:
     path = f"{sessions.PATH}/{{id}}"
-    page = an_object(
-        object=const("list"), data=listed(ref("SessionResource")), first_id=TEXT, last_id=TEXT, has_more=FLAG
-    )
     return (
         Operation(
             "get",
@@ -109,7 +109,7 @@ def _of_sessions() -> tuple[Operation, ...]:
             statuses=_SESSION,
         ),
         Operation(
-            "post", f"{path}/fork", "Children of a session", page, sessions.SessionFork, statuses=_SESSION
+            "post", f"{path}/fork", "Children of a session", _FORKS, sessions.SessionFork, statuses=_SESSION
         ),
         Operation(
             "post",
