@@ -64,19 +64,19 @@ def latest_checkpoints(hashes: Sequence[bytes], page_size: int, since: int) -> l
     """As `chain_checkpoints`, but of the first `since` pages only some: fewer, the further back they are."""
     stride = stride_pages(page_size)
     whole, old = len(hashes) // stride, min(since // stride, len(hashes) // stride)
-    strides = [*range(whole, old, -1), *(old - back for back in _doubling(old))]
+    strides = [*range(whole, old, -1), *(old - back for back in _growing(old))]
     found = [(count * stride * page_size, hashes[count * stride - 1]) for count in strides]
     if len(hashes) % stride:
         found.insert(0, (len(hashes) * page_size, hashes[-1]))
     return found
 
 
-def _doubling(limit: int) -> Iterator[int]:
-    """0, 1, 2, 4, ... below the limit."""
+def _growing(limit: int) -> Iterator[int]:
+    """0, 1, 4, 16, ... below the limit."""
     back = 0
     while back < limit:
         yield back
-        back = 2 * back or 1
+        back = 4 * back or 1
 
 
 @dataclass(slots=True)
