@@ -52,6 +52,8 @@ closes and opens again only in a run of some length."""
 SLO_FACTOR = 5.0
 """TTFT target = this times one unloaded prefill. A remote round has two requests and a transfer, about two of
 them: slack while few sessions are live, none when they queue."""
+DEMO_SETTINGS = "[policy.ampd]\nalpha = 0.8\nbeta = 0.8\n"
+"""So that its first tier is open while few sessions are live, and every arm is seen: not what serves best."""
 DEMO_PAGE_TOKENS = 16
 """The launcher's page size on a CPU."""
 RECEIPT_POLL_S = 0.3
@@ -169,8 +171,11 @@ async def _start_gateway(
         f"TTFT target: {slo_s:.3f} s"
     )
     (port,) = free_ports(1) if not options.port else (options.port,)
+    settings = stack.directory / "antiphon.toml"
+    settings.write_text(DEMO_SETTINGS, encoding="utf-8")
     url = await stack.start_gateway(
-        *("--policy", options.policy, "--slo-ttft", f"{slo_s:.3f}", "--slo-itl", "0.5"),
+        *("--config", str(settings), "--policy", options.policy),
+        *("--slo-ttft", f"{slo_s:.3f}", "--slo-itl", "0.5"),
         port=port,
         engines=2,
     )

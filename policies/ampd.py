@@ -28,10 +28,10 @@ from antiphon.policies.home import choose_home
 
 @dataclass(frozen=True, slots=True)
 class AmpdParameters:
-    alpha: float = 0.8
-    """Share of the TTFT target under which a prefill engine has slack. The value is Antiphon's."""
-    beta: float = 0.8
-    """Share of the ITL target under which the home has slack. The value is Antiphon's."""
+    alpha: float = 0.5
+    """Share of the TTFT target under which a prefill engine has slack. Antiphon's: the best of a sweep."""
+    beta: float = 0.2
+    """Share of the ITL target under which the home has slack. Antiphon's: the best of a sweep."""
     shortlist: int = 4
     """Tier 3 estimates this many prefill engines with the shortest queue and as many with most history."""
 

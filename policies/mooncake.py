@@ -26,7 +26,7 @@ from antiphon.policies.home import RETRY_AFTER_S, choose_home, session_home
 
 @dataclass(frozen=True, slots=True)
 class MooncakeParameters:
-    balancing_threshold: float = 1.5
+    balancing_threshold: float = 1.0
     """Best prefix over the engine's own above which fetching beats computing. The value is Antiphon's."""
     home_prefills: bool = True
     """The home of a session is a candidate too; false = prefill engines only, as theirs."""

@@ -264,7 +264,7 @@ def test_fcfs_serves_the_first_arrived_first() -> None:
 
 def test_registry_builds_with_parameters() -> None:
     """What is given is set, the rest has its default; a whole number does for a real one."""
-    assert make_policy("ampd", {"alpha": 1, "shortlist": 2}) == Ampd(AmpdParameters(1.0, 0.8, 2))
+    assert make_policy("ampd", {"alpha": 1, "shortlist": 2}) == Ampd(AmpdParameters(1.0, 0.2, 2))
     assert make_policy("remote", {"shortlist": 9}) == Remote(RemoteParameters(9))
     assert make_policy("local") == Local()
     assert make_ordering("fcfs") == Fcfs()

@@ -148,7 +148,8 @@ def test_ppd_table_is_static() -> None:
 def test_mooncake(queues: dict[str, float], held: int, arm: Arm, prefill_engine: str, ttft_s: float) -> None:
     """Least queue + pull + prefill + push; pulled only where the best prefix is over 1.5 times the own."""
     view = cluster(*(engine(name, queue_s=queue_s) for name, queue_s in queues.items()))
-    answer = placed(Mooncake().place(a_round(home="d0", history={"d0": 600, "p1": held}), view))
+    at_1_5 = Mooncake(MooncakeParameters(balancing_threshold=1.5))
+    answer = placed(at_1_5.place(a_round(home="d0", history={"d0": 600, "p1": held}), view))
     assert (answer.arm, answer.prefill_engine, answer.home) == (arm, prefill_engine, "d0")
     assert answer.predicted.ttft_s == pytest.approx(ttft_s)
     assert answer.source is None  # the home is the best holder
