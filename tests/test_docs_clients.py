@@ -1,4 +1,4 @@
-"""docs/agents.md and docs/langchain.md: every block of Python in them is run, on a live gateway.
+"""README, docs/agents.md, docs/langchain.md: every block of Python in them is run, on a live gateway.
 
 Those for frameworks that are not installed here are only parsed.
 """
@@ -20,12 +20,12 @@ import pytest
 from tests.live_stack import Line, LiveStack, live_stack, tool_call
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ("agents.md", "langchain.md")
+PAGES = ("agents.md", "langchain.md", "../README.md")
 RUN_DEADLINE_S = 120.0
 ALWAYS_RUN = {"antiphon", "openai", "anthropic", "langchain", "langchain_core", "langchain_openai", "asyncio"}
 
 BLOCKS = [
-    pytest.param(code, id=f"{page}-{number}")
+    pytest.param(code, id=f"{Path(page).name}-{number}")
     for page in PAGES
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
 ]

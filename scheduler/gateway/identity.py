@@ -43,8 +43,8 @@ class Identity:
     session_id: str
     identified_by: str
     """Which signal won: "header:x-session-id", "body:session.id", "body:session_id", "header:<alias>",
-    "body:<alias>", "path" (of the request), "prefix" (goes on where a session ended), "prefix:fork" (branches off one),
-    "prefix:compaction" (goes on, with early messages rewritten) or "new"."""
+    "body:<alias>", "path" (of the request), "prefix" (goes on where a session ended), "prefix:fork" (branches
+    off one), "prefix:compaction" (goes on, with early messages rewritten) or "new"."""
     tenant: str = DEFAULT_TENANT
     parent_id: str | None = None
     final: bool = False
@@ -167,8 +167,9 @@ class Identifier:
     ) -> Identity:
         """The session that the request names, else the one that it goes on with, else a new one.
 
-        `path_id` is the session that the request's path names, which wins. `conversation` makes (scope, links) of the messages; None when there are none. It is called only if
-        they are needed. Raises `ApiError` as the function `identify` does, and for nothing else.
+        `path_id` is the session that the request's path names, which wins. `conversation` makes (scope,
+        links) of the messages; None when there are none. It is called only if they are needed. Raises
+        `ApiError` as the function `identify` does, and for nothing else.
         """
         found = identify(headers, body, self._config, tenant)
         if path_id is not None:
