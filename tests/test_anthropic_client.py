@@ -166,13 +166,9 @@ def test_a_stop_sequence_is_named(client: Anthropic, model: str) -> None:
 
 
 def test_an_output_schema(client: Anthropic, model: str) -> None:
-    schema = {"type": "object", "properties": {"setup": {"type": "string"}}, "required": ["setup"]}
-    got: Any = client.messages.create(
-        model=model,
-        max_tokens=50,
-        messages=user("joke"),
-        output_config={"format": {"type": "json_schema", "schema": schema}},
-    )
+    schema: Any = {"type": "object", "properties": {"setup": {"type": "string"}}, "required": ["setup"]}
+    config: Any = {"format": {"type": "json_schema", "schema": schema}}
+    got: Any = client.messages.create(model=model, max_tokens=50, messages=user("joke"), output_config=config)
     assert set(json.loads(got.content[0].text)) == {"setup"}
 
 

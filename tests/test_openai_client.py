@@ -126,7 +126,9 @@ def test_several_choices(client: OpenAI, model: str) -> None:
     whole = client.chat.completions.create(model=model, messages=user("three"), max_tokens=5, n=3)
     texts = [choice.message.content for choice in whole.choices]
     assert [choice.index for choice in whole.choices] == [0, 1, 2] and len(set(texts)) == 3
-    assert whole.usage and whole.usage.completion_tokens == 15
+    assert whole.usage and whole.usage.completion_tokens == 15 and whole.usage.prompt_tokens_details
+    cached = whole.usage.prompt_tokens_details.cached_tokens
+    assert cached == 0, "an engine computes the prompt of several choices first, and then calls it cached"
     streamed = ["", "", ""]
     for chunk in client.chat.completions.create(
         model=model, messages=user("three"), max_tokens=5, n=3, stream=True

@@ -20,7 +20,8 @@ from schemathesis.specs.openapi.checks import (
 
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.gateway.app import create_app
-from antiphon.scheduler.gateway.openapi import OPENAPI_PATH, OPERATIONS, document
+from antiphon.scheduler.gateway.openapi import document
+from antiphon.scheduler.gateway.openapi_operations import OPENAPI_PATH, OPERATIONS
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.metrics import Metrics
@@ -108,7 +109,7 @@ def test_the_document_is_served(stack: LiveStack) -> None:
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_no_request_breaks_it(case: schemathesis.Case, stack: LiveStack, tiny_model_dir: Path) -> None:
+def test_no_request_breaks_it(case: schemathesis.Case[Any], stack: LiveStack, tiny_model_dir: Path) -> None:
     """No 5xx, and every answer has a status, a type and a form that the document names.
 
     Requests are what the document allows and what it does not; where they name a model it is the one that
@@ -120,7 +121,7 @@ def test_no_request_breaks_it(case: schemathesis.Case, stack: LiveStack, tiny_mo
         if len(given) % 2 == 0:
             made = stack.http.post("/v1/sessions", json={"model": tiny_model_dir.name})
             case.path_parameters[name] = made.raise_for_status().json()["id"]
-    body = case.body
+    body: Any = case.body
     if isinstance(body, dict):
         if isinstance(body.get("model"), str):
             body["model"] = tiny_model_dir.name

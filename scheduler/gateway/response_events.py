@@ -159,7 +159,8 @@ class ResponseEvents:
     def _opened(self, block: Block) -> dict[str, Any]:
         """The item as it begins."""
         item = self._item(block) | {"status": "in_progress"}
-        return item | ({"arguments": ""} if block.kind is Kind.CALL else {"content": []})
+        nothing: dict[str, Any] = {"arguments": ""} if block.kind is Kind.CALL else {"content": []}
+        return item | nothing
 
     def _item(self, block: Block) -> dict[str, Any]:
         cut = self._blocks.finish_reason == "length" and block is self._blocks.blocks[-1]
