@@ -23,6 +23,7 @@ from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.tenants import Access
 from antiphon.scheduler.messages import Outcome, Receipt, Try
 from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.response_store import ResponseStore
 from antiphon.scheduler.rounds import RoundHandle, RoundRequest
 
 Script = Callable[[RoundHandle], Awaitable[None]]
@@ -141,12 +142,13 @@ async def running_gateway(
     config: Config | None = None,
     state: FakeState | None = None,
     access: Access | None = None,
+    responses: ResponseStore | None = None,
 ) -> AsyncIterator[Gateway]:
     """The real app in uvicorn on a free port of 127.0.0.1."""
     runner, metrics = ScriptedRunner(script), Metrics()
     state = state or FakeState()
     tokenizers = TokenizerSource(lambda: str(model_dir))
-    app = create_app(runner, tokenizers, config or Config(), state, metrics, access)
+    app = create_app(runner, tokenizers, config or Config(), state, metrics, access, responses=responses)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     settings = uvicorn.Config(

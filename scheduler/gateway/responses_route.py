@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from antiphon.scheduler.config import Config
-from antiphon.scheduler.errors import ApiError, ledger_unavailable
+from antiphon.scheduler.errors import ApiError, invalid, ledger_unavailable
 from antiphon.scheduler.gateway import responses
 from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.completions import ROUND_ID, CompletionRoute
@@ -196,6 +196,11 @@ class _Translated:
 
 def _session(body: responses.ResponsesBody, past: Past) -> Any:
     """The chat's `session`: what the client says, else where the past ran; a branch is a child of that."""
+    if isinstance(body.session, dict) and body.session.get("append"):
+        raise invalid(
+            "`session.append` is of chats: a response goes on by `previous_response_id`.",
+            param="session.append",
+        )
     if not past.session_id or body.session_id is not None or not isinstance(body.session or {}, dict):
         return body.session
     known = {"id": past.session_id} if past.is_tip else {"parent_id": past.session_id}
