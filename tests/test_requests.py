@@ -113,6 +113,12 @@ BAD_CHAT: list[tuple[object, str | None]] = [
     ({**CHAT, "tool_choice": {"type": "function", "function": {"name": "absent"}}}, "tool_choice"),
     ({**CHAT, "tool_choice": {"function": 5}}, "tool_choice"),
     ({**CHAT, "top_logprobs": 99}, "top_logprobs"),
+    ({**CHAT, "audio": {"voice": "x", "format": "wav"}}, "audio"),
+    ({**CHAT, "modalities": ["text", "audio"]}, "modalities"),
+    (
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        "messages[0].content[0]",
+    ),
 ]
 
 

@@ -139,7 +139,12 @@ _REFINED: dict[str, dict[str, Schema]] = {
         "from": either(const("tip"), {"type": "integer", "minimum": 0}),
     },
     "SessionEvent": {"type": one_of(*EVENTS)},
-    "ChatBody": {**_COMPLETING, **_CHAT_TOOLS},
+    "ChatBody": {
+        **_COMPLETING,
+        **_CHAT_TOOLS,
+        "audio": NOTHING,
+        "modalities": _or_nothing(listed(const("text"))),
+    },
     "CompletionBody": {
         **_COMPLETING,
         "prompt": either(NOT_EMPTY, _several({"type": "integer", "minimum": 0})),

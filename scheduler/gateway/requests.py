@@ -85,6 +85,8 @@ class Body(msgspec.Struct, kw_only=True, frozen=True):
 class ChatBody(Body, kw_only=True, frozen=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: Positive | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -109,7 +111,7 @@ class CompletionBody(Body, kw_only=True, frozen=True):
 _OURS = frozenset({
     "model", "prompt", "max_tokens", "max_completion_tokens", "stream", "stream_options", "best_of",
     "session", "session_id", "litellm_session_id", "program_id", "metadata", "nvext", "prompt_cache_key",
-    "priority", "return_token_ids", "cache_salt", "extra_key", "lora_path", "suffix",
+    "priority", "return_token_ids", "cache_salt", "extra_key", "lora_path", "suffix", "modalities", "audio",
     "continue_final_message",
 })  # fmt: skip
 
@@ -124,6 +126,14 @@ def parse_chat(raw: bytes) -> ChatBody:
     body: ChatBody = decode_body(_chat_decoder, raw)
     _check_common(body)
     check_messages(body.messages)
+    for name, asked in (
+        ("audio", body.audio is not None),
+        ("modalities", set(body.modalities or ()) - {"text"}),
+    ):
+        if asked:
+            raise invalid(
+                f"`{name}`: answers are text only. Leave it out.", param=name, code="media_not_supported"
+            )
     for index, tool in enumerate(body.tools or ()):
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
