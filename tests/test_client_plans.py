@@ -88,6 +88,7 @@ def test_the_first_round_is_a_chat_and_the_next_ones_bring_what_is_new() -> None
         "expected_gap_s": 2.0,
         "next_round": {"remaining_rounds": 0},
         "final": True,
+        "must_exist": True,
     }
     assert call.stream and call.body["stream_options"] == {"include_usage": True}
 

@@ -90,7 +90,9 @@ class Conversation:
         held, self._held = self._held, self._resumed
         if not held:
             return plan_call(whole, max_retries)
-        append = Call("POST", session_path(self.id, "rounds"), {**body, "messages": [*new]}, headers, stream)
+        # A server that has forgotten the session must say so, not begin another one with half a conversation.
+        news = {**body, "session": {**session, "must_exist": True}, "messages": [*new]}
+        append = Call("POST", session_path(self.id, "rounds"), news, headers, stream)
         if self._resumed:
             return plan_call(append, max_retries, repeatable=False)
         return _append(append, whole, max_retries)

@@ -164,6 +164,12 @@ class Conversations:
         except HistoryLost:
             return False
 
+    async def forget(self, tenant: str, session_ids: Sequence[str]) -> None:
+        """What was said in sessions that are closed. Raises `LedgerUnavailable`."""
+        if self._logs is not None:
+            for session_id in session_ids:
+                await self._logs.delete(tenant, session_id)
+
     # ---------------------------------------------------------------- after it
 
     async def keep(

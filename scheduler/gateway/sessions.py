@@ -203,6 +203,7 @@ class SessionPages:
             raise session_not_found(session_id)
         for each in closed:
             self._on_ended(tenant, each)
+        await self._intake.conversations.forget(tenant, closed)
         shown: dict[str, Any] = {"id": session_id, "object": "session.deleted", "deleted": True}
         return _json(shown | ({"children": closed[1:]} if closed[1:] else {}))
 
