@@ -139,6 +139,31 @@ def test_streamed_rounds_are_kept_too(run: Callable[..., None], tokenizer: Promp
     run(work, [line(tokenizer, f" x{n}") for n in range(4)])
 
 
+def test_a_continued_answer_is_one_message(run: Callable[..., None], tokenizer: PromptTokenizer) -> None:
+    """The last message is the beginning of the answer, whether the server has it already or not."""
+
+    async def work(made: Stack) -> None:
+        async with made.gateway() as gateway:
+            _, first = await gateway.chat("s", user("hello"))
+            asked = [user("hello"), message(first)]
+            parts = [{"type": "text", "text": "in"}, {"type": "text", "text": "parts"}]
+            for session_id, begun in (
+                ("s", asked[1]),
+                ("t", asked[1]),
+                ("u", {**asked[1], "content": parts}),
+            ):
+                status, more = await gateway.chat(session_id, asked[0], begun, continue_final_message=True)
+                assert status == 200, more
+                status, _ = await gateway.append(session_id, user("and then?"))
+                assert status == 200
+                text = " one" if begun is asked[1] else "in parts"
+                meant = [asked[0], {"role": "assistant", "content": text + " two"}, user("and then?")]
+                assert tokenizer.decode(gateway.prompts[-1]) == tokenizer.render(meant, TemplateOptions())
+
+    answers = [line(tokenizer, text) for text in (" two", " x") * 3]
+    run(work, [line(tokenizer, " one"), *answers])
+
+
 def test_tool_rounds_by_append(run: Callable[..., None], tokenizer: PromptTokenizer) -> None:
     """Tools are given once; results are appended; the model's own spacing of its call stays."""
     arguments = '{"q":1,  "r":[2,3]}'

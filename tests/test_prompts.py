@@ -271,3 +271,15 @@ def test_long_prompts_are_encoded_in_a_thread() -> None:
         assert prompts.content_chars([{"content": [{"type": "text", "text": "x"}]}, {"content": "yy"}]) > 2
 
     asyncio.run(scenario())
+
+
+def test_another_template_makes_another_fingerprint(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Two models may share a tokenizer: what one's template began must not go on as the other's."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model_dir, copy)
+    ours = PromptTokenizer(tiny_model_dir).fingerprint
+    assert PromptTokenizer(copy).fingerprint == ours
+    path = copy / "tokenizer_config.json"
+    changed = json.loads(path.read_text()) | {"chat_template": "{{ messages[0].content }}"}
+    path.write_text(json.dumps(changed))
+    assert PromptTokenizer(copy).fingerprint != ours

@@ -21,7 +21,13 @@ from antiphon.scheduler.errors import ApiError, history_lost, ledger_unavailable
 from antiphon.scheduler.gateway import history
 from antiphon.scheduler.gateway.identity import Identity
 from antiphon.scheduler.gateway.message_chain import Trail, reply_message, trail
-from antiphon.scheduler.gateway.prompts import INLINE_CHARS, PromptTokenizer, TemplateOptions, content_chars
+from antiphon.scheduler.gateway.prompts import (
+    INLINE_CHARS,
+    PromptTokenizer,
+    TemplateOptions,
+    content_chars,
+    content_text,
+)
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.rounds import RoundHandle
 from antiphon.scheduler.session_store import LedgerUnavailable, SessionStore
@@ -136,6 +142,8 @@ class Conversations:
                 lambda: history.go_on(tokenizer, base, asked.messages, asked.options),
             )
             kept = history.same_messages(base.messages, asked.messages)
+            if asked.options.continue_final_message:  # the reply takes the last message's place
+                kept = min(kept, len(asked.messages) - 1)
             new = asked.messages[kept:]
         return Spoken(asked, plan.prompt(), base, plan, tokenizer.fingerprint, kept, new)
 
@@ -182,7 +190,7 @@ class Conversations:
         reply = reply_message(message)
         messages = list(spoken.new_messages)
         if spoken.asked.options.continue_final_message and messages:
-            reply["content"] = f"{messages.pop().get('content') or ''}{begun}" or None
+            reply["content"] = content_text(messages.pop().get("content")) + begun or None
         said = Said(
             prompt=spoken.prompt,
             answered=handle.answered,

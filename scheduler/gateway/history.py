@@ -37,8 +37,8 @@ class Plan:
     """The last part that is kept; None = nothing is."""
     ids: tuple[int, ...]
     """What follows it."""
-    text: str | None
-    """The text of these, where it is known to be just this."""
+    text: str
+    """What these are the ids of."""
     spliced: bool
     """Only what is new was rendered."""
 
@@ -81,10 +81,10 @@ def go_on(
     if base.parts and base.tokenizer == tokenizer.fingerprint:
         kept, at = _Match(tokenizer, base, messages, options, text).deepest()
         if kept is not None:
-            ids = tokenizer.encode_more(text[at:])
+            ids = tokenizer.encode_more(text[at:], kept.upto[-1])
             if ids is not None:
                 return Plan(kept, ids, text[at:], spliced=False)
-    return Plan(None, tokenizer.encode_rendered(text), None, spliced=False)
+    return Plan(None, tokenizer.encode_rendered(text), text, spliced=False)
 
 
 def append(
@@ -153,9 +153,11 @@ class _Match:
 
 
 def text_of(tokenizer: PromptTokenizer, part: Part) -> str:
-    """The part's text by itself."""
+    """What the part says where it stands; ends with CUT_OFF if that cannot be told."""
     if not part.text:
-        part.text.append(tokenizer.decode(part.ids()))
+        ids = part.ids()
+        text = tokenizer.decode_after(part.upto[part.start - 1], ids) if part.start else tokenizer.decode(ids)
+        part.text.append(CUT_OFF if text is None else text)
     return part.text[0]
 
 
@@ -222,7 +224,7 @@ def _splice(
         if found is not None:
             answered.text.append(rest[at:found])
             kept, end = answered, found
-    ids = tokenizer.encode_more(rest[end:])
+    ids = tokenizer.encode_more(rest[end:], kept.upto[-1])
     return None if ids is None else Plan(kept, ids, rest[end:], spliced=True)
 
 

@@ -57,10 +57,14 @@ class PromptTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = _read_json(model_dir / "tokenizer_config.json")
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._special = _special_tokens(_read_json(model_dir / "special_tokens_map.json") | settings)
-        self._templates = _compile_templates(model_dir, settings)
-        self.fingerprint = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
-        """Of the tokenizer: ids of another one mean something else."""
+        sources = _template_sources(model_dir, settings)
+        self._templates = _compile_templates(model_dir, sources)
+        shaping = json.dumps([self._special, sources], sort_keys=True).encode()
+        self.fingerprint = hashlib.blake2b(path.read_bytes() + shaping, digest_size=16).digest()
+        """Of all that makes ids of messages: ids of another tokenizer mean something else, and a conversation
+        that another template began cannot be added to."""
         model = _read_json(model_dir / "config.json")
         text = model.get("text_config") or model
         self.vocabulary_tokens = int(text.get("vocab_size") or self._tokenizer.get_vocab_size())
@@ -90,10 +94,26 @@ class PromptTokenizer:
         """What ends an answer, as text; "" if the model's files do not say."""
         return self._special.get("eos_token", "")
 
-    def encode_more(self, text: str) -> tuple[int, ...] | None:
-        """Ids of text that is to stand behind other ids; None if they would not mean just this text there."""
-        ids = self._encode(text, add_special_tokens=False)
-        return ids if self.decode(ids) == text else None
+    def decode_after(self, before: int, token_ids: Sequence[int]) -> str | None:
+        """Text of ids as they stand behind another one: some tokenizers drop a space that comes first. None
+        if they have none by themselves."""
+        lead, whole = self.decode([before]), self.decode([before, *token_ids])
+        return whole[len(lead) :] if whole.startswith(lead) else None
+
+    def encode_more(self, text: str, before: int) -> tuple[int, ...] | None:
+        """Ids of text that is to stand behind other ids, `before` the last of these; None if they would not
+        mean just this text there.
+
+        An added token parts the text: what is behind it has the ids that it has in the whole. Elsewhere a
+        tokenizer may show the beginning of a text by what would be a space in its midst.
+        """
+        if before in self._added:
+            first, *ids = self._encode(self.decode([before]) + text, add_special_tokens=False)
+            if first == before:
+                return tuple(ids)
+        more = self._encode(text, add_special_tokens=False)
+        parted = bool(more) and more[0] in self._added
+        return more if parted or self.decode_after(before, more) == text else None
 
     def why_whole(self, options: TemplateOptions) -> str:
         """Why conversations must be rendered whole each time; "" if they need not be."""
@@ -213,6 +233,11 @@ def content_chars(messages: Sequence[Message]) -> int:
     )
 
 
+def content_text(content: Any) -> str:
+    """Of a message, as templates are given it."""
+    return content or "" if isinstance(content, str | None) else " ".join(part["text"] for part in content)
+
+
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """A template is foreign code that the client's messages drive: what it raises is the client's 400."""
@@ -241,8 +266,7 @@ def _eos_ids(
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as templates expect it: text content, no nulls, tool arguments parsed (as SGLang does)."""
     plain = {name: value for name, value in message.items() if value is not None}
-    content = plain.get("content", "")
-    plain["content"] = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+    plain["content"] = content_text(plain.get("content"))
     if "tool_calls" in plain:
         plain["tool_calls"] = [_with_parsed_arguments(call) for call in plain["tool_calls"]]
     return plain
@@ -282,17 +306,19 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _compile_templates(model_dir: Path, settings: Mapping[str, Any]) -> dict[str, ChatTemplate]:
+def _template_sources(model_dir: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """By name."""
     file = model_dir / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-    named = (
-        {item["name"]: item["template"] for item in source}
-        if isinstance(source, list)
-        else {"default": source}
-    )
+    if isinstance(source, list):
+        return {item["name"]: item["template"] for item in source if item["template"]}
+    return {"default": source} if source else {}
+
+
+def _compile_templates(model_dir: Path, sources: Mapping[str, str]) -> dict[str, ChatTemplate]:
     environment = _environment()
     try:
-        return {name: ChatTemplate(environment, text) for name, text in named.items() if text}
+        return {name: ChatTemplate(environment, text) for name, text in sources.items()}
     except jinja2.TemplateError as error:
         raise UserError(f"{model_dir}: the chat template does not compile: {error}") from error
 
