@@ -188,11 +188,11 @@ class ResidencyIndex:
     def _stand(self, tree: _Tree, hashes: Sequence[bytes], at: int, below: int, stride: int) -> None:
         """The checkpoint at `at` pages is new: have all below it, down to the first one that was held."""
         masks, bit, above = self._masks, tree.bit, tree.above
-        node = hashes[at - 1]
-        while below:
-            base = hashes[below - 1]
-            self._below[node] = base
-            mask = masks.get(base, 0)
+        node, below_of, known = hashes[at - 1], self._below, masks.get
+        for end in range(below - 1, -1, -stride):
+            base = hashes[end]
+            below_of[node] = base
+            mask = known(base, 0)
             if mask & bit:
                 above[base] = above.get(base, 0) + 1
                 tree.leaves.pop(base, None)
@@ -200,8 +200,7 @@ class ResidencyIndex:
             masks[base] = mask | bit
             above[base] = 1
             node = base
-            below -= stride
-        self._below[node] = None
+        below_of[node] = None
 
     def merge(self, hashes: Sequence[bytes], page_size: int, holdings: Iterable[Holding]) -> None:
         """What the ledger knows of a prompt: each holding is a prefix of `hashes`."""
@@ -216,6 +215,11 @@ class ResidencyIndex:
             for engine_id in self._names.get(mask) or self._name(mask):
                 found[engine_id] = pages * page_size
         return found
+
+    def holds(self, engine_id: str, hashes: Sequence[bytes]) -> bool:
+        """The engine is believed to hold the whole chain, which was recorded as one."""
+        tree = self._trees.get(engine_id)
+        return tree is not None and (not hashes or bool(self._masks.get(hashes[-1], 0) & tree.bit))
 
     def held_by(self, engine_id: str, hashes: Sequence[bytes], page_size: int) -> int:
         """Tokens of this chain that one engine is believed to hold."""
@@ -257,25 +261,29 @@ class ResidencyIndex:
     def _ends(self, hashes: Sequence[bytes], stride: int) -> list[tuple[int, int]]:
         """(pages, bits of the engines whose belief ends there), every engine at most once, 0 pages left out.
 
-        Who holds a stride only gets fewer from one to the next: intervals with equal ends are skipped.
+        Who holds a stride only gets fewer from one to the next: intervals with equal ends are skipped. An
+        engine mostly has nothing, or lacks only what the last rounds added: so the first stride is looked at,
+        and each interval from its end in growing steps, then by halves.
         """
         get = self._masks.get
         ends: list[tuple[int, int]] = []
-        low, holders, high = 0, self._all, len(hashes) // stride
+        holders, high = self._all, len(hashes) // stride
         left = get(hashes[high * stride - 1], 0) if high else holders
         if left:
             self._stopped(hashes, high * stride, len(hashes), left, ends)
-        intervals = [(low, holders, high, left)]
+        first = get(hashes[stride - 1], 0) if high > 1 else left
+        intervals = [(0, holders, 1, first), (1, first, high, left)]
         while intervals:
             low, holders, high, left = intervals.pop()
+            step = 1
             while holders != left:
                 if high - low == 1:
                     self._stopped(hashes, low * stride, high * stride - 1, holders & ~left, ends)
                     break
-                middle = (low + high) // 2
+                middle = high - step if high - step > low else (low + high) // 2
                 there = get(hashes[middle * stride - 1], 0)
                 if there == left:
-                    high = middle
+                    high, step = middle, 2 * step
                 else:
                     if there != holders:
                         intervals.append((low, holders, middle, there))
@@ -310,27 +318,33 @@ class ResidencyIndex:
         """Drop checkpoints from the least recent end on until the limit is kept."""
         leaves, above, bit = tree.leaves, tree.above, tree.bit
         masks, below_of = self._masks, self._below
+        node: bytes | None = None
         for _ in range(len(leaves) + len(above) - tree.limit):
-            oldest, _ = leaves.popitem(last=False)
-            base = below_of[oldest]
-            mask = masks[oldest] ^ bit
+            if node is None:
+                node, _ = leaves.popitem(last=False)
+            base = below_of[node]
+            mask = masks[node] ^ bit
             if mask:
-                masks[oldest] = mask
+                masks[node] = mask
             else:
-                del masks[oldest]
-                del below_of[oldest]
+                del masks[node]
+                del below_of[node]
+            node = None
             if base is None:
                 continue
             standing = above[base] - 1
             if standing:
                 above[base] = standing
-            else:
-                del above[base]
+                continue
+            del above[base]
+            if base in tree.renewed:
+                tree.renewed.discard(base)
                 leaves[base] = None
-                if base in tree.renewed:
-                    tree.renewed.discard(base)
-                else:
-                    leaves.move_to_end(base, last=False)
+            else:
+                node = base  # the next to go
+        if node is not None:
+            leaves[node] = None
+            leaves.move_to_end(node, last=False)
 
     def _clear(self, page_hash: bytes, bit: int) -> None:
         mask = self._masks[page_hash] & ~bit
