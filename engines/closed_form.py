@@ -24,6 +24,9 @@ from antiphon.engines.simulated_loop import MAX_PREFILL_TOKENS
 
 __all__ = ["ClosedFormEngine", "EngineRequest", "EngineTotals", "Milestone"]
 
+# By name: on Python 3.11 a look-up through an Enum's class costs as much as a call.
+PENDING, PREFILL, OVER = Stage.PENDING, Stage.PREFILL, Stage.OVER
+FIRST_TOKEN, FINISHED = Milestone.FIRST_TOKEN, Milestone.FINISHED
 
 NO_LIMIT = 1 << 60
 """More steps than any run has."""
@@ -100,7 +103,7 @@ class ClosedFormEngine:
     def submit(self, request: EngineRequest, now: float) -> None:
         """The batch loop sees it `request_fixed_s` from now."""
         request.visible_s = visible_s = now + self._request_fixed_s
-        request.stage = Stage.PENDING
+        request.stage = PENDING
         prompt, pool = request.prompt_tokens, self.pool_tokens
         if prompt + 1 > pool:
             request.message = f"the prompt has {prompt} tokens, the pool of {self.engine_id} only {pool}"
@@ -121,13 +124,13 @@ class ClosedFormEngine:
     def abort(self, request: EngineRequest, now: float) -> None:
         """It leaves without a milestone: at once when it waits, else at the end of the step that runs."""
         stage = request.stage
-        if stage is Stage.PENDING:
+        if stage is PENDING:
             self._abort_waiting(request, now)
-        elif (stage is Stage.RUNNING or stage is Stage.PREFILL) and not request.aborted:
+        elif (stage is Stage.RUNNING or stage is PREFILL) and not request.aborted:
             request.aborted = True
             self._batch.aborting += stage is Stage.RUNNING
             if self._batch.run_steps:
-                self._cut(now, self._interval_left if stage is Stage.PREFILL else 0)
+                self._cut(now, self._interval_left if stage is PREFILL else 0)
 
     def touch(self, chain: Chain, now: float) -> None:
         """The chain is in use: the store evicts it last. Does nothing unless the store has all of it."""
@@ -139,7 +142,7 @@ class ClosedFormEngine:
         self._out = out
         while self._refused and self._refused[0].visible_s <= now:
             refused = self._refused.popleft()
-            refused.stage = Stage.OVER
+            refused.stage = OVER
             self.totals.refused += 1
             out.append((Milestone.REFUSED, refused))
         pending = self._pending
@@ -195,7 +198,7 @@ class ClosedFormEngine:
             self.next_event_s = batch.end_s
 
     def _abort_waiting(self, request: EngineRequest, now: float) -> None:
-        request.stage = Stage.OVER
+        request.stage = OVER
         self.totals.aborted += 1
         for queue in (self._pending, self._refused):
             if request in queue:
@@ -213,16 +216,14 @@ class ClosedFormEngine:
 
     def _fill_pass(self, now: float) -> None:
         """The next prefill pass, its pages taken. At most the last request of it is a part."""
-        budget = self._budget_tokens
-        chunked = self._chunked
+        budget, chunked = self._budget_tokens, self._chunked
         if chunked is not None:
             self._chunked = None
             if chunked.aborted:
                 self._leave(chunked)
             else:
                 budget -= self._add(chunked, budget)
-        waiting = self._waiting
-        running = len(self._batch.requests)
+        waiting, running = self._waiting, len(self._batch.requests)
         while waiting and self._chunked is None and budget > 0:
             if running + len(self._pass) >= self._most_running or not self._admit(waiting[0], now):
                 break
@@ -256,12 +257,12 @@ class ClosedFormEngine:
         host_tokens = self.kv.load(request, tip, depth, usable)
         if host_tokens:
             request.load_s += self._latency.load_s(host_tokens)
-        if request.stage is Stage.PENDING and not request.retractions:
+        if request.stage is PENDING and not request.retractions:
             request.admitted_s = now
             request.cached_device_tokens = depth * self.page_tokens
             request.cached_host_tokens = host_tokens
             self.totals.prefill_tokens_reused += request.computed
-        request.stage = Stage.PREFILL
+        request.stage = PREFILL
         return True
 
     def _add(self, request: EngineRequest, budget: int) -> int:
@@ -282,8 +283,7 @@ class ClosedFormEngine:
     def _start_pass(self, now: float) -> None:
         cost = self._latency.prefill
         cached_s, squared_s = cost.per_token_cached_s, cost.per_token_squared_s
-        seconds = cost.fixed_s
-        tokens = 0
+        seconds, tokens = cost.fixed_s, 0
         for request, take in self._pass:
             seconds += take * (cost.per_token_s + request.computed * cached_s + take * squared_s)
             if cost.cached_token_s or cost.cached_squared_s:
@@ -319,7 +319,7 @@ class ClosedFormEngine:
         self.totals.output_tokens += 1
         if request.emitted == 1:
             request.first_token_s = now
-            self._out.append((Milestone.FIRST_TOKEN, request))
+            self._out.append((FIRST_TOKEN, request))
         else:  # it was retracted
             self._batch.gaps.add(now - request.last_token_s, 1)
         if request.emitted >= request.limit:
@@ -370,15 +370,15 @@ class ClosedFormEngine:
     def _finish(self, request: EngineRequest, now: float) -> None:
         request.finished_s = now
         self.totals.finished += 1
-        self._out.append((Milestone.FINISHED, request))
+        self._out.append((FINISHED, request))
         self.kv.release(request)
-        request.stage = Stage.OVER
+        request.stage = OVER
 
     def _leave(self, request: EngineRequest) -> None:
         """Aborted."""
         self.totals.aborted += 1
         self.kv.release(request)
-        request.stage = Stage.OVER
+        request.stage = OVER
 
     def _retract(self, request: EngineRequest) -> None:
         """It waits again, first in line, and computes again what is evicted meanwhile."""
@@ -389,7 +389,7 @@ class ClosedFormEngine:
         request.retractions += 1
         self.totals.retractions += 1
         request.computed = 0
-        request.stage = Stage.PENDING
+        request.stage = PENDING
         self._waiting.appendleft(request)
 
     # ------------------------------------------------------------ checks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from antiphon.engines.closed_form_request import NEVER, EngineRequest, Stage
+from antiphon.engines.closed_form_request import NEVER, RUNNING, EngineRequest
 from antiphon.engines.decode_run import GapHistogram, PageGrowth, StepTimes
 from antiphon.engines.simulated_loop import CLIP_NEW_TOKENS, NEW_TOKEN_RATIO
 from antiphon.policies.latency import DecodeCost
@@ -56,7 +56,7 @@ class DecodeBatch:
 
     def join(self, request: EngineRequest, now: float) -> None:
         """It has just got a token, and wants more."""
-        request.stage = Stage.RUNNING
+        request.stage = RUNNING
         request.last_token_s = now
         self._seq = request.seq = self._seq + 1
         request.end_step = end_step = self.step + request.limit - request.emitted

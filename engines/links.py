@@ -33,6 +33,10 @@ class PullState(Enum):
     OVER = auto()
 
 
+# By name: on Python 3.11 a look-up through an Enum's class costs as much as a call.
+NEW, OPENING, BEHIND, FLOWING, OVER = PullState
+
+
 class Pull:
     """The first `pages` pages of a chain, from the store of `source` into the store of `puller`."""
 
@@ -56,7 +60,7 @@ class Pull:
         self.puller = puller
         self.source = source
         self.chain = chain
-        self.pages = min(pages, chain.pages)
+        self.pages = pages if pages < chain.pages else chain.pages
         self.deadline_s = deadline_s
         self.started_s = NEVER
         self.pulled_pages = 0
@@ -66,7 +70,7 @@ class Pull:
         self.reason = ""
         """Why fewer came than were asked for."""
         # What follows is the network's.
-        self.state = PullState.NEW
+        self.state = NEW
         self.seq = 0
         """Ties of events go by it; it changes with every new plan, so that the old one is void."""
         self.due_s = NEVER
@@ -141,10 +145,10 @@ class Network:
             _, seq, pull = heappop(heap)
             if seq != pull.seq:
                 continue
-            if pull.state is PullState.FLOWING and pull.due_s <= now:
+            if pull.state is FLOWING and pull.due_s <= now:
                 self._end(pull, now, "", whole=True)
                 ended.append(pull)
-            elif pull.state is PullState.OPENING and pull.due_s <= now:
+            elif pull.state is OPENING and pull.due_s <= now:
                 if pull.todo_pages:
                     self._flow(pull, now)
                 else:
@@ -189,7 +193,7 @@ class Network:
             first = _owner(branch, have), have
             leader = here.leaders.setdefault(first, pull)
             if leader is not pull:
-                pull.state = PullState.BEHIND
+                pull.state = BEHIND
                 if leader.followers is None:
                     leader.followers = []
                 leader.followers.append(pull)
@@ -198,7 +202,7 @@ class Network:
             pull.wanted_page = first
             pull.todo_pages = self._offered(pull, branch, wanted, have)
             pull.todo_bytes = float(pull.todo_pages * here.page_bytes)
-        pull.state = PullState.OPENING
+        pull.state = OPENING
         self._plan(pull, now + round_trip_s)
 
     def _offered(self, pull: Pull, branch: Branch, wanted: int, have: int) -> int:
@@ -217,7 +221,7 @@ class Network:
 
     def _flow(self, pull: Pull, now: float) -> None:
         """The bytes start to flow."""
-        pull.state = PullState.FLOWING
+        pull.state = FLOWING
         pull.settled_s = now
         pull.there.going[pull] = None
         pull.here.coming[pull] = None
@@ -237,13 +241,13 @@ class Network:
         """It ends, early for a `reason`: publish what has come, and let those behind it go on."""
         here, there = pull.here, pull.there
         arrived = pull.todo_pages if whole else 0
-        if pull.state is PullState.FLOWING:
+        if pull.state is FLOWING:
             if not whole:
                 arrived = _arrived_pages(pull, now)
             del there.going[pull], here.coming[pull]
             if there.going or here.coming:
                 self._share(there.going, here.coming, now)
-        pull.state = PullState.OVER
+        pull.state = OVER
         self._seq = pull.seq = self._seq + 1
         del self._under_way[pull]
         if reason:
@@ -252,7 +256,7 @@ class Network:
         if pull.wanted_page is not None:
             del here.leaders[pull.wanted_page]
         for follower in pull.followers or ():
-            if follower.state is PullState.BEHIND:
+            if follower.state is BEHIND:
                 _unlock(follower)
                 self._open(follower, now, 0.0)
 

@@ -19,7 +19,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import attrgetter
 
-from antiphon.policies.base import Arm, Candidate, ClusterView, EngineView, Pool, RoundView
+from antiphon.policies.base import (
+    LOCAL,
+    REMOTE_PULL,
+    REMOTE_RECOMPUTE,
+    Candidate,
+    ClusterView,
+    EngineView,
+    Pool,
+    RoundView,
+)
 
 
 def prefill_on(
@@ -29,7 +38,7 @@ def prefill_on(
 
     `step_s`: what such a step takes, if that is known.
     """
-    new = max(1, prompt_tokens - cached_tokens)
+    new = prompt_tokens - cached_tokens if prompt_tokens > cached_tokens else 1
     seconds = engine.latency.prefill_s(new, prompt_tokens - new) * engine.corrections.prefill
     if engine.batch and engine.chunk_tokens and engine.decode_interval:
         step_s = decode_step(engine) if step_s is None else step_s
@@ -53,14 +62,14 @@ def transfer_between(one: EngineView, other: EngineView, tokens: int) -> float:
 
 def local(round: RoundView, home: EngineView) -> Candidate:
     prefill_s = prefill_on(home, round.prompt_tokens, round.held(home.engine_id))
-    return Candidate(Arm.LOCAL, home.engine_id, home.queue_s, prefill_s, 0.0, 0.0)
+    return Candidate(LOCAL, home.engine_id, home.queue_s, prefill_s, 0.0, 0.0)
 
 
 def remote_recompute(round: RoundView, engine: EngineView, home: EngineView) -> Candidate:
     """`engine` computes what it lacks; `home` fetches what it lacks."""
     prefill_s = prefill_on(engine, round.prompt_tokens, round.held(engine.engine_id))
     push_s = transfer_between(engine, home, round.prompt_tokens - round.held(home.engine_id))
-    return Candidate(Arm.REMOTE_RECOMPUTE, engine.engine_id, engine.queue_s, prefill_s, 0.0, push_s)
+    return Candidate(REMOTE_RECOMPUTE, engine.engine_id, engine.queue_s, prefill_s, 0.0, push_s)
 
 
 def remote_pull(
@@ -78,7 +87,7 @@ def remote_pull(
     prefill_s = prefill_on(engine, round.prompt_tokens, history)
     pull_s = transfer_between(source, engine, pulled)
     push_s = transfer_between(engine, home, round.prompt_tokens - round.held(home.engine_id))
-    return Candidate(Arm.REMOTE_PULL, engine.engine_id, engine.queue_s, prefill_s, pull_s, push_s)
+    return Candidate(REMOTE_PULL, engine.engine_id, engine.queue_s, prefill_s, pull_s, push_s)
 
 
 def prefill_engines(round: RoundView, home: EngineView, cluster: ClusterView) -> list[EngineView]:

@@ -29,6 +29,10 @@ class Arm(Enum):
     """The session gets a new home, which fetches its KV and prefills the rest."""
 
 
+# By name: on Python 3.11 a look-up through an Enum's class costs as much as a call.
+LOCAL, REMOTE_RECOMPUTE, REMOTE_PULL, MOVE = Arm
+
+
 class Pool(Enum):
     __hash__ = object.__hash__
 

@@ -24,7 +24,15 @@ from bisect import bisect_left
 from msgspec import Struct
 
 from antiphon.policies import arms
-from antiphon.policies.base import Arm, Candidate, EngineView, RoundView
+from antiphon.policies.base import (
+    LOCAL,
+    MOVE,
+    REMOTE_PULL,
+    REMOTE_RECOMPUTE,
+    Candidate,
+    EngineView,
+    RoundView,
+)
 
 CERTAIN = 4.0
 """Spreads away from the target, a miss is sure, or impossible."""
@@ -121,7 +129,7 @@ class Forecast:
         itl_s = itl_at(round, home)
         misses = self.own(home, queue_s + prefill_s + pull_s, itl_s)
         misses += self._lost(home, known, prefill_s) + known.evicted
-        arm = Arm.LOCAL if source is None else Arm.MOVE
+        arm = LOCAL if source is None else MOVE
         return Candidate(arm, home.engine_id, queue_s, prefill_s, pull_s, 0.0, home.engine_id, itl_s, misses)
 
     def elsewhere(self, engine: EngineView, home: EngineView, source: EngineView | None = None) -> Candidate:
@@ -143,7 +151,7 @@ class Forecast:
         misses = 1.0 if end.full else self._late(queue_s + prefill_s + pull_s + push_s, end.in_time)
         misses += self._lost(engine, known, prefill_s) + end.lost
         misses += known.evicted + end.evicted
-        arm = Arm.REMOTE_RECOMPUTE if source is None else Arm.REMOTE_PULL
+        arm = REMOTE_RECOMPUTE if source is None else REMOTE_PULL
         return Candidate(
             arm, engine.engine_id, queue_s, prefill_s, pull_s, push_s, home.engine_id, end.itl_s, misses
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from antiphon.policies.base import ClusterView, EngineView, Pool, RoundView
 
+POOLS = tuple(Pool)
 Usable = Callable[[EngineView], bool]
 
 
@@ -23,7 +24,7 @@ class Shortlists:
         self._count = count
         self._cluster = cluster
         by_queue = cluster.by_queue()
-        self._queues = [[engine for engine in by_queue if engine.pool is pool] for pool in Pool]
+        self._queues = [[engine for engine in by_queue if engine.pool is pool] for pool in POOLS]
         self._by_history = [engine for engine in by_queue if held.get(engine.engine_id)]
         self._by_history.sort(key=lambda engine: held[engine.engine_id], reverse=True)  # stable, as all sorts
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from antiphon.policies.base import Arm, Ordering, Policy, Reject
+from antiphon.policies.base import MOVE, Ordering, Policy, Reject
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.books import Books, session_key
 from antiphon.scheduler.core_config import CoreConfig
@@ -27,7 +27,15 @@ from antiphon.scheduler.messages import (
     Try,
 )
 from antiphon.scheduler.receipts import history_source, is_remote, make_receipt
-from antiphon.scheduler.states import Phase, Round
+from antiphon.scheduler.states import (
+    ENDED,
+    GENERATING,
+    PREFILLING,
+    PULLING,
+    PUSHING,
+    QUEUED,
+    Round,
+)
 
 
 class Attempts:
@@ -66,15 +74,15 @@ class Attempts:
             self._enqueue(round, answer.prefill_engine, now)
             return
         round.dispatched_s = now
-        if answer.arm is Arm.MOVE:
+        if answer.arm is MOVE:
             self._move(round, now)
         else:
             self._generate(round, now)
 
     def _enqueue(self, round: Round, engine_id: str, now: float) -> None:
-        round.enter(Phase.QUEUED, now)
+        round.enter(QUEUED, now)
         book = self.books.fleet.books[engine_id]
-        if not book.queue and len(book.in_flight) < self.config.prefill_in_flight:
+        if not book.queue.length and len(book.in_flight) < self.config.prefill_in_flight:
             self._start_prefill(round, book, now)  # there is nobody to order it among
         else:
             round.queue_key = self.ordering.key(self.books.view(round, now, round.history))
@@ -82,7 +90,7 @@ class Attempts:
 
     def _dispatch(self, book: EngineBook, now: float) -> None:
         """Start waiting rounds while the prefill engine has room, in the ordering's order."""
-        while book.queue and len(book.in_flight) < self.config.prefill_in_flight:
+        while book.queue.length and len(book.in_flight) < self.config.prefill_in_flight:
             head = book.queue.head(self.ordering.window)
             first = head[0]
             if len(head) > 1:
@@ -102,7 +110,7 @@ class Attempts:
         if round.source is not None:
             pages = self.books.held_by(round, round.source) // round.arrived.page_size_tokens
             if pages > 0:
-                round.enter(Phase.PULLING, now)
+                round.enter(PULLING, now)
                 self._prefetch(round, placement.prefill_engine, round.source, pages)
                 return
             self.books.transfer_over(round.round_id, placement.prefill_engine, round.source)
@@ -113,7 +121,7 @@ class Attempts:
         assert round.placement is not None
         home, source, held = round.placement.home, round.source, round.history.get
         if source is not None and held(source, 0) > held(home, 0):
-            round.enter(Phase.PUSHING, now)
+            round.enter(PUSHING, now)
             self._prefetch(round, home, source, held(source, 0) // round.arrived.page_size_tokens)
         else:
             self._moved(round, now)
@@ -140,19 +148,19 @@ class Attempts:
 
     def _prefill(self, round: Round, now: float) -> None:
         assert round.placement is not None
-        round.enter(Phase.PREFILLING, now)
+        round.enter(PREFILLING, now)
         round.rid = f"{round.round_id}-{len(round.tries):02d}p"
         self._commands.append(Prefill(round.round_id, round.placement.prefill_engine, round.rid))
 
     def _generate(self, round: Round, now: float) -> None:
         assert round.placement is not None
-        round.enter(Phase.GENERATING, now)
+        round.enter(GENERATING, now)
         round.rid = f"{round.round_id}-{len(round.tries):02d}g"
         self._commands.append(Generate(round.round_id, round.placement.home, round.rid))
 
     def _abort(self, round: Round) -> None:
         """Stop the call under way. A queued round has none."""
-        if round.phase is not Phase.QUEUED:
+        if round.phase is not QUEUED:
             self._commands.append(Abort(round.round_id, round.engine_id or "", round.rid))
 
     def _give_up_try(self, round: Round, engine_id: str, failure: str, now: float) -> None:
@@ -191,7 +199,7 @@ class Attempts:
         self.books.release(round, now)
         if round.ends and outcome is Outcome.COMPLETED:
             self.books.session_over(session_key(round))
-        round.enter(Phase.ENDED, now)
+        round.enter(ENDED, now)
         del self.rounds[round.round_id]
         self.ended[outcome] += 1
         self._commands.append(Complete(round.round_id, outcome, receipt, receipt.home, holdings))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from antiphon.policies.base import Arm, ClusterView, Placement, RoundView
+from antiphon.policies.base import MOVE, REMOTE_PULL, ClusterView, Placement, RoundView
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.fleet import NO_TOTALS, DecodeSlot, EngineBook, Fleet, LazyViews
 from antiphon.scheduler.messages import (
@@ -104,14 +104,14 @@ class Books:
         self._work(round, (home, engine), now)
         in_time = view.waited_s + predicted.ttft_s <= arrived.slo_ttft_s
         engine.stall(now, predicted.prefill_s, max(1, arrived.prompt_tokens - cached), in_time)
-        pulled_in_turn = placement.arm is Arm.REMOTE_PULL
+        pulled_in_turn = placement.arm is REMOTE_PULL
         engine.add_prefill(round_id, predicted.prefill_s + (predicted.pull_s if pulled_in_turn else 0.0))
         slot = DecodeSlot(arrived.prompt_tokens + arrived.max_output_tokens, arrived.slo_itl_s)
         expected = view.expected_output_tokens or min(arrived.max_output_tokens, UNKNOWN_OUTPUT_TOKENS)
         home.add_decode(round_id, slot, expected)
         for puller, source, tokens in round.transfers():
             self._owe(round_id, puller, source, tokens)
-        if placement.arm is not Arm.MOVE:
+        if placement.arm is not MOVE:
             self.settle(round, placement.home, arrived.prompt_tokens, now)
         home.touch()
         engine.touch()
@@ -162,13 +162,15 @@ class Books:
         if round.placement is None:
             return
         home, prefill_engine = round.placement.home, round.placement.prefill_engine
+        books, key = self.fleet.books, session_key(round)
         for engine_id in (home,) if home == prefill_engine else (home, prefill_engine):
-            book = self.fleet.books.get(engine_id)
+            book = books.get(engine_id)
             if book is not None:
                 book.release(round.round_id, round.queue_key)
-                book.store.leave(session_key(round), now)
-                self.touch(engine_id)
-        source = self.fleet.books.get(round.source or "")
+                book.store.leave(key, now)
+                book.touch()
+                self.dirty.add(engine_id)
+        source = books.get(round.source or "")
         if source is not None:
             source.drop_transfers(round.round_id)
             source.touch()
@@ -215,8 +217,12 @@ class Books:
 
     def transfer_s(self, puller: str, source: str, tokens: int) -> float:
         """Seconds to move the KV of `tokens` between two engines; those that are gone do not count."""
-        ends = (self.fleet.books.get(puller), self.fleet.books.get(source))
-        return max((book.transfer_s(tokens) for book in ends if book is not None), default=0.0)
+        seconds = 0.0
+        for engine_id in (puller, source):
+            book = self.fleet.books.get(engine_id)
+            if book is not None:
+                seconds = max(seconds, book.transfer_s(tokens))
+        return seconds
 
     def touch(self, engine_id: str) -> None:
         """This engine's view must be rebuilt and its totals published."""
@@ -295,8 +301,8 @@ class Books:
         prefill_engine, prompt = books.get(placement.prefill_engine), round.arrived
         if prefill_engine is None or not is_remote(placement.arm):
             return (home,)
-        up, size = prefill_engine.up, prompt.page_size_tokens
-        if self.residency.held_by(up.engine_id, prompt.hashes, size) < len(prompt.hashes) * size:
+        up = prefill_engine.up
+        if not self.residency.holds(up.engine_id, prompt.hashes):
             return (home,)  # it was replaced since: what it held went with it
         return home, HeldChain(up.engine_id, up.incarnation, prompt.hashes)
 

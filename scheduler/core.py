@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from antiphon.policies.base import Arm, Ordering, Placement, Policy, Reject
+from antiphon.policies.base import MOVE, Ordering, Placement, Policy, Reject
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.attempts import Attempts
 from antiphon.scheduler.books import session_key
@@ -38,7 +38,16 @@ from antiphon.scheduler.messages import (
     Tick,
 )
 from antiphon.scheduler.observer import Observer
-from antiphon.scheduler.states import IllegalEvent, Phase, Round, new_round, with_session
+from antiphon.scheduler.states import (
+    DECODING,
+    ENDED,
+    PULLING,
+    PUSHING,
+    IllegalEvent,
+    Round,
+    new_round,
+    with_session,
+)
 from antiphon.scheduler.what_if import explain
 
 
@@ -69,8 +78,9 @@ class Scheduler(Attempts):
         if dirty:
             books = self.books.fleet.books
             for engine_id in sorted(dirty):
-                if engine_id in books and books[engine_id].queue:
-                    self._dispatch(books[engine_id], now)
+                book = books.get(engine_id)
+                if book is not None and book.queue.length:
+                    self._dispatch(book, now)
             if self.config.publish:
                 self._commands.extend(self.books.publish())
             dirty.clear()
@@ -148,11 +158,11 @@ class Scheduler(Attempts):
             round.notes.append(f"{round.phase.value} on {event.engine_id}: {event.reason}")
         placement = round.placement
         assert placement is not None
-        if round.source is not None and (round.phase is Phase.PULLING or placement.arm is Arm.MOVE):
+        if round.source is not None and (round.phase is PULLING or placement.arm is MOVE):
             round.pull_s = elapsed_s
             round.pulled_tokens = event.pulled_pages * round.arrived.page_size_tokens
             self.books.transfer_over(round.round_id, placement.prefill_engine, round.source)
-            if placement.arm is Arm.MOVE:
+            if placement.arm is MOVE:
                 round.bytes_home_to_home += event.pulled_bytes
                 self._moved(round, now)
             else:
@@ -174,7 +184,7 @@ class Scheduler(Attempts):
         self.books.prefill_over(round, engine_id)
         self.books.hold(round, engine_id, pages)
         if pages:
-            round.enter(Phase.PUSHING, now)
+            round.enter(PUSHING, now)
             self._prefetch(round, round.placement.home, engine_id, pages)
         else:
             self._generate(round, now)  # nothing was owed either
@@ -185,7 +195,7 @@ class Scheduler(Attempts):
 
     def _on_first_token(self, round: Round, event: FirstToken, now: float) -> None:
         assert round.placement is not None
-        round.enter(Phase.DECODING, now)
+        round.enter(DECODING, now)
         round.first_token_s = now
         placement, books = round.placement, self.books.fleet.books
         home = books[placement.home]
@@ -212,7 +222,7 @@ class Scheduler(Attempts):
     def _on_failed(self, round: Round, event: EngineFailed, now: float) -> None:
         if event.kind == "deadline":
             self._abort(round)
-        if round.phase is Phase.DECODING:
+        if round.phase is DECODING:
             self._break(round, event.message, now)
             return
         round.all_unreachable = round.all_unreachable and event.kind == "unreachable"
@@ -237,7 +247,7 @@ class Scheduler(Attempts):
     def _has_token(self, round_id: str) -> bool:
         """The round's deadline has no meaning any more."""
         round = self.rounds.get(round_id)
-        return round is None or round.phase is Phase.DECODING
+        return round is None or round.phase is DECODING
 
     # ---------------------------------------------------------------- engines
 
@@ -270,14 +280,14 @@ class Scheduler(Attempts):
         touched = [r for r in self.rounds.values() if r.depends_on(engine_id)]
         for round in touched:
             self._abort(round)
-            if round.phase is not Phase.DECODING:
+            if round.phase is not DECODING:
                 self._give_up_try(round, engine_id, f"gone: {event.reason}", now)
         for round in touched:
-            if round.phase is Phase.DECODING:
+            if round.phase is DECODING:
                 self._break(round, reason, now)
         self.books.engine_gone(engine_id, event.incarnation)
         for round in touched:
-            if round.phase is not Phase.ENDED:
+            if round.phase is not ENDED:
                 self._try_again(round, now)
 
     # ---------------------------------------------------------------- tables

@@ -71,9 +71,11 @@ class Term:
     """What predictions are multiplied by."""
     _most: float = field(init=False)
     """Of a single log ratio."""
+    _most_evidence: float = field(init=False)
 
     def __post_init__(self) -> None:
         self._most = 2 * math.log(self.config.clip)
+        self._most_evidence = 1 / self.config.weight
         self.least_s = self.least_s or self.config.least_s
 
     def usable(self, predicted_s: float, actual_s: float) -> bool:
@@ -89,12 +91,14 @@ class Term:
         config, most = self.config, self._most
         share = predicted_s / config.full_s if predicted_s < config.full_s else 1.0
         seen = most if log_ratio > most else -most if log_ratio < -most else log_ratio
-        self.evidence = min(self.evidence + share, 1 / config.weight)
-        self.log_ratio += share / self.evidence * (seen - self.log_ratio)
+        evidence = self.evidence + share
+        self.evidence = evidence = evidence if evidence < self._most_evidence else self._most_evidence
+        self.log_ratio += share / evidence * (seen - self.log_ratio)
         self.samples += 1
         if self.samples < config.least_samples:
             return False
-        factor = max(1 / config.clip, min(config.clip, math.exp(self.log_ratio)))
+        factor = math.exp(self.log_ratio)
+        factor = config.clip if factor > config.clip else max(1 / config.clip, factor)
         if abs(factor - self.factor) < WORTH_TELLING * self.factor:
             return False
         self.factor = factor

@@ -18,9 +18,8 @@ from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.messages import EngineUp, Totals
 from antiphon.scheduler.residency import DEVICES_IN_A_STORE
 from antiphon.scheduler.store_use import Returns, SessionKey, StoreUse
-from antiphon.scheduler.tallies import WINDOW_S, Owed, PrefillQueue, Slacks, Window
+from antiphon.scheduler.tallies import INFINITY, Owed, PrefillQueue, Slacks, Window
 
-INFINITY = float("inf")
 NO_TOTALS = Totals()
 """One object, so that "nobody else" is told by identity."""
 
@@ -79,6 +78,7 @@ class EngineBook:
     """ITL target -> rounds in `decode` that have it."""
     reported_tokens: int = 0
     """Device KV in use by the engine's own last word."""
+    engine_id: str = field(init=False)
     pool: Pool = field(init=False)
     latency: LatencyModel = field(init=False)
     store: StoreUse = field(init=False)
@@ -86,6 +86,7 @@ class EngineBook:
     """What its page store holds."""
 
     def __post_init__(self) -> None:
+        self.engine_id = self.up.engine_id
         self.store = StoreUse(self.returns)
         self.renew(self.up)
 
@@ -99,10 +100,11 @@ class EngineBook:
 
     def touch(self) -> None:
         """Something changed: the engine's view must be built anew."""
-        self.stale.add(self.up.engine_id)
+        self.stale.add(self.engine_id)
 
     def add_prefill(self, round_id: str, seconds: float) -> None:
-        self.drop_prefill(round_id)
+        if round_id in self.prefill_s:
+            self.drop_prefill(round_id)
         self.prefill_s[round_id] = seconds
         self.prefill_sum_s += seconds
 
@@ -138,7 +140,8 @@ class EngineBook:
 
     def add_decode(self, round_id: str, slot: DecodeSlot, expected_tokens: int = 0) -> None:
         """`expected_tokens`: of its output. Of a single token no ITL can be missed."""
-        self.drop_decode(round_id)
+        if round_id in self.decode:
+            self.drop_decode(round_id)
         self.decode[round_id] = slot
         self.context_tokens += slot.context_tokens
         self.itl_slos[slot.itl_slo_s] = self.itl_slos.get(slot.itl_slo_s, 0) + 1
@@ -151,11 +154,12 @@ class EngineBook:
         if slot is not None:
             self.slacks.drop(round_id)
             self.context_tokens -= slot.context_tokens
-            left = self.itl_slos[slot.itl_slo_s] - 1
+            slos, itl_slo_s = self.itl_slos, slot.itl_slo_s
+            left = slos[itl_slo_s] - 1
             if left:
-                self.itl_slos[slot.itl_slo_s] = left
+                slos[itl_slo_s] = left
             else:
-                del self.itl_slos[slot.itl_slo_s]
+                del slos[itl_slo_s]
 
     def drop_transfers(self, round_id: str) -> None:
         self.incoming.drop(round_id)
@@ -167,7 +171,8 @@ class EngineBook:
         self.drop_prefill(round_id)
         self.drop_transfers(round_id)
         self.in_flight.discard(round_id)
-        self.queue.remove(queue_key, round_id)
+        if self.queue.length:
+            self.queue.remove(queue_key, round_id)
 
     def kv_bytes(self, tokens: int) -> int:
         return tokens * (self.up.kv_bytes_per_token or self.latency.transfer.kv_bytes_per_token)
@@ -191,20 +196,17 @@ class EngineBook:
 
     def expires_s(self, now: float) -> float:
         """When a view built now ages by itself: a sample leaves its window, a session is expected no more."""
-        oldest_s, forgotten_s = INFINITY, self.store.expires_s(now)
-        for window in (self.ttft, self.itl, self.placed, self.in_time):
-            samples = window.samples
-            if samples and samples[0][0] < oldest_s:
-                oldest_s = samples[0][0]
-        aged_s = oldest_s + WINDOW_S
-        return aged_s if aged_s < forgotten_s else forgotten_s
+        windows = self.ttft.expires_s, self.itl.expires_s, self.placed.expires_s, self.in_time.expires_s
+        return min(*windows, self.store.expires_s(now))
 
     def view(self, now: float, others: Totals | None = None) -> EngineView:
         """`others`: to be counted instead of those that are known; nothing is remembered of them."""
         if others is None:
             others = self.others
         # What idle homes hold can exceed the device: their oldest KV is in the page store by then.
-        used_tokens = max(self.idle_tokens + others.context_tokens, self.reported_tokens)
+        used_tokens = self.idle_tokens + others.context_tokens
+        if used_tokens < self.reported_tokens:
+            used_tokens = self.reported_tokens
         up, slos, pool_tokens = self.up, self.itl_slos, self.up.pool_tokens
         arrivals_per_s, prefill_share = self.placed.rates(now)
         return EngineView(  # by position, as several times per decision: keywords cost five times as much

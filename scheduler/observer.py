@@ -210,7 +210,7 @@ class Observer:
             held = watched.round.history.get(command.engine_id, 0)
             held = max(held, tokens) if puller == command.engine_id else held
             prompt_tokens = watched.round.arrived.prompt_tokens
-            new_tokens = max(1, prompt_tokens - held)
+            new_tokens = prompt_tokens - held if prompt_tokens > held else 1
             # after a remote prefill the home computes a page at most: that says nothing
             tells = watched.clean and not watched.remote
             engine.prompt_comes(command.round_id, now, new_tokens, prompt_tokens - new_tokens, tells)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from antiphon.policies.base import Arm, Placement
+from antiphon.policies.base import MOVE, REMOTE_PULL, REMOTE_RECOMPUTE, Arm, Placement
 from antiphon.scheduler.messages import Outcome, Receipt, RoundFinished
 from antiphon.scheduler.states import Round
 
@@ -63,14 +63,14 @@ def make_receipt(
 
 def is_remote(arm: Arm | None) -> bool:
     """The round's prompt is prefilled on another engine than the one that decodes it."""
-    return arm is Arm.REMOTE_RECOMPUTE or arm is Arm.REMOTE_PULL
+    return arm is REMOTE_RECOMPUTE or arm is REMOTE_PULL
 
 
 def history_source(placement: Placement, home_before: str | None) -> str | None:
     """Where the placement has history pulled from; None = nothing is pulled."""
-    if placement.arm is Arm.REMOTE_PULL:
+    if placement.arm is REMOTE_PULL:
         source = placement.source or placement.home
-    elif placement.arm is Arm.MOVE:
+    elif placement.arm is MOVE:
         source = placement.source or home_before or ""
     else:
         return None

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from antiphon.engines.chains import Chain
 from antiphon.engines.closed_form import ClosedFormEngine, EngineRequest, Milestone
+from antiphon.engines.closed_form_request import FIRST_TOKEN, REFUSED
 from antiphon.engines.cluster import Cluster, EngineEvent, EngineSpec
 from antiphon.engines.links import Network, Pull
 from antiphon.scheduler.core import Scheduler
@@ -200,12 +201,12 @@ class Simulation:
         self._watch(engine)
 
     def _reached(self, live: LiveRound, request: EngineRequest, milestone: Milestone) -> None:
-        if milestone is Milestone.FIRST_TOKEN:
+        if milestone is FIRST_TOKEN:
             if request.output_tokens:
                 self._post(FirstToken(live.round_id))
             return
         live.call = None
-        if milestone is Milestone.REFUSED:
+        if milestone is REFUSED:
             engine_id = self.core.rounds[live.round_id].engine_id or ""
             self._post(EngineFailed(live.round_id, engine_id, "bad_request", request.message))
             return

@@ -13,7 +13,7 @@ from enum import Enum
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from antiphon.policies.base import Arm, Placement
+from antiphon.policies.base import LOCAL, Arm, Placement
 from antiphon.scheduler.messages import (
     Claimed,
     ClaimLost,
@@ -45,6 +45,10 @@ class Phase(Enum):
     """Sent to the home; no token yet."""
     DECODING = "decoding"
     ENDED = "ended"
+
+
+# By name: on Python 3.11 a look-up through an Enum's class costs as much as a call.
+CLAIMING, QUEUED, PULLING, PREFILLING, PUSHING, GENERATING, DECODING, ENDED = Phase
 
 
 PLACEABLE = frozenset({Phase.QUEUED, Phase.PUSHING, Phase.GENERATING, Phase.ENDED})
@@ -102,7 +106,7 @@ class Round(Struct):
     """When it is refused if no token has come."""
     seed: int
     session_id: str = ""
-    phase: Phase = Phase.CLAIMING
+    phase: Phase = CLAIMING
     round_number: int = 1
     ends: bool = False
     """Its session is over with it."""
@@ -147,7 +151,7 @@ class Round(Struct):
 
     def transfers(self) -> list[tuple[str, str, int]]:
         """(puller, source, tokens) as planned: of history, and from the prefill engine home."""
-        if self.placement is None or self.placement.arm is Arm.LOCAL:
+        if self.placement is None or self.placement.arm is LOCAL:
             return []
         home, engine_id, held = self.placement.home, self.placement.prefill_engine, self.history.get
         planned = []
@@ -164,13 +168,13 @@ class Round(Struct):
     @property
     def engine_id(self) -> str | None:
         """The engine that the call under way runs on (the one whose death ends it); None between calls."""
-        if self.placement is None or self.phase in (Phase.CLAIMING, Phase.QUEUED, Phase.ENDED):
+        if self.placement is None or self.phase in (CLAIMING, QUEUED, ENDED):
             return None
         return self.placement.prefill_engine if self.phase in PREFILL_PHASES else self.placement.home
 
     def depends_on(self, engine_id: str) -> bool:
         """The round cannot go on as placed without this engine."""
-        if self.placement is None or self.phase in (Phase.CLAIMING, Phase.ENDED):
+        if self.placement is None or self.phase in (CLAIMING, ENDED):
             return False
         if self.placement.home == engine_id:
             return True

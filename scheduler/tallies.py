@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+INFINITY = float("inf")
+
 WINDOW_S = 10.0
 """AMPD's window of latency statistics (reference: section 2 of the paper's readings)."""
 
@@ -20,35 +22,36 @@ class Window:
 
     samples: deque[tuple[float, float]] = field(default_factory=deque)
     total: float = 0.0
+    expires_s: float = INFINITY
+    """When the oldest of `samples` leaves; infinity without any."""
 
     def add(self, now: float, value: float) -> None:
         self.samples.append((now, value))
         self.total += value
-        self.trim(now)
+        if self.expires_s == INFINITY:
+            self.expires_s = now + WINDOW_S
+        elif self.expires_s <= now:
+            self.trim(now)
 
     def trim(self, now: float) -> None:
         samples = self.samples
-        while samples and samples[0][0] + WINDOW_S <= now:  # as `EngineBook.expires_s` says, to the last bit
+        while samples and samples[0][0] + WINDOW_S <= now:
             self.total -= samples.popleft()[1]
+        self.expires_s = samples[0][0] + WINDOW_S if samples else INFINITY
         if not samples:
             self.total = 0.0
 
     def mean(self, now: float) -> float | None:
-        samples = self.samples
-        if not samples:
-            return None
-        if samples[0][0] + WINDOW_S <= now:
+        if self.expires_s <= now:
             self.trim(now)
+        samples = self.samples
         return self.total / len(samples) if samples else None
 
     def rates(self, now: float) -> tuple[float, float]:
         """How many came, and how much in all, per second of the window."""
-        samples = self.samples
-        if not samples:
-            return 0.0, 0.0
-        if samples[0][0] + WINDOW_S <= now:
+        if self.expires_s <= now:
             self.trim(now)
-        return len(samples) / WINDOW_S, self.total / WINDOW_S
+        return len(self.samples) / WINDOW_S, self.total / WINDOW_S
 
 
 @dataclass(slots=True)
@@ -60,13 +63,11 @@ class Owed:
     total: int = 0
 
     def add(self, round_id: str, count: int) -> None:
-        self.drop(round_id)
+        self.total += count - self.parts.get(round_id, 0)
         self.parts[round_id] = count
-        self.total += count
 
     def drop(self, round_id: str) -> None:
-        if round_id in self.parts:
-            self.total -= self.parts.pop(round_id)
+        self.total -= self.parts.pop(round_id, 0)
 
 
 class Slacks:
@@ -130,15 +131,16 @@ class PrefillQueue:
     Taking one from the front, or putting one at the end, costs the same however long the queue is.
     """
 
-    __slots__ = ("_first", "_waiting")
+    __slots__ = ("_first", "_waiting", "length")
 
     def __init__(self) -> None:
+        self.length = 0
         self._waiting: list[tuple[float, str]] = []
         self._first = 0
         """What stands before it has been taken."""
 
     def __len__(self) -> int:
-        return len(self._waiting) - self._first
+        return self.length
 
     def __iter__(self) -> Iterator[str]:
         """Round ids in order."""
@@ -146,6 +148,7 @@ class PrefillQueue:
 
     def add(self, key: float, round_id: str) -> None:
         insort(self._waiting, (key, round_id), lo=self._first)
+        self.length += 1
 
     def head(self, count: int) -> list[str]:
         """Ids of the first `count` rounds, or of all if there are fewer."""
@@ -157,6 +160,7 @@ class PrefillQueue:
         at = bisect_left(waiting, (key, round_id), lo=first)
         if at == len(waiting) or waiting[at] != (key, round_id):
             return False
+        self.length -= 1
         if at - first > len(waiting) - at:
             del waiting[at]
             return True
