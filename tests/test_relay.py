@@ -241,3 +241,45 @@ def test_fold_is_the_join_of_the_stream(pieces: list[tuple[str, list[int]]], cha
 def test_frames_are_unnamed_events() -> None:
     """One `data:` line and a blank line: a named event would be taken for a chunk."""
     assert relay.frame({"a": "x\ny"}) == b'data: {"a":"x\\ny"}\n\n'
+
+
+def test_an_empty_list_of_log_probabilities_stays_one() -> None:
+    """`logprobs: 0` asks for no alternatives: SGLang then says [], not null."""
+    said = text_chunk("a", (1,), "length")
+    assert said.data is not None
+    said.data["choices"][0]["logprobs"] = {"token_logprobs": [-1.0], "top_logprobs": [], "text_offset": None}
+    whole = folded([said, said, usage_chunk(10, 2, 0)], TEXT)
+    assert whole["choices"][0]["logprobs"] == {
+        "token_logprobs": [-1.0, -1.0], "top_logprobs": [], "text_offset": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [1, 2])
+def test_missing_log_probabilities_are_said(told: int) -> None:
+    """Chats only: an engine may leave out those of tokens that bring no text."""
+    said = [chat_chunk({"content": "a"}, (), None) for _ in range(told)]
+    for chunk in said:
+        assert chunk.data is not None
+        chunk.data["choices"][0]["logprobs"] = {"content": [{"token": "a", "logprob": -1.0}]}
+    end = [chat_chunk({}, (), "stop"), usage_chunk(10, 2, 0)]
+    whole = folded([*said, *end], replace(CHAT, logprobs=True))
+    warnings = [] if told == 2 else [relay.LOGPROBS_MISSING.format(1)]
+    assert list(whole["session"].get("warnings", ())) == warnings
+    assert "warnings" not in folded([*said, *end], CHAT)["session"]
+
+
+@given(st.text(), st.lists(st.integers(0, 2), min_size=1, max_size=8))
+def test_an_echo_is_what_the_client_sent(sent: str, indices: list[int]) -> None:
+    """In the first event of each choice, and nowhere else."""
+    form = replace(TEXT, echo=relay.Echo("shown", sent))
+    chunks, seen = [], set()
+    for index in indices:
+        chunk = text_chunk("shown!" if index not in seen else "shown?")
+        assert chunk.data is not None
+        chunk.data["choices"][0]["index"] = index
+        chunks.append(chunk)
+        seen.add(index)
+    whole = folded([*chunks, usage_chunk(10, 3, 0)], form)
+    for choice in whole["choices"]:
+        more = indices.count(choice["index"]) - 1
+        assert choice["text"] == sent + "!" + "shown?" * more

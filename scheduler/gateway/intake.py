@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,12 +31,19 @@ from antiphon.scheduler.gateway.history import tools_of
 from antiphon.scheduler.gateway.identity import Identifier, Identity, conversation_scope
 from antiphon.scheduler.gateway.message_chain import Links, links
 from antiphon.scheduler.gateway.prompts import (
+    INLINE_CHARS,
     PromptTokenizer,
     TemplateOptions,
     TokenizerSource,
     encode_off_loop,
 )
-from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE, Body, ChatBody
+from antiphon.scheduler.gateway.requests import (
+    CHAT_ROUTE,
+    COMPLETION_ROUTE,
+    Body,
+    ChatBody,
+    CompletionBody,
+)
 from antiphon.scheduler.gateway.salts import CacheSalts
 from antiphon.scheduler.gateway.session_fields import read_said
 from antiphon.scheduler.hints import Hints, Slos, targets
@@ -185,7 +192,10 @@ class Intake:
             model=model.key,
             hints=hints,
         )
-        return Checked(request, _form(body, round_id, identity.identified_by, hints.warnings), slos, spoken)
+        form = _form(body, round_id, identity.identified_by, hints.warnings)
+        if isinstance(body, CompletionBody) and body.echo and isinstance(prompt, str):
+            form = replace(form, echo=await _echo(tokenizer, ids, prompt))
+        return Checked(request, form, slos, spoken)
 
     async def keep(self, checked: Checked, handle: RoundHandle, message: dict[str, Any]) -> tuple[str, ...]:
         """Remember a chat's round that ended with this message; warnings for the client."""
@@ -311,6 +321,13 @@ async def _text_prompt(tokenizer: PromptTokenizer, prompt: str | tuple[int, ...]
     return Prompt(ids)
 
 
+async def _echo(tokenizer: PromptTokenizer, ids: Prompt, sent: str) -> relay.Echo | None:
+    """Of a prompt that came as text; None if the engine repeats it as it is."""
+    decode = partial(tokenizer.decode, ids, skip_special_tokens=True)
+    shown = decode() if len(sent) <= INLINE_CHARS else await asyncio.to_thread(decode)
+    return relay.Echo(shown, sent) if shown != sent else None
+
+
 def _conversation(tenant: str, model: str, body: ChatBody) -> tuple[str, Links]:
     """Within what the conversation is one of many, and what is to be known of it."""
     return conversation_scope(tenant, model, body.prompt_cache_key), links(body.messages, body.tools)
@@ -328,6 +345,7 @@ def _form(body: Body, round_id: str, identified_by: str, warnings: tuple[str, ..
         token_ids=bool(body.return_token_ids),
         identified_by=identified_by,
         warnings=warnings,
+        logprobs=isinstance(body, ChatBody) and bool(body.logprobs),
     )
 
 

@@ -18,6 +18,11 @@ from antiphon.scheduler.rounds import RoundHandle
 
 DONE = b"data: [DONE]\n\n"
 
+LOGPROBS_MISSING = (
+    "log probabilities of {} tokens that brought no text are left out, as in the engine's streams"
+)
+"""SGLang without --tool-call-parser or --reasoning-parser: what ended the answer, halves of characters."""
+
 Event = dict[str, Any]
 
 Keep = Callable[[dict[str, Any]], Awaitable[tuple[str, ...]]]
@@ -39,6 +44,26 @@ class AnswerForm:
     """How the session was found (`identity.Identity`)."""
     warnings: tuple[str, ...] = ()
     """What of the request's hints was not understood."""
+    logprobs: bool = False
+    """Of a chat: log probabilities were asked for."""
+    echo: Echo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that the answer repeats: an engine gets ids, and shows no special tokens of what they say."""
+
+    shown: str
+    """By the engine."""
+    sent: str
+    """By the client, as text: a plain engine repeats that."""
+
+    def restored(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """The first event of a choice."""
+        text = choice.get("text") or ""
+        if not text.startswith(self.shown):
+            return choice
+        return {**choice, "text": self.sent + text[len(self.shown) :]}
 
 
 def frame(event: Event) -> bytes:
@@ -66,7 +91,8 @@ async def events(
     first = _Choice()
     created = int(time.time())
     engine_usage: dict[str, Any] = {}
-    completion_tokens = 0
+    completion_tokens = told_logprobs = 0
+    echoed: set[int] = set()
     async for chunk in handle:
         completion_tokens += len(chunk.token_ids)
         data = dict(chunk.data) if chunk.data is not None else {}
@@ -75,8 +101,11 @@ async def events(
         choices = data.get("choices")
         if form.chat:
             for choice in choices or ():
+                told_logprobs += len((choice.get("logprobs") or {}).get("content") or ())
                 if not choice.get("index"):
                     first.add(choice, chat=True)
+        elif form.echo is not None and choices:
+            choices = _with_echo(choices, form.echo, echoed)
         if form.token_ids and chunk.token_ids:
             choices = _with_token_ids(choices, chunk.token_ids, form.chat)
         if choices:
@@ -84,6 +113,8 @@ async def events(
     warnings = form.warnings + (await keep(first.message()) if form.chat else ())
     if form.include_usage:
         usage = _usage(handle, engine_usage, completion_tokens)
+        if form.chat and form.logprobs and told_logprobs < usage["completion_tokens"]:
+            warnings += (LOGPROBS_MISSING.format(usage["completion_tokens"] - told_logprobs),)
         session = session_object(handle, form, warnings)
         yield {**_head(form, created), "choices": [], "usage": usage, "session": session}
 
@@ -124,7 +155,7 @@ class _Choice:
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
-    logprobs: dict[str, list[Any]] = field(default_factory=dict)
+    logprobs: dict[str, list[Any] | None] = field(default_factory=dict)
     token_ids: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     """finish_reason, matched_stop and what else an engine says of a choice: the last non-null value."""
@@ -138,7 +169,11 @@ class _Choice:
         for call in delta.get("tool_calls") or ():
             self._add_call(call)
         for name, values in (choice.get("logprobs") or {}).items():
-            self.logprobs.setdefault(name, []).extend(values or ())
+            so_far = self.logprobs.get(name)
+            if values is not None:  # an empty list is said as such
+                so_far = [] if so_far is None else so_far
+                so_far.extend(values)
+            self.logprobs[name] = so_far
         known = ("index", "delta", "text", "token_ids", "logprobs")
         self.last |= {
             name: value for name, value in choice.items() if name not in known and value is not None
@@ -156,7 +191,7 @@ class _Choice:
 
     def whole(self, index: int, form: AnswerForm) -> dict[str, Any]:
         text = "".join(self.text)
-        logprobs = {name: values or None for name, values in self.logprobs.items()} or None
+        logprobs = self.logprobs or None
         choice: dict[str, Any] = {"index": index}
         if form.chat:
             choice["message"] = self.message()
@@ -197,6 +232,16 @@ def _with_token_ids(
         return [{**choices[0], "token_ids": token_ids}, *choices[1:]]
     empty: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
     return [{"index": 0, **empty, "logprobs": None, "finish_reason": None, "token_ids": token_ids}]
+
+
+def _with_echo(choices: list[dict[str, Any]], echo: Echo, echoed: set[int]) -> list[dict[str, Any]]:
+    """The prompt as the client sent it, in the first event of each choice."""
+    shown = []
+    for choice in choices:
+        index = choice.get("index", 0)
+        shown.append(choice if index in echoed else echo.restored(choice))
+        echoed.add(index)
+    return shown
 
 
 def _usage(handle: RoundHandle, engine: dict[str, Any], completion_tokens: int) -> dict[str, Any]:
