@@ -54,6 +54,10 @@ def fleet_that_believes(folder: Path, told: LatencyModel) -> Path:
     return path
 
 
+PREFILLS_ELSEWHERE = {"ampd": {"alpha": 0.8, "beta": 0.8}}
+"""Parameters with which enough rounds are prefilled by each engine of that pool to learn from."""
+
+
 class Run:
     """One simulated run: every round, what was learnt, and what had been learnt when each round ended."""
 
@@ -69,7 +73,8 @@ class Run:
         cluster = load_cluster(path)
         specs = resolve_engines(cluster, path.parent)
         config = CoreConfig(publish=False, corrections=corrections)
-        self.core = Scheduler(make_policy(policy), Fcfs(), specs[0].latency, config)
+        made = make_policy(policy, PREFILLS_ELSEWHERE.get(policy, {}))
+        self.core = Scheduler(made, Fcfs(), specs[0].latency, config)
         self.ends: list[RoundEnd] = []
         self.history: list[dict[str, Corrections]] = []
         targets = Targets(cluster.slo.ttft_s, cluster.slo.itl_s)
