@@ -85,6 +85,7 @@ class Conversation:
     tokenizer: bytes = b""
     model: str = ""
     round: int = 0
+    """The session's last that is in it."""
     stored_bytes: int = 0
     message_bytes: int = 0
     notes: dict[str, Any] = field(default_factory=dict, compare=False)

@@ -146,6 +146,12 @@ class Ledger:
         arguments = [c.tag, escaped(replica), parent_key, parent_id or ""]
         return read_look(session_id, await c.script("look", keys, arguments))
 
+    async def rounds_answered(self, tenant: str, session_id: str) -> int:
+        """Number of the session's last round that completed; 0 = none did. Raises `LedgerUnavailable`."""
+        self.not_if_it_failed()
+        key = self.connection.session_key(tenant, session_id)
+        return int(await self.connection.command("HGET", key, "answered") or 0)
+
     async def rehome(
         self, *, fence: int, session_id: str, tenant: str, from_home: str, to_home: str
     ) -> Moved:

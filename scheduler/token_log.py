@@ -228,6 +228,7 @@ def _as_fork(base: Conversation, session_id: str, header: _Header) -> Conversati
         header=_encoder.encode(header),
         entries=0,
         ancestors=(base.session_id, *base.ancestors),
+        round=0,
         stored_bytes=0,
     )
 

@@ -387,6 +387,38 @@ def test_a_ledger_that_is_away_costs_no_round(
     run(work, [line(tokenizer, f" x{n}") for n in range(4)])
 
 
+def test_a_round_that_was_not_kept_is_not_forgotten(
+    run: Callable[..., None], tokenizer: PromptTokenizer, tmp_path: Path
+) -> None:
+    """What is held of the session ends before its last round: an append must not go on from there."""
+
+    async def work(made: Stack) -> None:
+        server = EmbeddedValkey.start(tmp_path / "logs")
+        async with made.gateway(server.url) as gateway:
+            _, answer = await gateway.chat("s", user("hello"))
+            await gateway.recorded()
+            server.stop()
+            messages = [user("hello"), message(answer), user("more")]
+            status, later = await gateway.chat("s", *messages)
+            assert status == 200 and later["session"]["warnings"], later
+            await gateway.recorded()
+            server = EmbeddedValkey.start(tmp_path / "logs")
+            await until(lambda: not gateway.logs._connection.failed_within(1.0))
+            status, error = await gateway.append("s", user("end"))
+            assert (status, error["error"]["code"]) == (410, "history_lost"), error
+            messages += [message(later), user("end")]
+            status, last = await gateway.chat("s", *messages)
+            assert status == 200 and "warnings" not in last["session"], last
+            await gateway.recorded()
+            status, _ = await gateway.append("s", user("and now?"))
+            meant = [*messages, message(last), user("and now?")]
+            assert status == 200
+            assert tokenizer.decode(gateway.prompts[-1]) == tokenizer.render(meant, TemplateOptions())
+        server.stop()
+
+    run(work, [line(tokenizer, f" x{n}") for n in range(4)])
+
+
 def test_other_tenants_histories_are_not_there(run: Callable[..., None], tokenizer: PromptTokenizer) -> None:
     """The log is a tenant's own, whatever the session's id."""
 

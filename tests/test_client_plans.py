@@ -22,6 +22,7 @@ from antiphon.client.settings import http_settings
 from antiphon.client.streams import StreamReader
 from antiphon.client.tool_times import ToolTimes
 from antiphon.client.wire import CHAT, RETRY_COUNT, Answer, Call, Outcome, reply_of, session_path
+from antiphon.scheduler.gateway.conversations import NOT_KEPT
 
 REPLY = {"choices": [{"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]}
 OK = Answer(200, {}, msgspec.json.encode(REPLY))
@@ -129,6 +130,18 @@ def test_after_a_failure_everything_is_sent(outcome: Outcome) -> None:
     ask(conversation, outcome)
     ((call,), _, _) = ask(conversation, OK)
     assert call.path == CHAT and len(call.body["messages"]) == 3
+    conversation.finished(messages_of("on"), reply_of(OK))
+    assert ask(conversation, OK)[0][0].path == "/v1/sessions/s/rounds"
+
+
+def test_a_round_that_the_server_does_not_keep_is_sent_again() -> None:
+    """With the next one, which brings everything; the gateway's warning is known by its words."""
+    session = {"id": "s", "warnings": ["about something else", NOT_KEPT]}
+    unkept = Answer(200, {}, msgspec.json.encode({**REPLY, "session": session}))
+    conversation = begun()
+    conversation.finished(messages_of("on"), reply_of(unkept))
+    ((call,), _, _) = ask(conversation, OK)
+    assert call.path == CHAT and len(call.body["messages"]) == 5
     conversation.finished(messages_of("on"), reply_of(OK))
     assert ask(conversation, OK)[0][0].path == "/v1/sessions/s/rounds"
 

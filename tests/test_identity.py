@@ -203,6 +203,7 @@ class Client:
         self.kinds: list[str] = []
         self.failed = 0
         self.tenant = tenant
+        self._store = store
         self._identifier = Identifier(config, store, self.kinds.append, self._fail)
 
     def _fail(self) -> None:
@@ -221,7 +222,8 @@ class Client:
         identity = await self.ask(*messages, headers=headers)
         scope = conversation_scope(self.tenant, "model", None)
         ended = links([*messages, answer(reply)])
-        await self._identifier.remember(scope, ended, identity.session_id, TTL_S)
+        inner = ended.own()[1:]
+        await self._store.remember_chain(scope, ended.tip, inner, identity.session_id, TTL_S, ended.turns[0])
         return identity
 
 
@@ -263,6 +265,27 @@ def test_a_branch_is_a_new_session_with_a_parent(valkey_url: str) -> None:
             assert (on.session_id, on.identified_by) == (parent.session_id, "prefix")
             off = await client.ask(*trunk, user("b"), answer("B"), user("more"))
             assert (off.session_id, off.identified_by) == (branch.session_id, "prefix")
+
+    asyncio.run(scenario())
+
+
+def test_the_same_conversation_again_is_one_session(valkey_url: str) -> None:
+    """Asked and answered alike, as greedy replays are: each run keeps to itself, though all was said before."""
+
+    async def scenario() -> None:
+        async with ledger_at(valkey_url) as ledger:
+            client = Client(SessionStore(ledger))
+            runs = []
+            for _ in range(3):
+                history, ids = [SYSTEM], []
+                for number in range(4):
+                    history.append(user(f"question {number}"))
+                    ids.append((await client.round(*history, reply=f"answer {number}")).session_id)
+                    history.append(answer(f"answer {number}"))
+                assert len(set(ids)) == 1
+                runs.append(ids[0])
+            assert len(set(runs)) == 3
+            assert client.kinds == ["new", "prefix", "prefix", "prefix"] * 3
 
     asyncio.run(scenario())
 

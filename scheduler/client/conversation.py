@@ -100,7 +100,7 @@ class Conversation:
     def finished(self, new: Sequence[Message], reply: Reply) -> None:
         """It was said and answered."""
         self.messages += [*new, reply.message]
-        self._held = True
+        self._held = self._resumed or reply.session is None or reply.session.kept
         if reply.session is not None and reply.session.id != self.id:
             # Somebody else was running a round on this session: the server made this one a fork.
             self.parent_id, self.id = self.id, reply.session.id

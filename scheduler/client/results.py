@@ -10,6 +10,9 @@ import msgspec
 Message = dict[str, Any]
 """As in the OpenAI API."""
 
+NOT_KEPT = "this round is not kept"
+"""So the warning begins that the server does not remember a round."""
+
 
 class PromptDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
@@ -36,6 +39,11 @@ class SessionInfo(msgspec.Struct, frozen=True):
     identified_by: str = ""
     arm: str | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> bool:
+        """The server remembers the round, so that the next one may bring only what is new."""
+        return not any(warning.startswith(NOT_KEPT) for warning in self.warnings)
 
 
 class ToolCall(msgspec.Struct, frozen=True):

@@ -39,7 +39,7 @@ if claimed or not other_runs then
         redis.call('HDEL', KEYS[3], 'lease_round', 'lease_replica', 'lease_fence', 'lease_until', 'closing')
         if claimed then redis.call('HSET', KEYS[3], 'last_fence', fence) end
         if outcome == 'completed' then
-            redis.call('HSET', KEYS[3], 'home', ARGV[7], 'context_tokens', ARGV[10] + ARGV[11])
+            redis.call('HSET', KEYS[3], 'home', ARGV[7], 'context_tokens', ARGV[10] + ARGV[11], 'answered', rounds)
             if ARGV[16] ~= '' then redis.call('HSET', KEYS[3], 'tip', ARGV[16]) end
             redis.call('HINCRBY', KEYS[3], 'prompt_tokens', ARGV[10])
             redis.call('HINCRBY', KEYS[3], 'completion_tokens', ARGV[11])

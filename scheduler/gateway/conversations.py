@@ -100,9 +100,12 @@ class Conversations:
         if self._logs is None:
             raise ApiError(501, "append_unavailable", "This gateway keeps no histories: send all messages.")
         try:
+            answered = await self._rounds_answered(
+                tenant, session_id
+            )  # before what is loaded, which may grow
             found = await self._logs.load(tenant, session_id)
-            if not found.entries and not found.parts and await self._has_had_rounds(tenant, session_id):
-                raise HistoryLost("the session is known, and what was said in it is not")
+            if answered > found.round:
+                raise HistoryLost(f"its round {answered} was not kept")
         except HistoryLost as error:
             raise history_lost(session_id, str(error)) from error
         except LedgerUnavailable as error:
@@ -115,11 +118,8 @@ class Conversations:
             raise history_lost(session_id, "nothing is known of what these messages answer")
         return found
 
-    async def _has_had_rounds(self, tenant: str, session_id: str) -> bool:
-        if self._ledger is None:
-            return False
-        look = await self._ledger.look(replica="", session_id=session_id, tenant=tenant, candidates=())
-        return look.known and look.claimed.round_number > 1
+    async def _rounds_answered(self, tenant: str, session_id: str) -> int:
+        return await self._ledger.rounds_answered(tenant, session_id) if self._ledger is not None else 0
 
     async def prompt(
         self, tokenizer: PromptTokenizer, asked: Asked, base: Conversation | None = None

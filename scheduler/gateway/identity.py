@@ -206,7 +206,12 @@ class Identifier:
         try:
             found = await self._store.find_chain(scope, links.own())
             if found is not None:
-                _, session_id, is_tip = found
+                at, session_id, is_tip = found
+                if not is_tip and at < links.asked:
+                    # Somebody was asked just this before. Whoever's last answer is here goes on all the same.
+                    answered = await self._store.find_chain(scope, links.own()[links.asked : links.asked + 1])
+                    if answered is not None and answered[2]:
+                        _, session_id, is_tip = answered
                 if is_tip:
                     return Identity(session_id, "prefix", tenant)
                 return Identity(new_session_id(), "prefix:fork", tenant, session_id)
@@ -216,16 +221,6 @@ class Identifier:
             self._on_failed()
             return None
         return Identity(compacted, "prefix:compaction", tenant) if compacted is not None else None
-
-    async def remember(self, scope: str, links: Links, session_id: str, ttl_s: float) -> None:
-        """The conversation, its answer included, has come to its end for now: it is the session's.
-
-        Raises `LedgerUnavailable`.
-        """
-        if self._store is None or not links.turns or not self._config.infer:
-            return
-        inner = links.own()[1:]
-        await self._store.remember_chain(scope, links.tip, inner, session_id, ttl_s, links.turns[0])
 
 
 def conversation_scope(tenant: str, model: str, prompt_cache_key: Any) -> str:

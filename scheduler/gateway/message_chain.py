@@ -33,6 +33,8 @@ class Links:
     turns: tuple[bytes, ...]
     """One per answer, the latest first: of tools, system messages, the answer and the message before it, but
     of nothing else. Still the same when early messages were summarised or dropped."""
+    asked: int = 0
+    """So many messages stand behind the last answer."""
 
     @property
     def tip(self) -> bytes:
@@ -53,7 +55,7 @@ def links(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     value = _digest(b"tools", _canonical_json(list(tools)) if tools else b"")
     values: list[bytes] = []
     turns: list[bytes] = []
-    system_messages, openers = 0, len(messages)
+    system_messages, openers, asked = 0, len(messages), len(messages)
     link_0, before = value, b""
     for at, message in enumerate(messages):
         canonical = _canonical(message)
@@ -64,10 +66,10 @@ def links(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
             system_messages, link_0 = at + 1, value
             continue
         if role == "assistant":
-            openers = min(openers, at)
+            openers, asked = min(openers, at), len(messages) - 1 - at
             turns.append(_digest(b"turn", link_0, before, canonical))
         before = canonical
-    return Links(tuple(values), system_messages, openers, tuple(reversed(turns)))
+    return Links(tuple(values), system_messages, openers, tuple(reversed(turns)), asked)
 
 
 @dataclass(frozen=True, slots=True)
