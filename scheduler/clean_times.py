@@ -13,7 +13,8 @@ An engine's batch loop serves prompts in order, before decodes, several in one p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.corrections import Corrector
@@ -23,7 +24,7 @@ SETTLE_S = 0.02
 """A prompt has surely reached the engine by then: it comes by HTTP."""
 
 
-class Prefilled(NamedTuple):
+class Prefilled(Struct, frozen=True, gc=False):
     """A prompt's own time on an engine."""
 
     seconds: float

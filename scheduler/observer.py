@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
+
+from msgspec import Struct
 
 from antiphon.policies.base import NEUTRAL
 from antiphon.policies.latency import LatencyModel
@@ -42,14 +44,14 @@ MOST_LOADED = 0.15
 """Of a prefill, what its cached tokens would add if they all came from the page store."""
 
 
-class _Transfer(NamedTuple):
+class _Transfer(Struct, frozen=True, gc=False):
     source: EngineTimes
     puller: EngineTimes
     moved_bytes: int
     seconds: float
 
 
-class _Computed(NamedTuple):
+class _Computed(Struct, frozen=True, gc=False):
     engine: EngineTimes
     time: Prefilled
     pulled_tokens: int
@@ -257,7 +259,7 @@ class Observer:
 
 def _learn_transfer(transfer: _Transfer) -> list[EngineTimes]:
     """Returns, as the other two, whose factors changed."""
-    source, puller, sent, actual_s = transfer
+    source, puller, sent, actual_s = transfer.source, transfer.puller, transfer.moved_bytes, transfer.seconds
     cost = source.latency.transfer
     source_s = puller_s = cost.fixed_s + sent / cost.bytes_per_s
     if puller.latency is not source.latency:
@@ -272,9 +274,9 @@ def _learn_transfer(transfer: _Transfer) -> list[EngineTimes]:
 
 def _learn_prefill(watched: _Watched, computed: _Computed, finished: RoundFinished) -> list[EngineTimes]:
     """By what was really computed, not by what was believed to be there."""
-    engine, time, pulled_tokens, cached_tokens = computed
-    at_home = cached_tokens is None
-    cached_tokens = finished.cached_tokens if cached_tokens is None else cached_tokens
+    engine, time, pulled_tokens = computed.engine, computed.time, computed.pulled_tokens
+    at_home = computed.cached_tokens is None
+    cached_tokens = finished.cached_tokens if computed.cached_tokens is None else computed.cached_tokens
     new_tokens = max(1, watched.round.arrived.prompt_tokens - cached_tokens)
     latency = engine.latency
     predicted_s = passes_s(latency, new_tokens, cached_tokens, engine.book.up.chunk_tokens)

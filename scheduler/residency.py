@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from antiphon.scheduler.messages import Holding
 
@@ -34,6 +35,7 @@ NAMES_LIMIT = 4096
 """Combinations of engines whose names are remembered."""
 
 
+@lru_cache(maxsize=64)
 def stride_pages(page_size: int) -> int:
     """Pages between two stride checkpoints: CHECKPOINT_TOKENS, rounded down to whole pages, at least one."""
     if page_size < 1:

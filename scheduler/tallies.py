@@ -100,7 +100,8 @@ class Slacks:
 
     def add(self, round_id: str, budget_s: float, ahead_s: float = 0.0) -> None:
         """`ahead_s`: of the stalls so far, what is still to come and will hit this round too."""
-        self.drop(round_id)
+        if round_id in self._rounds:
+            self.drop(round_id)
         key = budget_s + self.stalled_s - ahead_s
         self._rounds[round_id] = key, budget_s
         insort(self._ordered, (key, round_id))
