@@ -270,7 +270,7 @@ def test_a_branch_is_a_new_session_with_a_parent(valkey_url: str) -> None:
 
 
 def test_the_same_conversation_again_is_one_session(valkey_url: str) -> None:
-    """Asked and answered alike, as greedy replays are: each run keeps to itself, though all was said before."""
+    """Asked and answered alike, as greedy replays are: each run keeps to itself, though all is known."""
 
     async def scenario() -> None:
         async with ledger_at(valkey_url) as ledger:
