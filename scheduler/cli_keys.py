@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 app = typer.Typer(
     name="keys",
-    help="API keys: made, listed and removed in the ledger. Gateways ask for them with [access] ledger_keys.",
+    help="API keys: made, listed and removed in the ledger. Gateways with `ledger_keys` ask for them.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -27,7 +27,7 @@ DEADLINE_S = 10.0
 Name = Annotated[str, typer.Argument(help="In logs and lists; there is one key of a name.")]
 Tenant = Annotated[str, typer.Option(help="Whose it is: tenants see nothing of each other.")]
 Admin = Annotated[bool, typer.Option("--admin", help="Sees engines, and what is all tenants'.")]
-Limit = Annotated[int | None, typer.Option(help="Not given: as in [limits]; 0 = no limit.")]
+Limit = Annotated[int | None, typer.Option(help="Not given: as the configuration limits every key; 0 = no limit.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Default: ./antiphon.toml if it is there.")]
 LedgerUrl = Annotated[str | None, typer.Option("--ledger", help="Redis URL; default: as `antiphon serve`.")]
 StateDir = Annotated[Path | None, typer.Option(help="Of the embedded Valkey.")]
@@ -105,7 +105,7 @@ def remove(
 
 @app.command()
 def new(name: Name, tenant: Tenant = "default", admin: Admin = False) -> None:
-    """Make a key for the configuration file: prints it, once, and its [[keys]] entry. Nothing is stored."""
+    """Make a key for the configuration file: prints it, once, and its entry. Nothing is stored."""
     from antiphon.scheduler.api_keys import KeyLimits, digest_of, new_key
 
     key = new_key()

@@ -406,6 +406,8 @@ def test_a_round_that_was_not_kept_is_not_forgotten(
             await until(lambda: not gateway.logs._connection.failed_within(1.0))
             status, error = await gateway.append("s", user("end"))
             assert (status, error["error"]["code"]) == (410, "history_lost"), error
+            status, forked = await gateway.post("/v1/sessions/s/fork", {"n": 1})
+            assert status == 200 and "bring all messages" in forked["warnings"][-1]
             messages += [message(later), user("end")]
             status, last = await gateway.chat("s", *messages)
             assert status == 200 and "warnings" not in last["session"], last

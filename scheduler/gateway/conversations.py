@@ -164,10 +164,13 @@ class Conversations:
 
     async def fork(self, tenant: str, parent: str, children: Sequence[str], ttl_s: float) -> bool:
         """Let sessions that have had no round begin with all that was said in `parent`; False if that is not
-        there. Raises `LedgerUnavailable`."""
+        there, or not all of it. Raises `LedgerUnavailable`."""
         if self._logs is None:
             return False
         try:
+            answered = await self._rounds_answered(tenant, parent)
+            if answered > (await self._logs.load(tenant, parent)).round:
+                return False
             return all([await self._logs.fork(tenant, parent, child, ttl_s) for child in children])
         except HistoryLost:
             return False
