@@ -30,8 +30,9 @@ class Option:
     change: dict[str, Any]
     drawn: bool = False
     """Its tokens are drawn, and no seed fixes them: how many there are and how they end is compared."""
-    streamed: bool = False
-    """Whole, its answer is what the engine says in a stream, since engines are always asked to stream."""
+    gaps: bool = False
+    """Its last tokens bring no text, and of those an engine's stream has no log probabilities, unless they
+    come together with one that does."""
     tail: str = ""
     """On /v1/completions: its prompt is text and ends so; else it is ids, with those of the round before."""
 
@@ -43,8 +44,8 @@ OPTIONS = [
     Option("response_format", CHAT, {"response_format": JSON_SCHEMA, "max_tokens": 40}),
     Option("stop", CHAT, {"stop": ["HALT"], **WORDS}),
     Option("stop kept", CHAT, {"stop": ["nowhere", "HALT"], "no_stop_trim": True, **WORDS}),
-    Option("stop with logprobs", CHAT, {"stop": "HALT", "logprobs": True, **WORDS}, streamed=True),
-    Option("logprobs to the end", CHAT, {"logprobs": True, "regex": "one two"}, streamed=True),
+    Option("stop with logprobs", CHAT, {"stop": "HALT", "logprobs": True, **WORDS}, gaps=True),
+    Option("logprobs to the end", CHAT, {"logprobs": True, "regex": "one two"}, gaps=True),
     Option("stop_regex", CHAT, {"stop_regex": "tw[aeo] H", **WORDS}),
     Option("seed", CHAT, {"seed": 7}),
     Option("seed, warm", CHAT, {"seed": 7, "temperature": 0.8, "ignore_eos": True}, drawn=True),
@@ -117,6 +118,22 @@ def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
     if isinstance(theirs, float) and isinstance(ours, float) and at.count("logprob"):
         return [] if abs(ours - theirs) < LOGPROB_TOLERANCE else [f"{at}: {ours} instead of {theirs}"]
     return [] if ours == theirs else [f"{at}: {ours!r} instead of {theirs!r}"]
+
+
+def gaps(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, list[str]]:
+    """How many log probabilities of a chat's one choice are not in our answer, and those that are wrong.
+
+    What our answer lacks is taken out of theirs.
+    """
+    said = ours["choices"][0]["logprobs"]["content"]
+    logprobs = theirs["choices"][0]["logprobs"]
+    kept: list[Any] = []
+    for entry in logprobs["content"]:
+        if len(kept) < len(said) and not differences(said[len(kept)], entry, ".logprob"):
+            kept.append(entry)
+    missing = len(logprobs["content"]) - len(kept)
+    logprobs["content"] = kept
+    return missing, [] if len(kept) == len(said) else [f"log probabilities that are not theirs: {said}"]
 
 
 OWN = ("id", "created", "session", "metadata", "object")

@@ -285,7 +285,8 @@ def test_a_client_that_leaves_several_choices_early(
                 seen |= {choice.index for choice in chunk.choices}
                 if seen == {0, 1}:
                     break
-            assert running() == 2 and reserved() and leased()
+            await asyncio.to_thread(wait_for, "two running", lambda: running() == 2)
+            assert reserved() and leased()
             await stream.close()
 
     asyncio.run(leave())

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,12 @@ from antiphon.engines.base import EngineRecord
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.gateway.app import create_app
 from antiphon.scheduler.gateway.prompts import PromptTokenizer, TemplateOptions, TokenizerSource
+from antiphon.scheduler.gateway.relay import LOGPROBS_MISSING
 from antiphon.scheduler.metrics import Metrics
 from tests.conftest import SglangPair
 from tests.engine_calls import random_prompt
 from tests.move_helpers import MovesEvery
-from tests.option_helpers import CHAT, OPTIONS, Option, compared, differences, folded
+from tests.option_helpers import CHAT, OPTIONS, Option, compared, differences, folded, gaps
 from tests.test_move_live import replica_over
 from tests.test_stack import gateway
 
@@ -39,6 +40,13 @@ ARMS = {
     "move": {"move"},
 }
 """Policy -> the arms that a session's second round takes."""
+
+Settled = Callable[[], Awaitable[None]]
+"""Returns when the ledger knows of all rounds that were answered."""
+
+
+async def at_once() -> None:
+    """Nothing to wait for."""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +80,9 @@ class Compared:
     tokenizer: PromptTokenizer
     model: str
     policy: str
+    settled: Settled
+    forks: int = 0
+    """Rounds that came before the ledger knew that the one before had ended."""
     arms: Counter[str] = field(default_factory=Counter)
     """Of rounds that go on from the ids of the one before."""
     wrong: dict[str, list[str]] = field(default_factory=dict)
@@ -88,7 +99,7 @@ class Compared:
                 self.equal.append(label)
 
     async def _chat(self, name: str, option: Option, stream: bool) -> list[str]:
-        first = [{"role": "user", "content": f"Question {name}: what is it that {option.name} does? " * 3}]
+        first = [{"role": "user", "content": f"Question {name}: what is it that {option.name} does?"}]
         asked = self._asked_before() | {"messages": first}
         before, wanted = await asyncio.gather(
             self._ours(option.path, name, asked | {"return_token_ids": True}),
@@ -106,12 +117,12 @@ class Compared:
         return found + await self._compare(name, option, stream, {"messages": messages}, {"input_ids": ids})
 
     async def _text(self, name: str, option: Option, stream: bool) -> list[str]:
-        prompt: Any = random_prompt(random.Random(name), 90)
+        prompt: Any = random_prompt(random.Random(name), 40)
         if option.tail:
-            prompt = f"Text {name} that goes on for a while. " * 4
+            prompt = f"Text {name} that goes on for a while. " * 2
         asked = self._asked_before() | {"return_token_ids": True, "prompt": prompt}
         output = (await self._ours(option.path, name, asked))["choices"][0]["token_ids"]
-        prompt = prompt + option.tail if option.tail else [*prompt, *output, *range(300, 320)]
+        prompt = prompt + option.tail if option.tail else [*prompt, *output, *range(300, 308)]
         return await self._compare(name, option, stream, {"prompt": prompt}, {})
 
     def _asked_before(self) -> dict[str, Any]:
@@ -123,7 +134,7 @@ class Compared:
     ) -> list[str]:
         change: dict[str, Any] = {"temperature": 0, "max_tokens": OUTPUT_TOKENS} | option.change
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        as_stream = stream or option.streamed
+        as_stream = stream and not option.gaps
         wanted = change | (streaming if as_stream else {}) | prompt | plain
         ours, content = await asyncio.gather(
             self._ours(
@@ -132,8 +143,9 @@ class Compared:
             self.plain.post(option.path, {"model": self.model, **wanted}),
         )
         theirs = folded(content) if as_stream else json.loads(content)
-        missing = [text for text in ours["session"].get("warnings", ()) if "log probabilities" in text]
-        found = [] if bool(missing) == option.streamed else [f"warnings: {missing}"]
+        missing, found = gaps(ours, theirs) if option.gaps else (0, [])
+        warnings = [LOGPROBS_MISSING.format(missing)] if missing else []
+        found += differences(ours["session"].get("warnings", []), warnings, "warnings")
         return found + differences(compared(ours, option.drawn), compared(theirs, option.drawn))
 
     async def _ours(
@@ -144,6 +156,8 @@ class Compared:
         assert got.status_code == 200, (body, got.text)
         if arm:
             self.arms[got.headers["x-antiphon-arm"]] += 1
+        self.forks += got.headers["x-session-id"] != named["session_id"]
+        await self.settled()
         whole: dict[str, Any] = folded(got.content) if body.get("stream") else got.json()
         return whole
 
@@ -151,7 +165,7 @@ class Compared:
 @asynccontextmanager
 async def moving(
     pair: SglangPair, valkey_url: str, key: bytes, model: Path
-) -> AsyncIterator[httpx.AsyncClient]:
+) -> AsyncIterator[tuple[httpx.AsyncClient, Settled]]:
     """A gateway in this process whose sessions move in every second round."""
     async with replica_over(pair, valkey_url, key) as c:
         c.replica.core.policy = MovesEvery((pair.decode.engine_id, pair.prefill.engine_id), every=2)
@@ -160,20 +174,20 @@ async def moving(
         async with httpx.AsyncClient(
             transport=transport, base_url="http://gateway", timeout=DEADLINE_S
         ) as http:
-            yield http
+            yield http, c.recorded
 
 
 @asynccontextmanager
 async def serving(
     pair: SglangPair, valkey_url: str, directory: Path, model: Path, policy: str
-) -> AsyncIterator[httpx.AsyncClient]:
+) -> AsyncIterator[tuple[httpx.AsyncClient, Settled]]:
     """`antiphon serve` with that policy."""
     options = ("--policy", policy, "--slo-ttft", "100")
     async with (
         gateway(pair, valkey_url, directory, model, *options) as url,
         httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http,
     ):
-        yield http
+        yield http, at_once
 
 
 @pytest.mark.parametrize("policy", list(ARMS))
@@ -194,13 +208,17 @@ def test_options_on_every_arm(
             front = moving(sglang_pair, valkey_url, fleet_key, tiny_model_dir)
         else:
             front = serving(sglang_pair, valkey_url, tmp_path, tiny_model_dir, policy)
-        async with front as http, httpx.AsyncClient(base_url=plain_engine.url, timeout=DEADLINE_S) as direct:
+        async with (
+            front as (http, settled),
+            httpx.AsyncClient(base_url=plain_engine.url, timeout=DEADLINE_S) as direct,
+        ):
             run = Compared(
                 http,
                 Plain(direct, plain_answers),
                 PromptTokenizer(tiny_model_dir),
                 tiny_model_dir.name,
                 policy,
+                settled,
             )
             places = asyncio.Semaphore(AT_ONCE)
 
@@ -214,7 +232,9 @@ def test_options_on_every_arm(
             return run
 
     run = asyncio.run(main())
-    print(f"\n{policy}: {len(run.equal)} of {2 * len(OPTIONS)} equal, arms {dict(run.arms)}")
+    print(
+        f"\n{policy}: {len(run.equal)} of {2 * len(OPTIONS)} equal, arms {dict(run.arms)}, {run.forks} forks"
+    )
     for label, lines in run.wrong.items():
         print(label, *lines[:6], sep="\n    ")
     assert not run.wrong and set(run.arms) == ARMS[policy]
