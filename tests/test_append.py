@@ -196,6 +196,58 @@ def test_tool_rounds_by_append(run: Callable[..., None], tokenizer: PromptTokeni
     run(work, lines)
 
 
+def test_tools_that_a_round_hides_are_not_in_its_prompt(
+    run: Callable[..., None], tokenizer: PromptTokenizer
+) -> None:
+    """`tool_choice` "none" hides them for one round; the next one shows them again."""
+
+    async def work(made: Stack) -> None:
+        async with made.gateway() as gateway:
+            asked: list[dict[str, Any]] = []
+            hidden = {"tool_choice": "none"}
+            for number, more in enumerate([{"tools": TOOLS}, {}, {}, hidden, hidden, {}, {}]):
+                asked.append(user(f"question {number}"))
+                if number == 0:
+                    status, answer = await gateway.chat("s", *asked, **more)
+                else:
+                    status, answer = await gateway.append("s", asked[-1], **more)
+                assert status == 200, answer
+                options = TemplateOptions(None if more is hidden else TOOLS)
+                assert tokenizer.decode(gateway.prompts[-1]) == tokenizer.render(asked, options)
+                asked.append(message(answer))
+
+    run(work, [line(tokenizer, f" x{n}") for n in range(7)])
+
+
+def test_an_append_chooses_among_the_sessions_tools(
+    run: Callable[..., None], tokenizer: PromptTokenizer
+) -> None:
+    """Which it need not bring again."""
+
+    async def work(made: Stack) -> None:
+        async with made.gateway() as gateway:
+            named = {"type": "function", "function": {"name": "search"}}
+            await gateway.chat("s", user("hello"), tools=TOOLS)
+            for choice in ("required", named):
+                status, answer = await gateway.append("s", user("look"), tool_choice=choice)
+                assert status == 200, answer
+            named = {"type": "function", "function": {"name": "another"}}
+            for path, more in (
+                ("/v1/sessions/s/rounds", {}),
+                (CHAT, {"session": {"id": "s", "append": True}}),
+            ):
+                body = {"messages": [user("look")], "tool_choice": named, **more}
+                status, answer = await gateway.post(path, body)
+                assert (status, answer["error"]["param"]) == (400, "tool_choice"), answer
+            for tools in (None, []):
+                status, answer = await gateway.append(
+                    "new", user("look"), tool_choice="required", tools=tools
+                )
+                assert (status, answer["error"]["param"]) == (400, "tool_choice"), answer
+
+    run(work, [line(tokenizer, f" x{n}") for n in range(3)])
+
+
 def test_a_restart_and_a_second_replica_change_nothing(
     run: Callable[..., None], tokenizer: PromptTokenizer
 ) -> None:

@@ -53,7 +53,7 @@ class Plan:
 
 def options_key(tools: Sequence[Any] | None, options: TemplateOptions) -> bytes:
     """What besides the messages shaped a prompt; `tools` are all that the client gave, for rounds to come."""
-    shown = None if options.tools == tools else options.tools
+    shown = True if options.tools == tools else options.tools  # None: the round showed none of them
     return msgspec.json.encode([tools, shown, options.kwargs or {}])
 
 

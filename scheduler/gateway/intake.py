@@ -146,7 +146,7 @@ class Intake:
         """
         body: Body
         if route == CHAT_ROUTE:
-            body, prompt = requests.parse_chat(raw), None
+            body, prompt = requests.parse_chat(raw, append=append_to is not None), None
         else:
             body, prompt = requests.parse_completion(raw)
         said, tenant = read_said(headers, body), current_caller().tenant
@@ -230,6 +230,7 @@ class Intake:
                 base = base.before(body.messages)
             if body.tools is None and (tools := tools_of(base.options)):
                 body = msgspec.structs.replace(body, tools=tools)
+            requests.check_tool_choice(body)
         options = TemplateOptions(
             requests.template_tools(body),
             requests.template_kwargs(body),

@@ -121,8 +121,9 @@ _AT_PATH = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<field>\w+)`")
 
 
-def parse_chat(raw: bytes) -> ChatBody:
-    """A checked chat body; raises `ApiError` (400)."""
+def parse_chat(raw: bytes, *, append: bool = False) -> ChatBody:
+    """A checked chat body; raises `ApiError` (400). An append may choose among tools that it does not bring:
+    then `check_tool_choice` is left to do."""
     body: ChatBody = decode_body(_chat_decoder, raw)
     _check_common(body)
     check_messages(body.messages)
@@ -138,7 +139,8 @@ def parse_chat(raw: bytes) -> ChatBody:
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise invalid("A tool needs a `function` with a `name`.", param=f"tools[{index}]")
-    _check_tool_choice(body)
+    if body.tools is not None or not (append or (body.session or {}).get("append")):
+        check_tool_choice(body)
     return body
 
 
@@ -293,7 +295,8 @@ def _check_common(body: Body) -> None:
             raise invalid(f"`stop_regex` is not a regular expression: {error}", param="stop_regex") from error
 
 
-def _check_tool_choice(body: ChatBody) -> None:
+def check_tool_choice(body: ChatBody) -> None:
+    """Raises `ApiError` (400) for a choice that is not among the tools."""
     choice = body.tool_choice
     if choice is None or choice in ("auto", "none"):
         return
