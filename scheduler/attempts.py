@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from antiphon.policies.base import MOVE, Ordering, Policy, Reject
 from antiphon.policies.latency import LatencyModel
-from antiphon.scheduler.books import Books, session_key
+from antiphon.scheduler.books import Books
 from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.fleet import EngineBook
 from antiphon.scheduler.messages import (
@@ -198,7 +198,7 @@ class Attempts:
         holdings = self.books.new_holdings(round, finished) if finished else ()
         self.books.release(round, now)
         if round.ends and outcome is Outcome.COMPLETED:
-            self.books.session_over(session_key(round))
+            self.books.session_over(round.session_key)
         round.enter(ENDED, now)
         del self.rounds[round.round_id]
         self.ended[outcome] += 1

@@ -64,7 +64,7 @@ class Books:
     def view(self, round: Round, now: float, history: Mapping[str, int] | None = None) -> RoundView:
         """`history`: H(e) as known from before; None = look it up now."""
         arrived, placement = round.arrived, round.placement
-        session = self.sessions.get(session_key(round))
+        session = self.sessions.get(round.session_key)
         predicted = placement.predicted if placement is not None else None
         return RoundView(  # by position, as once per decision: keywords cost five times as much
             round.round_id,
@@ -119,7 +119,7 @@ class Books:
 
     def _work(self, round: Round, engines: tuple[EngineBook, EngineBook], now: float) -> None:
         """The session is back, and its KV is at work in the stores of both engines."""
-        key, prompt_tokens = session_key(round), round.arrived.prompt_tokens
+        key, prompt_tokens = round.session_key, round.arrived.prompt_tokens
         if len(round.tries) == 1:
             session = self.sessions.get(key)
             if session is None:
@@ -162,7 +162,7 @@ class Books:
         if round.placement is None:
             return
         home, prefill_engine = round.placement.home, round.placement.prefill_engine
-        books, key = self.fleet.books, session_key(round)
+        books, key = self.fleet.books, round.session_key
         for engine_id in (home,) if home == prefill_engine else (home, prefill_engine):
             book = books.get(engine_id)
             if book is not None:
@@ -177,14 +177,14 @@ class Books:
 
     def home(self, round: Round) -> str | None:
         """The home of the round's session, if that engine is alive."""
-        return self.sessions.live_home(session_key(round))
+        return self.sessions.live_home(round.session_key)
 
     def settle(self, round: Round, home: str, tokens: int, now: float) -> None:
-        self.sessions.settle(session_key(round), home, tokens, round.round_number, now)
+        self.sessions.settle(round.session_key, home, tokens, round.round_number, now)
 
     def answered(self, round: Round, tokens: int) -> None:
         """The round has ended with so many tokens of output: later ones are expected to resemble it."""
-        self.sessions.answered(session_key(round), tokens, round.arrived.next_output_tokens or 0)
+        self.sessions.answered(round.session_key, tokens, round.arrived.next_output_tokens or 0)
 
     def session_over(self, key: SessionKey) -> None:
         """Its client says that it will not be back: nobody keeps room for its KV. Its pages stay until they
@@ -316,7 +316,3 @@ def claimed_holdings(round: Round, claimed: Claimed) -> tuple[Holding, ...]:
     hashes, pages = round.arrived.hashes, holding.tokens // round.arrived.page_size_tokens
     ours = 0 < pages <= len(hashes) and hashes[pages - 1] == page_hash
     return (*claimed.holdings, holding) if ours else claimed.holdings
-
-
-def session_key(round: Round) -> SessionKey:
-    return (round.arrived.tenant, round.session_id)

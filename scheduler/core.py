@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from antiphon.policies.base import MOVE, Ordering, Placement, Policy, Reject
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.attempts import Attempts
-from antiphon.scheduler.books import session_key
 from antiphon.scheduler.checks import check_scheduler
 from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.corrections import CorrectionConfig
@@ -140,14 +139,14 @@ class Scheduler(Attempts):
         if home is not None and event.parent_id is not None:
             home = self.books.claimed_home(round, event, self.books.held(round))
         if home is not None:
-            self.books.sessions.adopt(session_key(round), home, event.round_number, now)
+            self.books.sessions.adopt(round.session_key, home, event.round_number, now)
         self._place(round, now)
 
     def _on_claim_lost(self, round: Round, event: ClaimLost, now: float) -> None:
         """The ledger is away: go on with what the core knows."""
         round.degraded = True
         round.notes.append(f"ledger: {event.reason}")
-        session = self.books.sessions.get(session_key(round))
+        session = self.books.sessions.get(round.session_key)
         round.round_number = session.round_number + 1 if session else 1
         self._place(round, now)
 
@@ -214,7 +213,7 @@ class Scheduler(Attempts):
         tokens = round.arrived.prompt_tokens + event.completion_tokens
         self.books.settle(round, round.placement.home, tokens, now)
         self.books.answered(round, event.completion_tokens)
-        home.store.use(session_key(round), tokens)
+        home.store.use(round.session_key, tokens)
         size = round.arrived.page_size_tokens
         self.books.residency.record(home.up.engine_id, home.up.incarnation, event.hashes, size)
         self._end(round, Outcome.COMPLETED, now, event)
@@ -265,7 +264,7 @@ class Scheduler(Attempts):
     def _on_session_ended(self, event: SessionEnded, now: float) -> None:
         key = (event.tenant, event.session_id)
         for round in self.rounds.values():
-            if session_key(round) == key:
+            if round.session_key == key:
                 round.ends = True
         self.books.session_over(key)
 

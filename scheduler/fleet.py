@@ -210,7 +210,7 @@ class EngineBook:
         up, slos, pool_tokens = self.up, self.itl_slos, self.up.pool_tokens
         arrivals_per_s, prefill_share = self.placed.rates(now)
         return EngineView(  # by position, as several times per decision: keywords cost five times as much
-            up.engine_id,
+            self.engine_id,
             self.pool,
             up.can_transfer,
             len(self.decode) + others.decode_rounds,

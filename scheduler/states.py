@@ -27,6 +27,7 @@ from antiphon.scheduler.messages import (
     RoundFinished,
     Try,
 )
+from antiphon.scheduler.store_use import SessionKey
 
 
 class Phase(Enum):
@@ -105,7 +106,9 @@ class Round(Struct):
     deadline_s: float
     """When it is refused if no token has come."""
     seed: int
-    session_id: str = ""
+    session_id: str
+    session_key: SessionKey
+    """Of its tenant and `session_id`."""
     phase: Phase = CLAIMING
     round_number: int = 1
     ends: bool = False
@@ -194,7 +197,9 @@ class Round(Struct):
 
 def with_session(round: Round, claimed: Claimed) -> None:
     """Take over what a claim tells of the round's session: its name, and what it was created with."""
-    round.session_id = claimed.session_id
+    if claimed.session_id != round.session_id:
+        round.session_id = claimed.session_id
+        round.session_key = (round.arrived.tenant, claimed.session_id)
     round.round_number = claimed.round_number
     arrived = round.arrived
     if claimed.slo_ttft_s or claimed.slo_itl_s:
@@ -208,5 +213,6 @@ def new_round(arrived: RoundArrived, now: float, deadline_s: float) -> Round:
     """The record of a round that has just arrived."""
     digest = hashlib.sha256(f"{arrived.session_id}\0{arrived.round_id}".encode()).digest()
     seed = int.from_bytes(digest[:8], "little")
-    ends = arrived.remaining_rounds == 0
-    return Round(arrived.round_id, arrived, now, deadline_s, seed, arrived.session_id, ends=ends)
+    session_id, ends = arrived.session_id, arrived.remaining_rounds == 0
+    key = arrived.tenant, session_id
+    return Round(arrived.round_id, arrived, now, deadline_s, seed, session_id, key, ends=ends)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from msgspec.structs import replace
 
 from antiphon.policies.base import ClusterView, EngineView, Placement, Policy, Reject, RoundView
-from antiphon.scheduler.books import Books, claimed_holdings, session_key
+from antiphon.scheduler.books import Books, claimed_holdings
 from antiphon.scheduler.fleet import NO_TOTALS, EngineBook
 from antiphon.scheduler.messages import Claimed, RoundArrived, Totals
 from antiphon.scheduler.states import Round, new_round, with_session
@@ -53,7 +53,7 @@ def _round_view(books: Books, round: Round, home: str | None, held: dict[str, in
 
 def _cluster(books: Books, round: Round, claimed: Claimed, home: str | None, now: float) -> ClusterView:
     """The engines with the other replicas' load as claimed, and the session no longer where it was."""
-    session = books.sessions.get(session_key(round))
+    session = books.sessions.get(round.session_key)
     moved = session is not None and home is not None and home != session.home
     cluster = books.cluster(now)
     changed: dict[str, EngineView] = {}
@@ -63,7 +63,7 @@ def _cluster(books: Books, round: Round, claimed: Claimed, home: str | None, now
             changed[engine_id] = book.view(now, others)
         if moved and session is not None and engine_id == session.home:
             view = changed.get(engine_id, cluster.engines[engine_id])
-            changed[engine_id] = _without(view, book, others, book.session_tokens.get(session_key(round)))
+            changed[engine_id] = _without(view, book, others, book.session_tokens.get(round.session_key))
     return ClusterView(MappingProxyType({**cluster.engines, **changed})) if changed else cluster
 
 
