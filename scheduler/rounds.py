@@ -95,6 +95,8 @@ class RoundHandle:
         """Set before the chunk with usage is relayed."""
         self.answered: Prompt | None = None
         """Prompt and output; set when `receipt` is."""
+        self.recording: asyncio.Task[None] | None = None
+        """Tells the ledger of the end; None = there is nothing to tell. Set when `receipt` is."""
         self.lagged = False
         """The reader has held the stream back."""
         self.pushed_chunks = 0
@@ -117,6 +119,14 @@ class RoundHandle:
         await self._started.wait()
         if self._error is not None and not self._chunks:
             raise self._error
+
+    async def recorded(self, deadline_s: float) -> None:
+        """Wait until the ledger knows that the round has ended, or `deadline_s`.
+
+        A session's next round would find it busy before that, and become a fork.
+        """
+        if self.recording is not None:
+            await asyncio.wait({self.recording}, timeout=deadline_s)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Chunks in order; raises `RoundBroke` after the last one when the stream broke."""

@@ -276,6 +276,7 @@ class Runtime:
             if task is not None:
                 self._recording.add(task)
                 task.add_done_callback(self._recording.discard)
+                live.handle.recording = task if live.claimed else None
 
     def _entries(self, live: LiveRound, command: Complete) -> list[tuple[bytes, int, str, str]]:
         """What the ledger keeps of who holds what: (page hash, tokens, engine id, incarnation)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -283,3 +284,46 @@ def test_an_echo_is_what_the_client_sent(sent: str, indices: list[int]) -> None:
     for choice in whole["choices"]:
         more = indices.count(choice["index"]) - 1
         assert choice["text"] == sent + "!" + "shown?" * more
+
+
+def test_the_last_event_waits_until_the_ledger_knows_the_end() -> None:
+    """Else the session's next round, sent at once, would find it busy and become a fork."""
+
+    async def scenario() -> None:
+        handle = await filled([text_chunk("a", (1,))])
+        told = asyncio.Event()
+
+        async def record() -> None:
+            await told.wait()
+
+        handle.recording = asyncio.create_task(record())
+        answer = relay.events(handle, TEXT)
+        assert (await anext(answer))["choices"]
+        last = asyncio.ensure_future(_rest(answer))
+        done, _ = await asyncio.wait({last}, timeout=0.05)
+        assert not done
+        told.set()
+        assert (await last)[-1]["usage"]
+
+    asyncio.run(scenario())
+
+
+def test_a_ledger_that_does_not_answer_holds_no_answer_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "RECORDED_DEADLINE_S", 0.01)
+
+    async def scenario() -> None:
+        handle = await filled([text_chunk("a", (1,))])
+        handle.recording = asyncio.create_task(_never())
+        assert (await _rest(relay.events(handle, TEXT)))[-1]["usage"]
+        assert not handle.recording.done()
+        handle.recording.cancel()
+
+    asyncio.run(scenario())
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
+
+
+async def _rest(answer: AsyncIterator[relay.Event]) -> list[relay.Event]:
+    return [event async for event in answer]

@@ -17,6 +17,8 @@ from antiphon.scheduler.errors import ApiError
 from antiphon.scheduler.rounds import RoundHandle
 
 DONE = b"data: [DONE]\n\n"
+RECORDED_DEADLINE_S = 0.5
+"""Of an answer's last event, for the ledger to know that the round has ended."""
 
 LOGPROBS_MISSING = (
     "log probabilities of {} tokens that brought no text are left out, as in the engine's streams"
@@ -111,6 +113,7 @@ async def events(
         if choices:
             yield {**data, **_head(form, created), "choices": choices}
     warnings = form.warnings + (await keep(first.message()) if form.chat else ())
+    await handle.recorded(RECORDED_DEADLINE_S)
     if form.include_usage:
         usage = _usage(handle, engine_usage, completion_tokens)
         if form.chat and form.logprobs and told_logprobs < usage["completion_tokens"]:
