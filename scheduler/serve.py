@@ -37,6 +37,9 @@ from antiphon.scheduler.valkey import EmbeddedValkey, ValkeyError
 
 log = logging.getLogger(__name__)
 
+KEEP_ALIVE_S = 75
+"""For an idle connection: longer than clients keep theirs, so that none writes into one that closes."""
+
 
 class _Server(uvicorn.Server):
     """Leaves signals to `_serve`: uvicorn raises them again before we have closed what stands behind it."""
@@ -101,6 +104,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(config.gateway.shutdown_grace_s) or 1,
         )
     )

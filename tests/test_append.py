@@ -204,8 +204,9 @@ def test_tools_that_a_round_hides_are_not_in_its_prompt(
     async def work(made: Stack) -> None:
         async with made.gateway() as gateway:
             asked: list[dict[str, Any]] = []
-            hidden = {"tool_choice": "none"}
-            for number, more in enumerate([{"tools": TOOLS}, {}, {}, hidden, hidden, {}, {}]):
+            hidden: dict[str, Any] = {"tool_choice": "none"}
+            rounds: list[dict[str, Any]] = [{"tools": TOOLS}, {}, {}, hidden, hidden, {}, {}]
+            for number, more in enumerate(rounds):
                 asked.append(user(f"question {number}"))
                 if number == 0:
                     status, answer = await gateway.chat("s", *asked, **more)
@@ -239,7 +240,8 @@ def test_an_append_chooses_among_the_sessions_tools(
                 body = {"messages": [user("look")], "tool_choice": named, **more}
                 status, answer = await gateway.post(path, body)
                 assert (status, answer["error"]["param"]) == (400, "tool_choice"), answer
-            for tools in (None, []):
+            none: tuple[list[Any] | None, ...] = (None, [])
+            for tools in none:
                 status, answer = await gateway.append(
                     "new", user("look"), tool_choice="required", tools=tools
                 )
