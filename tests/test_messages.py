@@ -138,6 +138,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
     ({"temperature": 1.5}, "temperature"),
+    ({"session": {"id": "s", "append": True}}, "session.append"),
 ]
 
 

@@ -68,6 +68,11 @@ _PASSED = (
 def parse_messages_request(raw: bytes) -> MessagesBody:
     """A body of proper types; raises `ApiError` (400)."""
     body: MessagesBody = decode_body(_messages_decoder, raw)
+    if isinstance(body.session, dict) and body.session.get("append"):
+        raise invalid(
+            "`session.append` is of chats: a `system` would be said again in each round.",
+            param="session.append",
+        )
     return body
 
 

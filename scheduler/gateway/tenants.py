@@ -27,8 +27,6 @@ from antiphon.scheduler.gateway.salts import CacheSalts
 from antiphon.scheduler.ledger_connection import LedgerUnavailable
 from antiphon.scheduler.metrics import Metrics
 
-TENANT = "antiphon.tenant"
-"""Key in the ASGI scope: whose request it is."""
 MAX_KEY_CHARS = 512
 
 
@@ -70,7 +68,6 @@ class TenantGate:
             fields["code"] = error.code
             await refusal(scope["path"], error)(scope, receive, send)
             return
-        scope[TENANT] = caller.tenant
         if caller.key:
             fields |= {"tenant": caller.tenant, "key": caller.key}
 
@@ -102,12 +99,6 @@ class TenantGate:
         if key is None:
             raise _unauthorized("The API key is not known here.")
         return Caller(key.tenant, key.name, key.admin, key.limits.over(self._limits))
-
-
-def tenant_of(scope: Scope) -> str:
-    """Whose request it is."""
-    tenant: str = scope[TENANT]
-    return tenant
 
 
 def presented_key(headers: Headers) -> bytes | None:
