@@ -27,7 +27,7 @@ DEADLINE_S = 10.0
 Name = Annotated[str, typer.Argument(help="In logs and lists; there is one key of a name.")]
 Tenant = Annotated[str, typer.Option(help="Whose it is: tenants see nothing of each other.")]
 Admin = Annotated[bool, typer.Option("--admin", help="Sees engines, and what is all tenants'.")]
-Limit = Annotated[int | None, typer.Option(help="Not given: as the configuration limits every key; 0 = no limit.")]
+Limit = Annotated[int | None, typer.Option(help="Not given: that of every key; 0 = no limit.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Default: ./antiphon.toml if it is there.")]
 LedgerUrl = Annotated[str | None, typer.Option("--ledger", help="Redis URL; default: as `antiphon serve`.")]
 StateDir = Annotated[Path | None, typer.Option(help="Of the embedded Valkey.")]

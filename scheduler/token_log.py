@@ -96,11 +96,14 @@ class TokenLogs:
             return known
         return self._remember(_replayed(known, entries))
 
-    async def add(self, base: Conversation, session_id: str, said: Said, ttl_s: float) -> Conversation:
+    async def add(
+        self, base: Conversation, session_id: str, said: Said, ttl_s: float, *, replaces: bool = True
+    ) -> Conversation:
         """Store a round of `session_id` that went on from `base`, which may be another session's: then this
         one becomes its fork. Raises `LedgerUnavailable`.
 
-        When another replica has added a round meanwhile, this one's conversation takes the place of both.
+        When another round was added meanwhile, this one's conversation takes the place of both if it
+        `replaces`; else nothing is stored (`HistoryLost`): whoever only adds must not undo what others said.
         """
         self._not_if_it_failed()
         tenant, ttl_ms = base.tenant, max(1, round(ttl_s * 1000))
@@ -111,6 +114,9 @@ class TokenLogs:
         if not target.header or _mostly_gone(target, said):
             target, expected, ours = anew, -1 if target.header else 0, said.alone(base)
         if not await self._append(target, expected, ours, ttl_ms):
+            if not replaces:
+                self._forget((tenant, session_id))
+                raise HistoryLost("another round of the session was added meanwhile")
             target, ours = anew, said.alone(base)
             await self._append(target, -1, ours, ttl_ms)
         for ancestor in target.ancestors:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from antiphon.scheduler.conversation import Conversation
 from antiphon.scheduler.gateway.prompts import PromptTokenizer, TemplateOptions
 from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.append_helpers import CHAT, Gateway, Stack, byte_by_byte, line, stack, user
@@ -437,6 +438,37 @@ def test_a_ledger_that_is_away_costs_no_round(
             status, last = await gateway.append("s", user("end"))
             assert status == 200 and "again" in tokenizer.decode(gateway.prompts[-1])
         server.stop()
+
+    run(work, [line(tokenizer, f" x{n}") for n in range(4)])
+
+
+def test_an_append_does_not_undo_one_that_it_has_not_seen(
+    run: Callable[..., None], tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another round began and ended between the look at the history and the claim: neither goes on unseen."""
+
+    async def work(made: Stack) -> None:
+        async with made.gateway() as one, made.gateway() as two:
+            await one.append("s", user("hello"))
+            await one.recorded()
+            load = two.logs.load
+
+            async def late(tenant: str, session_id: str) -> Conversation:
+                found = await load(tenant, session_id)
+                status, _ = await one.append("s", user("first"))
+                await one.recorded()
+                assert status == 200
+                return found
+
+            monkeypatch.setattr(two.logs, "load", late)
+            status, answer = await two.append("s", user("second"))
+            assert status == 200 and answer["session"]["id"] == "s"
+            assert "whole history" in answer["session"]["warnings"][0]
+            monkeypatch.undo()
+            await two.recorded()
+            for gateway in (one, two):
+                status, error = await gateway.append("s", user("end"))
+                assert (status, error["error"]["code"]) == (410, "history_lost"), error
 
     run(work, [line(tokenizer, f" x{n}") for n in range(4)])
 

@@ -48,14 +48,12 @@ class Asked:
     tenant: str
     identity: Identity
     messages: Sequence[Message]
-    """All of them, or the new ones if `append`."""
+    """All of them, or those of an append."""
     tools: list[dict[str, Any]] | None
     options: TemplateOptions
     model: str
     scope: str
     """Among what conversations it is looked for (`message_chain.scope_of`)."""
-    append: bool = False
-    must_exist: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +68,8 @@ class Spoken:
     kept_messages: int
     new_messages: Sequence[Message]
     """Beyond those kept."""
+    appended: bool
+    """They are all that the client sent."""
 
     @property
     def served_tokens(self) -> int:
@@ -126,6 +126,7 @@ class Conversations:
     ) -> Spoken:
         """The prompt of a chat; `base` is what an append goes on with. Raises `ApiError` (400)."""
         key = history.options_key(asked.tools, asked.options)
+        appended = base is not None
         if base is not None and base.parts:
             same_options, kept = key == base.options, len(base.messages)
             plan = await _off_loop(
@@ -145,7 +146,7 @@ class Conversations:
             if asked.options.continue_final_message:  # the reply takes the last message's place
                 kept = min(kept, len(asked.messages) - 1)
             new = asked.messages[kept:]
-        return Spoken(asked, plan.prompt(), base, plan, tokenizer.fingerprint, kept, new)
+        return Spoken(asked, plan.prompt(), base, plan, tokenizer.fingerprint, kept, new, appended)
 
     async def _known(self, asked: Asked) -> Conversation:
         """What the request may go on with: its session's history, else that of the one it was forked from."""
@@ -211,7 +212,7 @@ class Conversations:
         ttl_s = ttl_s or self._ttl_s
         end, fresh = self._trail(spoken, said, ttl_s)
         logged, found = await asyncio.gather(
-            self._logs.add(spoken.base, handle.session_id, said, ttl_s),
+            self._logs.add(spoken.base, handle.session_id, said, ttl_s, replaces=not spoken.appended),
             self._remember(spoken.asked.scope, end, fresh, handle.session_id, ttl_s),
             return_exceptions=True,
         )
