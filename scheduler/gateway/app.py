@@ -25,7 +25,7 @@ from antiphon.scheduler.gateway.completions import LOG_FIELDS, ROUND_ID, Complet
 from antiphon.scheduler.gateway.conversations import Conversations
 from antiphon.scheduler.gateway.error_shapes import error_body
 from antiphon.scheduler.gateway.identity import Identifier, given_request_id
-from antiphon.scheduler.gateway.intake import FleetModel, Intake, served_models
+from antiphon.scheduler.gateway.intake import ClientGone, FleetModel, Intake, served_models
 from antiphon.scheduler.gateway.limits import LimitedRunner, Limits
 from antiphon.scheduler.gateway.openapi import openapi_route
 from antiphon.scheduler.gateway.prompts import TokenizerSource
@@ -115,9 +115,9 @@ def create_app(
     routes = [
         Route(CHAT_ROUTE, chat, methods=["POST"]),
         Route(COMPLETION_ROUTE, completion, methods=["POST"]),
-        Route(ROUNDS_PATH, RoundsRoute(chat, intake, metrics), methods=["POST"]),
-        *surface_routes(chat, intake, config, metrics, responses),
-        Route("/v1/explain", ExplainRoute(runner, intake, config, metrics), methods=["POST"]),
+        Route(ROUNDS_PATH, RoundsRoute(chat, intake), methods=["POST"]),
+        *surface_routes(chat, intake, config, responses),
+        Route("/v1/explain", ExplainRoute(runner, intake, config), methods=["POST"]),
         Route("/v1/models", pages.models),
         Route("/v1/models/{model:path}", pages.model),
         Route("/v1/receipts", pages.receipts),
@@ -133,6 +133,7 @@ def create_app(
         exception_handlers={
             ApiError: pages.api_error,
             HTTPException: pages.http_error,
+            ClientGone: pages.client_gone,
             Exception: pages.bug,
         },
     )
@@ -210,6 +211,11 @@ class _Pages:
         closing = {"Connection": "close"} if error.status in (408, 413) else {}  # the body was not read whole
         shown = error_body(request.url.path, error)
         return _json(shown, error.status, error.headers() | closing)
+
+    async def client_gone(self, request: Request, error: Exception) -> Response:
+        """Before its request was there. Nobody reads this; the log and the metrics say what happened."""
+        self._metrics.disconnects.labels("body").inc()
+        return Response(status_code=CLIENT_CLOSED_STATUS)
 
     async def http_error(self, request: Request, error: Exception) -> Response:
         """Starlette's own: no such route, or not with this method."""

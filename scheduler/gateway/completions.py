@@ -61,11 +61,7 @@ class CompletionRoute:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            raw = await self._intake.body(receive, Headers(scope=scope))
-        except ClientGone:
-            self._metrics.disconnects.labels("body").inc()
-            return
+        raw = await self._intake.body(receive, Headers(scope=scope))
         await self.answer(raw, scope, receive, send)
 
     async def answer(
@@ -146,19 +142,14 @@ class CompletionRoute:
 class ExplainRoute:
     """ASGI application of /v1/explain: the body of a completion, checked alike, decided and not run."""
 
-    def __init__(self, runner: RoundRunner, intake: Intake, config: Config, metrics: Metrics) -> None:
+    def __init__(self, runner: RoundRunner, intake: Intake, config: Config) -> None:
         self._runner = runner
         self._intake = intake
         self._scheduler = config.scheduler
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        try:
-            raw = await self._intake.body(receive, headers)
-        except ClientGone:
-            self._metrics.disconnects.labels("body").inc()
-            return
+        raw = await self._intake.body(receive, headers)
         route = endpoint_of(raw)
         checked = await self._intake.check(route, raw, headers, scope[ROUND_ID])
         found = await self._runner.explain(checked.request)

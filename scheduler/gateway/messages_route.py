@@ -12,27 +12,21 @@ from starlette.types import Receive, Scope, Send
 from antiphon.scheduler.errors import ApiError
 from antiphon.scheduler.gateway import messages
 from antiphon.scheduler.gateway.completions import ROUND_ID, CompletionRoute
-from antiphon.scheduler.gateway.intake import ClientGone, Intake
+from antiphon.scheduler.gateway.intake import Intake
 from antiphon.scheduler.gateway.message_events import MessageEvents
 from antiphon.scheduler.gateway.tokenize import Tokenizing
 from antiphon.scheduler.gateway.translated import answer, frame
-from antiphon.scheduler.metrics import Metrics
 
 
 class MessagesRoute:
     """ASGI application of POST /v1/messages."""
 
-    def __init__(self, chat: CompletionRoute, intake: Intake, metrics: Metrics) -> None:
+    def __init__(self, chat: CompletionRoute, intake: Intake) -> None:
         self._chat = chat
         self._intake = intake
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            raw = await self._intake.body(receive, Headers(scope=scope))
-        except ClientGone:
-            self._metrics.disconnects.labels("body").inc()
-            return
+        raw = await self._intake.body(receive, Headers(scope=scope))
         body = messages.parse_messages_request(raw)
         events = MessageEvents(body, f"msg_{scope[ROUND_ID].removeprefix('r')}")
         await answer(self._chat, _Translated(body, events), scope, receive, send)
@@ -46,10 +40,7 @@ class CountRoute:
         self._intake = intake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            raw = await self._intake.body(receive, Headers(scope=scope))
-        except ClientGone:
-            return
+        raw = await self._intake.body(receive, Headers(scope=scope))
         chat = msgspec.json.encode(messages.chat_request(messages.parse_count_request(raw)))
         shown = {"input_tokens": len(await self._tokenizing.chat_ids(chat))}
         await Response(msgspec.json.encode(shown), media_type="application/json")(scope, receive, send)

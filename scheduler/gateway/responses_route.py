@@ -21,10 +21,9 @@ from antiphon.scheduler.errors import ApiError, invalid, ledger_unavailable
 from antiphon.scheduler.gateway import responses
 from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.completions import ROUND_ID, CompletionRoute
-from antiphon.scheduler.gateway.intake import ClientGone, Intake
+from antiphon.scheduler.gateway.intake import Intake
 from antiphon.scheduler.gateway.response_events import ResponseEvents, document
 from antiphon.scheduler.gateway.translated import answer, frame
-from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.response_store import NOTHING, LedgerUnavailable, Past, ResponseStore
 
 log = logging.getLogger(__name__)
@@ -38,22 +37,16 @@ class ResponsesRoute:
         chat: CompletionRoute,
         intake: Intake,
         config: Config,
-        metrics: Metrics,
         store: ResponseStore | None,
     ) -> None:
         """Without a `store` nothing is kept, and there is nothing to go on from."""
         self._chat = chat
         self._intake = intake
         self._limit_bytes = config.gateway.body_limit_bytes
-        self._metrics = metrics
         self._store = store
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            raw = await self._intake.body(receive, Headers(scope=scope))
-        except ClientGone:
-            self._metrics.disconnects.labels("body").inc()
-            return
+        raw = await self._intake.body(receive, Headers(scope=scope))
         body = responses.parse_response_request(raw)
         new = responses.new_messages(body)
         tenant = current_caller().tenant

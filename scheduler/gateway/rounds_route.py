@@ -12,8 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from antiphon.scheduler.errors import invalid
 from antiphon.scheduler.gateway.completions import CompletionRoute
-from antiphon.scheduler.gateway.intake import ClientGone, Intake
-from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.gateway.intake import Intake
 
 ROUNDS_PATH = "/v1/sessions/{session_id:path}/rounds"
 
@@ -28,17 +27,12 @@ _decoder = msgspec.json.Decoder(_Named)
 class RoundsRoute:
     """ASGI application."""
 
-    def __init__(self, chat: CompletionRoute, intake: Intake, metrics: Metrics) -> None:
+    def __init__(self, chat: CompletionRoute, intake: Intake) -> None:
         self._chat = chat
         self._intake = intake
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            raw = await self._intake.body(receive, Headers(scope=scope))
-        except ClientGone:
-            self._metrics.disconnects.labels("body").inc()
-            return
+        raw = await self._intake.body(receive, Headers(scope=scope))
         session_id: str = scope["path_params"]["session_id"]
         await self._chat.answer(self._with_model(raw), scope, receive, send, append_to=session_id)
 

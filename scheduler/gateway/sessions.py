@@ -18,7 +18,7 @@ from starlette.routing import Route
 from antiphon.scheduler.errors import ApiError, invalid, ledger_unavailable, session_not_found
 from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.identity import checked_id, new_session_id
-from antiphon.scheduler.gateway.intake import ClientGone, Intake
+from antiphon.scheduler.gateway.intake import Intake
 from antiphon.scheduler.gateway.limits import Limits
 from antiphon.scheduler.gateway.session_fields import bad_hint
 from antiphon.scheduler.hints import BadHint, Priority, Seconds, SloFields, Tokens, TtlS, converted
@@ -29,7 +29,6 @@ PATH = "/v1/sessions"
 MAX_METADATA_KEYS, MAX_METADATA_KEY_CHARS, MAX_METADATA_CHARS = 16, 64, 512
 MAX_FORKS = 64
 MAX_LISTED = 10_000
-CLIENT_CLOSED_STATUS = 499
 
 EVENTS = (TOOL_START, "tool_end", "user_wait", "resume_soon")
 Name = Annotated[str, Meta(max_length=255)]
@@ -221,8 +220,6 @@ class SessionPages:
                 return await handler(request)
             except LedgerUnavailable as error:
                 raise ledger_unavailable(f"Sessions are kept in the ledger, and {error}.") from error
-            except ClientGone:
-                return Response(status_code=CLIENT_CLOSED_STATUS)
 
         return guarded
 

@@ -12,12 +12,11 @@ from antiphon.scheduler.gateway.messages_route import CountRoute, MessagesRoute
 from antiphon.scheduler.gateway.responses import RESPONSES_ROUTE
 from antiphon.scheduler.gateway.responses_route import ResponsesRoute, StoredResponses
 from antiphon.scheduler.gateway.tokenize import Tokenizing
-from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.response_store import ResponseStore
 
 
 def surface_routes(
-    chat: CompletionRoute, intake: Intake, config: Config, metrics: Metrics, store: ResponseStore | None
+    chat: CompletionRoute, intake: Intake, config: Config, store: ResponseStore | None
 ) -> list[Route]:
     """Responses, messages, tokenize."""
     stored = StoredResponses(store)
@@ -29,10 +28,10 @@ def surface_routes(
         for name, handler in (("tokenize", tokenizing.tokenize), ("detokenize", tokenizing.detokenize))
     ]
     return [
-        Route(RESPONSES_ROUTE, ResponsesRoute(chat, intake, config, metrics, store), methods=["POST"]),
+        Route(RESPONSES_ROUTE, ResponsesRoute(chat, intake, config, store), methods=["POST"]),
         Route(one, stored.get, methods=["GET"]),
         Route(one, stored.delete, methods=["DELETE"]),
-        Route(MESSAGES_ROUTE, MessagesRoute(chat, intake, metrics), methods=["POST"]),
+        Route(MESSAGES_ROUTE, MessagesRoute(chat, intake), methods=["POST"]),
         Route(COUNT_ROUTE, CountRoute(tokenizing, intake), methods=["POST"]),
         *tokenize,
     ]
