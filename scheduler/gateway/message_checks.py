@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from antiphon.scheduler.errors import invalid
+from antiphon.scheduler.errors import ApiError, invalid
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
@@ -45,13 +45,8 @@ def _check_content(content: Any, where: str) -> None:
         raise invalid("`content` must be a string, a list of parts, or null.", param=where)
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(kind, str) and kind in MEDIA:
-            raise invalid(
-                f"`{kind}` parts are not supported: engines here take text only, no {MEDIA[kind]}. Leave the "
-                "part out, or say in words what it shows.",
-                param=f"{where}[{index}]",
-                code="media_not_supported",
-            )
+        if (refused := media_refused(kind, f"{where}[{index}]")) is not None:
+            raise refused
         if kind != "text":
             raise invalid(
                 f"Only content parts of type `text` are supported, not {kind!r:.60}.",
@@ -59,3 +54,23 @@ def _check_content(content: Any, where: str) -> None:
             )
         if not isinstance(part.get("text"), str):
             raise invalid("A text part needs a string `text`.", param=f"{where}[{index}].text")
+
+
+def media_refused(kind: Any, where: str) -> ApiError | None:
+    """The error for a part of this type if it holds what no engine here is given."""
+    if not isinstance(kind, str) or kind not in MEDIA:
+        return None
+    return invalid(
+        f"`{kind}` is not supported: engines here take text only, no {MEDIA[kind]}. Leave it out, or say in "
+        "words what it holds.",
+        param=where,
+        code="media_not_supported",
+    )
+
+
+def string_field(holder: Mapping[str, Any], name: str, where: str) -> str:
+    """A part's field that must be text; raises `ApiError` (400)."""
+    value = holder.get(name)
+    if not isinstance(value, str):
+        raise invalid(f"`{name}` must be a string.", param=f"{where}.{name}")
+    return value

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from antiphon.scheduler.errors import ApiError, invalid
-from antiphon.scheduler.gateway.message_checks import MEDIA
+from antiphon.scheduler.gateway.message_checks import media_refused, string_field
 from antiphon.scheduler.gateway.requests import Int64, Positive, decode_body
 
 MESSAGES_ROUTE = "/v1/messages"
@@ -186,11 +186,11 @@ def _assistant(content: Any, where: str) -> Message:
     for block, place in _blocks(content, where):
         kind = block.get("type")
         if kind == "text":
-            texts.append(_string(block, "text", place))
+            texts.append(string_field(block, "text", place))
         elif kind == "tool_use":
             arguments = msgspec.json.encode(block.get("input") or {}).decode()
-            function = {"name": _string(block, "name", place), "arguments": arguments}
-            calls.append({"id": _string(block, "id", place), "type": "function", "function": function})
+            function = {"name": string_field(block, "name", place), "arguments": arguments}
+            calls.append({"id": string_field(block, "id", place), "type": "function", "function": function})
         elif kind not in _IGNORED:
             raise _unsupported(kind, place)
     text = "".join(texts)
@@ -205,12 +205,12 @@ def _add_user(messages: list[Message], content: Any, where: str) -> None:
     for block, place in _blocks(content, where):
         kind = block.get("type")
         if kind == "text":
-            texts.append(_string(block, "text", place))
+            texts.append(string_field(block, "text", place))
         elif kind == "tool_result":
             results += 1
             _flush(messages, texts)
             text = _text_of(block.get("content") or "", f"{place}.content")
-            call_id = _string(block, "tool_use_id", place)
+            call_id = string_field(block, "tool_use_id", place)
             messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         else:
             raise _unsupported(kind, place)
@@ -233,7 +233,7 @@ def _text_of(content: Any, where: str) -> str:
     for block, place in _blocks(content, where):
         if block.get("type") != "text":
             raise _unsupported(block.get("type"), place)
-        texts.append(_string(block, "text", place))
+        texts.append(string_field(block, "text", place))
     return "\n".join(texts)
 
 
@@ -246,21 +246,9 @@ def _blocks(content: Any, where: str) -> list[tuple[Block, str]]:
     return [(block, f"{where}[{index}]") for index, block in enumerate(content)]
 
 
-def _string(block: Block, name: str, where: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise invalid(f"`{name}` must be a string.", param=f"{where}.{name}")
-    return value
-
-
 def _unsupported(kind: Any, where: str) -> ApiError:
-    if isinstance(kind, str) and kind in MEDIA:
-        return invalid(
-            f"`{kind}` blocks are not supported: engines here take text only, no {MEDIA[kind]}. Leave the "
-            "block out, or say in words what it holds.",
-            param=where,
-            code="media_not_supported",
-        )
+    if (refused := media_refused(kind, where)) is not None:
+        return refused
     known = "text, tool_use and tool_result blocks"
     return invalid(
         f"{kind!r:.60} is not supported here: {known} are.", param=where, code="block_not_supported"

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from antiphon.scheduler.errors import ApiError, invalid
-from antiphon.scheduler.gateway.message_checks import MEDIA
+from antiphon.scheduler.gateway.message_checks import media_refused, string_field
 from antiphon.scheduler.gateway.requests import Int64, Positive, decode_body
 
 RESPONSES_ROUTE = "/v1/responses"
@@ -228,18 +228,20 @@ def _add_item(messages: list[Message], item: dict[str, Any], where: str) -> None
         _add_message(messages, item, where)
     elif kind == "function_call":
         call = {
-            "id": _text(item, "call_id", where),
+            "id": string_field(item, "call_id", where),
             "type": "function",
             "function": {
-                "name": _text(item, "name", where),
-                "arguments": _text(item, "arguments", where),
+                "name": string_field(item, "name", where),
+                "arguments": string_field(item, "arguments", where),
             },
         }
         message = _assistant(messages, closed=())
         message.setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         output = _content(item.get("output"), f"{where}.output")
-        messages.append({"role": "tool", "tool_call_id": _text(item, "call_id", where), "content": output})
+        messages.append(
+            {"role": "tool", "tool_call_id": string_field(item, "call_id", where), "content": output}
+        )
     elif kind == "reasoning":
         thoughts = "".join(
             part["text"]
@@ -290,9 +292,9 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
         kind = part.get("type") if isinstance(part, dict) else None
         place = f"{where}[{index}]"
         if kind in ("input_text", "output_text", "text"):
-            parts.append(_text(part, "text", place))
+            parts.append(string_field(part, "text", place))
         elif kind == "refusal":
-            parts.append(_text(part, "refusal", place))
+            parts.append(string_field(part, "refusal", place))
         else:
             raise _unsupported(kind, place)
     if len(parts) == 1:
@@ -300,20 +302,8 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     return [{"type": "text", "text": text} for text in parts]
 
 
-def _text(holder: dict[str, Any], name: str, where: str) -> str:
-    value = holder.get(name)
-    if not isinstance(value, str):
-        raise invalid(f"`{name}` must be a string.", param=f"{where}.{name}")
-    return value
-
-
 def _unsupported(kind: Any, where: str) -> ApiError:
-    if isinstance(kind, str) and kind in MEDIA:
-        return invalid(
-            f"`{kind}` is not supported: engines here take text only, no {MEDIA[kind]}. Leave it out, or say "
-            "in words what it holds.",
-            param=where,
-            code="media_not_supported",
-        )
+    if (refused := media_refused(kind, where)) is not None:
+        return refused
     known = "message, function_call, function_call_output and reasoning items, and text parts"
     return invalid(f"{kind!r:.60} is not supported: {known} are.", param=where, code="item_not_supported")
