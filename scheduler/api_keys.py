@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 KEY_PREFIX = "ak-"
 MIN_KEY_CHARS = 16
 MAX_CACHED = 10_000
-RETRY_S = 1.0
-"""A ledger that failed is not asked for a key again before this."""
 
 
 class KeyLimits(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,8 +94,7 @@ class LedgerKeys:
         return tuple(sorted((key for key in found if key is not None), key=lambda key: key.name))
 
     async def find(self, digest: bytes) -> ApiKey | None:
-        if self._connection.failed_within(RETRY_S):
-            raise LedgerUnavailable("the ledger failed a moment ago")
+        self._connection.not_if_it_failed()
         text = await self._connection.command("HGET", self._records, digest.hex())
         return None if text is None else _decoded(text)
 

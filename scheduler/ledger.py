@@ -20,7 +20,13 @@ from antiphon.engines.base import EngineRecord
 from antiphon.engines.registry import list_engines
 from antiphon.scheduler import ledger_views
 from antiphon.scheduler.ledger_answers import Look, Moved, read_claim, read_look
-from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, RoundTaken, escaped
+from antiphon.scheduler.ledger_connection import (
+    RETRY_AFTER_S,
+    LedgerConnection,
+    LedgerUnavailable,
+    RoundTaken,
+    escaped,
+)
 from antiphon.scheduler.ledger_views import SessionRecord
 from antiphon.scheduler.messages import Claimed, Receipt, Totals
 
@@ -53,7 +59,7 @@ class Ledger:
         fleet: str = "default",
         deadline_s: float = 0.5,
         lease_ttl_s: float = 900.0,
-        retry_after_s: float = 1.0,
+        retry_after_s: float = RETRY_AFTER_S,
         max_connections: int = 16,
     ) -> None:
         """`lease_ttl_s` bounds a lease whose replica lives on without it; longer than any round may take."""
@@ -277,8 +283,7 @@ class Ledger:
 
     def not_if_it_failed(self) -> None:
         """Raises `LedgerUnavailable` for a while after a failed call: nobody waits for it again."""
-        if self.connection.failed_within(self._retry_after_s):
-            raise LedgerUnavailable("the ledger failed a moment ago")
+        self.connection.not_if_it_failed(self._retry_after_s)
 
     # ---------------------------------------------------------------- what need not be written again
 

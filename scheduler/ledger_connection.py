@@ -34,6 +34,9 @@ from antiphon.engines.registry import fleet_tag, shown
 
 T = TypeVar("T")
 
+RETRY_AFTER_S = 1.0
+"""A ledger that failed is not asked again before this."""
+
 SCRIPTS = {
     "claim": ("reading", "records", "claim"),
     "look": ("reading", "look"),
@@ -133,6 +136,14 @@ class LedgerConnection:
     async def load_scripts(self) -> None:
         """Teach the server every script: shows that it is there and takes them."""
         await self.commands([("SCRIPT LOAD", text) for text in self._texts.values()])
+
+    def not_if_it_failed(self, retry_after_s: float = RETRY_AFTER_S) -> None:
+        """Raises `LedgerUnavailable` if the last call failed, less than `retry_after_s` ago.
+
+        So a ledger that hangs costs one round its deadline, and not every round.
+        """
+        if self.failed_within(retry_after_s):
+            raise LedgerUnavailable("the ledger failed a moment ago")
 
     def failed_within(self, seconds: float) -> bool:
         """The last call failed, less than `seconds` ago."""

@@ -24,7 +24,6 @@ from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavail
 __all__ = ["HistoryLost", "LedgerUnavailable", "TokenLogs"]
 
 STAMP_BYTES = 12
-RETRY_AFTER_S = 1.0
 MAX_ANCESTORS = 64
 """A fork of a fork of ...: of more than so many, the conversation is copied."""
 REWRITE_BYTES = 4 * 1024 * 1024
@@ -79,7 +78,7 @@ class TokenLogs:
 
     async def load(self, tenant: str, session_id: str) -> Conversation:
         """All that was said; without entries if nothing was. Raises `HistoryLost` when it was and is gone."""
-        self._not_if_it_failed()
+        self._connection.not_if_it_failed()
         known, _ = self._known.get((tenant, session_id), (Conversation(tenant, session_id), 0))
         header, entries = await self._read(tenant, session_id, known.entries + 1)
         if header is None:
@@ -105,7 +104,7 @@ class TokenLogs:
         When another round was added meanwhile, this one's conversation takes the place of both if it
         `replaces`; else nothing is stored (`HistoryLost`): whoever only adds must not undo what others said.
         """
-        self._not_if_it_failed()
+        self._connection.not_if_it_failed()
         tenant, ttl_ms = base.tenant, max(1, round(ttl_s * 1000))
         anew = Conversation(tenant, session_id, header=_encoder.encode(_Header(_stamp())))
         target, expected, ours = base, 1 + base.entries, said
@@ -153,11 +152,6 @@ class TokenLogs:
 
     async def close(self) -> None:
         await self._connection.close()
-
-    def _not_if_it_failed(self) -> None:
-        """A ledger that hangs costs one round its deadline, and not every round."""
-        if self._connection.failed_within(RETRY_AFTER_S):
-            raise LedgerUnavailable("the ledger failed a moment ago")
 
     # ---------------------------------------------------------------- reading
 

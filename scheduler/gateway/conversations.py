@@ -100,9 +100,8 @@ class Conversations:
         if self._logs is None:
             raise ApiError(501, "append_unavailable", "This gateway keeps no histories: send all messages.")
         try:
-            answered = await self._rounds_answered(
-                tenant, session_id
-            )  # before what is loaded, which may grow
+            # Asked before what is loaded, which may grow meanwhile.
+            answered = await self._rounds_answered(tenant, session_id)
             found = await self._logs.load(tenant, session_id)
             if answered > found.round:
                 raise HistoryLost(f"its round {answered} was not kept")

@@ -28,7 +28,6 @@ MAX_COUNTS = 10_000
 """Keys whose counts are kept here; of others only those with rounds in flight."""
 IN_FLIGHT_RETRY_S = 1.0
 SESSIONS_RETRY_S = 10.0
-LEDGER_RETRY_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -127,8 +126,9 @@ class Limits:
     async def _ask(self, key: str, counts: _Counts, asked: _Asked) -> tuple[bool, float]:
         """(too many sessions, seconds to wait), by the ledger."""
         c, limits, name = self._connection, asked.limits, escaped(key)
-        if c is None or c.failed_within(LEDGER_RETRY_S):
+        if c is None:
             raise LedgerUnavailable("no ledger")
+        c.not_if_it_failed()
         arguments: list[Any] = [
             limits.tokens_per_minute, asked.tokens, repr(asked.owed), limits.sessions,
             c.session_key(*asked.session), round(2000 * self._session_ttl_s),
