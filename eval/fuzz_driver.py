@@ -18,10 +18,13 @@ from antiphon.scheduler.messages import (
     ClientGone,
     Command,
     Complete,
+    EngineDown,
+    EngineFailed,
     EngineUp,
     Event,
     FirstToken,
     Generate,
+    GoesOn,
     Outcome,
     Prefetch,
     Prefill,
@@ -53,6 +56,8 @@ class ModelDriver:
         self.ended: list[str] = []
         """By the last event."""
         self._claimed: set[str] = set()
+        self._broken: set[str] = set()
+        """Their answers broke, and may go on on another engine."""
         self._rids: set[str] = set()
         self._cut_off: set[str] = set()
         """Refused or broken by the last event."""
@@ -71,8 +76,13 @@ class ModelDriver:
             self.in_flight.add(event.round_id)
         elif isinstance(event, FirstToken):
             self.streaming.add(event.round_id)
+            self._broken.discard(event.round_id)
         elif not isinstance(event, ClientGone):  # the call of a client that is gone is aborted by the core
             self.calls.pop(getattr(event, "round_id", ""), None)
+        if isinstance(event, EngineFailed) and isinstance(event.goes_on, GoesOn):
+            self._broken.add(event.round_id)
+        elif isinstance(event, EngineDown):
+            self._broken.update(name for name, on in event.goes_on.items() if isinstance(on, GoesOn))
 
     def _follow(self, event: Event, command: Command) -> None:
         match command:
@@ -101,7 +111,8 @@ class ModelDriver:
         round_id = command.round_id
         assert round_id in self.in_flight, f"{command} for a round that is over"
         assert round_id not in self.calls, f"two calls at once: {self.calls[round_id]} and {command}"
-        assert round_id not in self.streaming, f"{command} after the first token"
+        broke = round_id in self._broken
+        assert round_id not in self.streaming or broke, f"{command} after the first token"
         self.calls[round_id] = command
         if isinstance(command, Claim):
             assert round_id not in self._claimed, f"{round_id} is claimed twice"
@@ -136,6 +147,7 @@ class ModelDriver:
         assert (receipt.ttft_s is not None) == (round_id in self.streaming), f"{round_id}: {receipt}"
         self.in_flight.remove(round_id)
         self.streaming.discard(round_id)
+        self._broken.discard(round_id)
         self._claimed.discard(round_id)
         self.outcomes[command.outcome] += 1
         self.ended.append(round_id)

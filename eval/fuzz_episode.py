@@ -263,6 +263,7 @@ class Episode:
             assert again == commands, f"the same events again lead to {again}"
         for round_id in self.driver.ended:
             arrived, _ = self.world.rounds.pop(round_id)
+            self.world.kept.pop(round_id, None)
             assert round_id not in self.core.rounds, f"{arrived.round_id} ended and is kept"
         self.count_arms(commands)
         self.check()

@@ -24,6 +24,7 @@ from antiphon.scheduler.messages import (
     EngineUp,
     Event,
     FirstToken,
+    GoesOn,
     Holding,
     LoadReported,
     Prefetch,
@@ -75,6 +76,8 @@ class World:
     talks: list[Talk] = field(default_factory=list)
     rounds: dict[str, tuple[RoundArrived, Talk]] = field(default_factory=dict)
     """Those in flight: whoever sees one end takes it out."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Tokens of answers that broke."""
     number: int = 0
     fence: int = 0
 
@@ -113,7 +116,8 @@ class World:
         if up is None or rng.random() < 0.2:
             return EngineDown(name, "long ago", "stale")
         del self.live[name]
-        return EngineDown(name, up.incarnation, "killed")
+        goes_on = {round_id: self.goes_on(round_id) for round_id in self.rounds if rng.random() < 0.5}
+        return EngineDown(name, up.incarnation, "killed", goes_on)
 
     def load_report(self) -> LoadReported:
         return LoadReported(self.rng.choice([*self.engines, "nobody"]), self.rng.randrange(0, 120_000))
@@ -178,8 +182,22 @@ class World:
             return self._finished(round_id)
         if kind is EngineFailed:
             failure = rng.choice([*FAILURES, *FAILURES, FailureKind.BAD_REQUEST.value])
-            return EngineFailed(round_id, engine_id, failure, "it failed")
+            goes_on = self.goes_on(round_id) if rng.random() < 0.5 else ""
+            return EngineFailed(round_id, engine_id, failure, "it failed", goes_on)
         return ClientGone(round_id)
+
+    def goes_on(self, round_id: str) -> GoesOn | str:
+        """How an answer goes on that has come to some length, if it can; never with less than before."""
+        rng = self.rng
+        arrived, _ = self.rounds.get(round_id, (None, None))
+        if arrived is None or rng.random() < 0.2:
+            return "it cannot"
+        kept = min(self.kept.get(round_id, 0) + rng.choice([0, 0, 1, 40]), arrived.max_output_tokens - 1)
+        self.kept[round_id] = kept
+        tokens = arrived.prompt_tokens + kept
+        hashes = chain(f"answer {round_id}", tokens // PAGE - len(arrived.hashes), arrived.hashes)
+        excluded = frozenset(rng.sample(self.engines, rng.choice([0, 0, 1])))
+        return GoesOn(tokens, hashes, arrived.max_output_tokens - kept, kept, excluded)
 
     def _finished(self, round_id: str) -> RoundFinished:
         rng = self.rng
@@ -188,6 +206,7 @@ class World:
         if talk is not None:
             talk.hashes, talk.rounds = hashes, talk.rounds + 1
         tokens, lagged = rng.choice([0, 1, 16, 80]), rng.random() < 0.1
+        tokens += self.kept.get(round_id, 0)
         return RoundFinished(round_id, tokens, self._cached(round_id), hashes, lagged)
 
     def _cached(self, round_id: str) -> int:

@@ -18,6 +18,7 @@ from antiphon.scheduler.messages import (
     Command,
     Complete,
     Generate,
+    GoesOn,
     Outcome,
     Prefetch,
     Prefill,
@@ -58,7 +59,7 @@ class Attempts:
         cluster = self.books.cluster(now)
         view = self.books.view(round, now)
         answer = self.policy.place(view, cluster)
-        if isinstance(answer, Reject) and round.excluded:
+        if isinstance(answer, Reject) and round.excluded and round.first_token_s is None:
             round.excluded = frozenset()  # better the same engine again than no answer
             answer = self.policy.place(replace(view, excluded=round.excluded), cluster)
         if isinstance(answer, Reject):
@@ -73,7 +74,7 @@ class Attempts:
         if is_remote(answer.arm):
             self._enqueue(round, answer.prefill_engine, now)
             return
-        round.dispatched_s = now
+        round.dispatched_s = now if round.first_token_s is None else round.dispatched_s
         if answer.arm is MOVE:
             self._move(round, now)
         else:
@@ -105,7 +106,8 @@ class Attempts:
 
     def _start_prefill(self, round: Round, book: EngineBook, now: float) -> None:
         assert round.placement is not None
-        placement, round.dispatched_s = round.placement, now
+        placement = round.placement
+        round.dispatched_s = now if round.first_token_s is None else round.dispatched_s
         book.in_flight.add(round.round_id)
         if round.source is not None:
             pages = self.books.held_by(round, round.source) // round.arrived.page_size_tokens
@@ -173,6 +175,29 @@ class Attempts:
         round.pull_s = round.prefilled_s = round.push_s = 0.0
         round.pulled_tokens = 0
 
+    def _carry(self, round: Round, goes_on: GoesOn, engine_id: str, failure: str, now: float) -> None:
+        """Undo a try whose answer broke, and keep what is kept of it; the caller then tries again.
+
+        What that engine took from its cache it had no time to say: what was believed of it counts.
+        """
+        placement, kept = round.placement, goes_on.prompt_tokens - round.prompt_tokens
+        assert placement is not None
+        if not is_remote(placement.arm):
+            cached = min(round.history_tokens + round.pulled_tokens, round.prompt_tokens)
+            earlier = round.prefill_cached_tokens
+            round.prefill_cached_tokens = cached if earlier is None else min(earlier, cached)
+        self._give_up_try(round, engine_id, f"{failure} (after {goes_on.said_tokens} tokens)", now)
+        round.excluded |= goes_on.excluded
+        expected = round.arrived.expected_output_tokens
+        round.arrived = replace(
+            round.arrived,
+            prompt_tokens=goes_on.prompt_tokens,
+            hashes=goes_on.hashes,
+            max_output_tokens=goes_on.max_output_tokens,
+            expected_output_tokens=max(1, expected + round.carried_tokens - kept) if expected else expected,
+        )
+        round.carried_tokens = kept
+
     def _try_again(self, round: Round, now: float) -> None:
         if len(round.tries) < self.config.max_tries:
             self._place(round, now)
@@ -184,6 +209,9 @@ class Attempts:
     def _refuse(
         self, round: Round, code: str, message: str, now: float, retry_after_s: float | None = None
     ) -> None:
+        if round.first_token_s is not None:  # its client has seen a part of the answer
+            self._break(round, f"the answer could not go on elsewhere: {message}", now)
+            return
         retry_s = self.config.retry_after_s if retry_after_s is None else retry_after_s
         self._commands.append(Refuse(round.round_id, code, message, retry_s))
         ours = round.tries and code != "bad_upstream_request"  # the caller's fault leaves no trace

@@ -27,6 +27,7 @@ from antiphon.scheduler.messages import (
     EngineUp,
     Event,
     FirstToken,
+    GoesOn,
     LoadReported,
     Outcome,
     PrefetchDone,
@@ -89,7 +90,7 @@ class Scheduler(Attempts):
 
     def next_deadline(self) -> float | None:
         """When a Tick is due; None while nothing waits."""
-        while self._deadlines and self._has_token(self._deadlines[0][1]):
+        while self._deadlines and self._has_token(*self._deadlines[0]):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
@@ -195,22 +196,25 @@ class Scheduler(Attempts):
     def _on_first_token(self, round: Round, event: FirstToken, now: float) -> None:
         assert round.placement is not None
         round.enter(DECODING, now)
-        round.first_token_s = now
+        goes_on = round.first_token_s is not None
+        if not goes_on:
+            round.first_token_s, round.answered_by = now, len(round.tries) - 1
         placement, books = round.placement, self.books.fleet.books
         home = books[placement.home]
         home.drop_prefill(round.round_id)
         home.slacks.begin(round.round_id, home.prefill_sum_s)
         self.books.touch(placement.home)
-        if placement.prefill_engine in books:
+        if placement.prefill_engine in books and not goes_on:
             books[placement.prefill_engine].ttft.add(now, now - round.tried_s)
             self.books.touch(placement.prefill_engine)
 
     def _on_finished(self, round: Round, event: RoundFinished, now: float) -> None:
         assert round.placement is not None and round.first_token_s is not None
         home = self.books.fleet.books[round.placement.home]
-        if event.completion_tokens > 1 and not event.reader_lagged:
+        broke = round.answered_by < len(round.tries) - 1  # an answer of two engines is no measure of one
+        if event.completion_tokens > 1 and not event.reader_lagged and not broke:
             home.itl.add(now, (now - round.first_token_s) / (event.completion_tokens - 1))
-        tokens = round.arrived.prompt_tokens + event.completion_tokens
+        tokens = round.prompt_tokens + event.completion_tokens
         self.books.settle(round, round.placement.home, tokens, now)
         self.books.answered(round, event.completion_tokens)
         home.store.use(round.session_key, tokens)
@@ -222,7 +226,11 @@ class Scheduler(Attempts):
         if event.kind == "deadline":
             self._abort(round)
         if round.phase is DECODING:
-            self._break(round, event.message, now)
+            if isinstance(event.goes_on, GoesOn):
+                self._carry(round, event.goes_on, event.engine_id, f"{event.kind}: {event.message}", now)
+                self._go_on(round, now)
+            else:
+                self._break_off(round, event.message, event.goes_on, now)
             return
         round.all_unreachable = round.all_unreachable and event.kind == "unreachable"
         self._give_up_try(round, event.engine_id, f"{event.kind}: {event.message}", now)
@@ -231,10 +239,21 @@ class Scheduler(Attempts):
         else:
             self._try_again(round, now)
 
+    def _go_on(self, round: Round, now: float) -> None:
+        """Have a broken answer go on elsewhere; its next token has a deadline of its own."""
+        round.deadline_s = now + self.config.first_token_deadline_s
+        heapq.heappush(self._deadlines, (round.deadline_s, round.round_id))
+        self._try_again(round, now)
+
+    def _break_off(self, round: Round, message: str, why: str, now: float) -> None:
+        if why:
+            round.notes.append(f"the answer could not go on elsewhere: {why}")
+        self._break(round, message, now)
+
     def _on_tick(self, event: Tick, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, round_id = heapq.heappop(self._deadlines)
-            if not self._has_token(round_id):
+            due_s, round_id = heapq.heappop(self._deadlines)
+            if not self._has_token(due_s, round_id):
                 round = self.rounds[round_id]
                 self._abort(round)
                 limit_s = self.config.first_token_deadline_s
@@ -243,10 +262,10 @@ class Scheduler(Attempts):
                     self._give_up_try(round, round.engine_id or round.placement.prefill_engine, message, now)
                 self._refuse(round, "upstream_failed", message, now)
 
-    def _has_token(self, round_id: str) -> bool:
-        """The round's deadline has no meaning any more."""
+    def _has_token(self, due_s: float, round_id: str) -> bool:
+        """This deadline of the round has no meaning any more."""
         round = self.rounds.get(round_id)
-        return round is None or round.phase is DECODING
+        return round is None or round.phase is DECODING or due_s != round.deadline_s
 
     # ---------------------------------------------------------------- engines
 
@@ -277,16 +296,21 @@ class Scheduler(Attempts):
         if book is None or book.up.incarnation != event.incarnation:
             return
         touched = [r for r in self.rounds.values() if r.depends_on(engine_id)]
+        failure = f"gone: {event.reason}"
         for round in touched:
             self._abort(round)
+            goes_on = event.goes_on.get(round.round_id, "")
             if round.phase is not DECODING:
-                self._give_up_try(round, engine_id, f"gone: {event.reason}", now)
-        for round in touched:
-            if round.phase is DECODING:
-                self._break(round, reason, now)
+                self._give_up_try(round, engine_id, failure, now)
+            elif isinstance(goes_on, GoesOn):
+                self._carry(round, goes_on, engine_id, failure, now)
+            else:
+                self._break_off(round, reason, goes_on, now)
         self.books.engine_gone(engine_id, event.incarnation)
         for round in touched:
-            if round.phase is not ENDED:
+            if round.phase is DECODING:
+                self._go_on(round, now)
+            elif round.phase is not ENDED:
                 self._try_again(round, now)
 
     # ---------------------------------------------------------------- tables

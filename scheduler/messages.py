@@ -135,6 +135,21 @@ class RoundFinished(Struct, frozen=True, gc=False):
     """The client's reading held the stream back: the time that it took says nothing of the engine."""
 
 
+class GoesOn(Struct, frozen=True, gc=False):
+    """What a broken answer can go on from elsewhere: its prompt, longer by the tokens that are kept of it."""
+
+    prompt_tokens: int
+    """Those of `RoundArrived` and the kept ones."""
+    hashes: tuple[bytes, ...]
+    """Of every whole page of that."""
+    max_output_tokens: int
+    """What is left to generate."""
+    said_tokens: int
+    """How many the engines had sent."""
+    excluded: frozenset[str] = frozenset()
+    """Engines that would go on otherwise."""
+
+
 class EngineFailed(Struct, frozen=True, gc=False):
     """A call for this round failed on this engine (kind as in `engines.base.FailureKind`)."""
 
@@ -142,6 +157,8 @@ class EngineFailed(Struct, frozen=True, gc=False):
     engine_id: str
     kind: str
     message: str
+    goes_on: GoesOn | str = ""
+    """After the first token: how the answer can go on, or why it cannot ("" = nobody has looked)."""
 
 
 class EngineUp(Struct, frozen=True, gc=False):
@@ -167,6 +184,8 @@ class EngineDown(Struct, frozen=True, gc=False):
     incarnation: str
     """Only this incarnation is down; a newer one is not touched."""
     reason: str
+    goes_on: Mapping[str, GoesOn | str] = MappingProxyType({})
+    """By round id, of those that decode there: as in `EngineFailed`."""
 
 
 class LoadReported(Struct, frozen=True, gc=False):
@@ -305,7 +324,7 @@ Command = Claim | Prefetch | Prefill | Generate | Abort | Reserved | Rehome | Co
 
 
 class Try(Struct, frozen=True, gc=False):
-    """One attempt at the round and how it ended ("" = it is the one that answered)."""
+    """One attempt at the round and how it ended ("" = it is the one that answered, or the end of it)."""
 
     placement: Placement
     failure: str = ""

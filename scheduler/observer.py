@@ -237,6 +237,9 @@ class Observer:
         if watched.flow is not None:
             flow_over(round_id, *watched.flow)
             watched.flow = None
+        if watched.home is not None:
+            watched.home.decode_over(round_id, now)
+            watched.home = None
 
     _on_events: ClassVar[dict[type, Callable[[Observer, _Watched, Any, float], None]]] = {
         PrefetchDone: _on_prefetch_done,

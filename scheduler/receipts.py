@@ -13,9 +13,10 @@ def true_cached_tokens(round: Round, home_cached_tokens: int) -> int:
     Each engine computes a suffix of the prompt, from its own cached prefix on; what is computed by either
     is the longer suffix, so the answer is the smaller of the two prefixes.
     """
+    cached = min(home_cached_tokens, round.prompt_tokens) if round.carried_tokens else home_cached_tokens
     if round.prefill_cached_tokens is None:
-        return home_cached_tokens
-    return min(round.prefill_cached_tokens, home_cached_tokens)
+        return cached
+    return min(round.prefill_cached_tokens, cached)
 
 
 def make_receipt(
@@ -23,6 +24,7 @@ def make_receipt(
 ) -> Receipt:
     """Everything that was decided, predicted and measured for `round`, as of `now`."""
     placement, last = round.placement, round.tries[-1].placement if round.tries else None
+    first = round.tries[round.answered_by].placement if round.tries else None
     ttft_s = None if round.first_token_s is None else round.first_token_s - round.arrived_s
     completion = finished.completion_tokens if finished else 0
     itl_s = None
@@ -40,14 +42,14 @@ def make_receipt(
         last.reason if last else "never placed",
         tuple(round.tries),
         round.degraded,
-        round.arrived.prompt_tokens,
-        round.history_tokens,
+        round.prompt_tokens,
+        min(round.history_tokens, round.prompt_tokens),
         completion,
         true_cached_tokens(round, finished.cached_tokens) if finished else 0,
         round.bytes_decode_to_prefill,
         round.bytes_prefill_to_decode,
         round.pulled_tokens,
-        last.predicted.ttft_s if last else 0.0,
+        first.predicted.ttft_s if first else 0.0,
         ttft_s,
         dispatched - round.arrived_s,
         round.pull_s,

@@ -62,7 +62,7 @@ SUCCESSORS: dict[Phase, frozenset[Phase]] = {
     Phase.PREFILLING: PLACEABLE | {Phase.PUSHING},
     Phase.PUSHING: PLACEABLE,
     Phase.GENERATING: PLACEABLE | {Phase.DECODING},
-    Phase.DECODING: frozenset({Phase.ENDED}),
+    Phase.DECODING: PLACEABLE,
     Phase.ENDED: frozenset(),
 }
 
@@ -146,6 +146,11 @@ class Round(Struct):
     bytes_prefill_to_decode: int = 0
     bytes_home_to_home: int = 0
     first_token_s: float | None = None
+    """The client's first one: a stream that breaks and goes on elsewhere has no other."""
+    answered_by: int = -1
+    """Which of the tries brought it."""
+    carried_tokens: int = 0
+    """At the end of the prompt in `arrived`: what is kept of an answer that broke."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -174,6 +179,11 @@ class Round(Struct):
         if self.placement is None or self.phase in (CLAIMING, QUEUED, ENDED):
             return None
         return self.placement.prefill_engine if self.phase in PREFILL_PHASES else self.placement.home
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As the client sent it."""
+        return self.arrived.prompt_tokens - self.carried_tokens
 
     def depends_on(self, engine_id: str) -> bool:
         """The round cannot go on as placed without this engine."""
