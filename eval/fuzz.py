@@ -19,7 +19,16 @@ from itertools import count
 from antiphon.eval.fuzz_episode import DEEP, DRAWN, Episode, Found, Pair, Plan
 from antiphon.eval.fuzz_world import ROUND_EVENTS
 from antiphon.policies.registry import ORDERINGS, POLICIES
-from antiphon.scheduler.messages import EngineDown, EngineUp, LoadReported, RoundArrived, SessionEnded, Tick
+from antiphon.scheduler.messages import (
+    EngineDown,
+    EngineDraining,
+    EngineSuspect,
+    EngineUp,
+    LoadReported,
+    RoundArrived,
+    SessionEnded,
+    Tick,
+)
 from antiphon.scheduler.states import ACCEPTS, Phase
 
 EPISODE_EVENTS = 4000
@@ -32,7 +41,16 @@ DRAWS = 3
 
 LONG_RUN_EVENTS = 100_000
 
-FLEET_EVENTS = (RoundArrived, EngineUp, EngineDown, LoadReported, SessionEnded, Tick)
+FLEET_EVENTS = (
+    RoundArrived,
+    EngineUp,
+    EngineDown,
+    EngineSuspect,
+    EngineDraining,
+    LoadReported,
+    SessionEnded,
+    Tick,
+)
 
 
 def plans(events: int, seed: int, policies: Sequence[str], first: int = 0) -> Iterator[Plan]:

@@ -171,8 +171,10 @@ class Episode:
             return self.world.engine_up()
         if chance < 0.6:
             return self.world.engine_down()
-        if chance < 0.7:
+        if chance < 0.65:
             return self.world.session_ended()
+        if chance < 0.75:
+            return self.world.standing()
         return self.world.load_report() if chance < 0.9 else Tick()
 
     def go_on(self) -> None:

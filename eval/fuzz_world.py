@@ -20,7 +20,9 @@ from antiphon.scheduler.messages import (
     ClientGone,
     Command,
     EngineDown,
+    EngineDraining,
     EngineFailed,
+    EngineSuspect,
     EngineUp,
     Event,
     FirstToken,
@@ -118,6 +120,15 @@ class World:
         del self.live[name]
         goes_on = {round_id: self.goes_on(round_id) for round_id in self.rounds if rng.random() < 0.5}
         return EngineDown(name, up.incarnation, "killed", goes_on)
+
+    def standing(self) -> EngineSuspect | EngineDraining:
+        """An engine is to be stopped or misses a probe, or that is over; it may be gone already."""
+        rng = self.rng
+        name, on = rng.choice([*self.engines, "nobody"]), rng.random() < 0.5
+        if rng.random() < 0.5:
+            return EngineDraining(name, on)
+        up = self.live.get(name)
+        return EngineSuspect(name, up.incarnation if up and rng.random() < 0.8 else "long ago", on)
 
     def load_report(self) -> LoadReported:
         return LoadReported(self.rng.choice([*self.engines, "nobody"]), self.rng.randrange(0, 120_000))

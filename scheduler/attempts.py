@@ -28,6 +28,7 @@ from antiphon.scheduler.messages import (
     Try,
 )
 from antiphon.scheduler.receipts import history_source, is_remote, make_receipt
+from antiphon.scheduler.standing import Standings, decide
 from antiphon.scheduler.states import (
     ENDED,
     GENERATING,
@@ -47,6 +48,7 @@ class Attempts:
         self.ordering = ordering
         self.config = config
         self.books = Books(latency, config.session_ttl_s, config.max_sessions)
+        self.standings = Standings()
         self.rounds: dict[str, Round] = {}
         self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._commands: list[Command] = []
@@ -57,11 +59,11 @@ class Attempts:
     def _place(self, round: Round, now: float) -> None:
         """Decide, reserve, and start or queue."""
         cluster = self.books.cluster(now)
+        self.standings.refresh(now)
+        retry = round.first_token_s is None  # better the same engine again than no answer
         view = self.books.view(round, now)
-        answer = self.policy.place(view, cluster)
-        if isinstance(answer, Reject) and round.excluded and round.first_token_s is None:
-            round.excluded = frozenset()  # better the same engine again than no answer
-            answer = self.policy.place(replace(view, excluded=round.excluded), cluster)
+        answer, view = decide(self.policy, self.standings, view, cluster, retry=retry)
+        round.excluded &= view.excluded
         if isinstance(answer, Reject):
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
             return
@@ -111,7 +113,7 @@ class Attempts:
         book.in_flight.add(round.round_id)
         if round.source is not None:
             pages = self.books.held_by(round, round.source) // round.arrived.page_size_tokens
-            if pages > 0:
+            if pages > 0 and self._may_read(round, placement.prefill_engine, round.source):
                 round.enter(PULLING, now)
                 self._prefetch(round, placement.prefill_engine, round.source, pages)
                 return
@@ -122,7 +124,8 @@ class Attempts:
         """Have the new home fetch what the source holds beyond it, if anything."""
         assert round.placement is not None
         home, source, held = round.placement.home, round.source, round.history.get
-        if source is not None and held(source, 0) > held(home, 0):
+        more = source is not None and held(source, 0) > held(home, 0)
+        if more and source is not None and self._may_read(round, home, source):
             round.enter(PUSHING, now)
             self._prefetch(round, home, source, held(source, 0) // round.arrived.page_size_tokens)
         else:
@@ -136,6 +139,13 @@ class Attempts:
             self._commands.append(Rehome(round.round_id, before, home))
         self.books.settle(round, home, round.arrived.prompt_tokens, now)
         self._generate(round, now)
+
+    def _may_read(self, round: Round, puller: str, source: str) -> bool:
+        """Whether pages are to be fetched from there now; else they are recomputed and the receipt tells."""
+        why = self.standings.why_unread(puller, source)
+        if why:
+            round.notes.append(f"not fetched by {puller} from {source}: {why}")
+        return not why
 
     # ---------------------------------------------------------------- acting
 

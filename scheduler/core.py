@@ -23,7 +23,9 @@ from antiphon.scheduler.messages import (
     ClientGone,
     Command,
     EngineDown,
+    EngineDraining,
     EngineFailed,
+    EngineSuspect,
     EngineUp,
     Event,
     FirstToken,
@@ -108,7 +110,7 @@ class Scheduler(Attempts):
 
         `claimed` None: as without a ledger. The round must not have arrived.
         """
-        return explain(self.policy, self.books, arrived, claimed, now)
+        return explain(self.policy, self.books, self.standings, arrived, claimed, now)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the books contradict each other. Tests call it after every event."""
@@ -287,6 +289,14 @@ class Scheduler(Attempts):
                 round.ends = True
         self.books.session_over(key)
 
+    def _on_engine_suspect(self, event: EngineSuspect, now: float) -> None:
+        book = self.books.fleet.books.get(event.engine_id)
+        if book is not None and book.up.incarnation == event.incarnation:
+            self.standings.set_suspect(event.engine_id, event.suspect)
+
+    def _on_engine_draining(self, event: EngineDraining, now: float) -> None:
+        self.standings.set_draining(event.engine_id, event.draining)
+
     def _on_load_reported(self, event: LoadReported, now: float) -> None:
         self.books.load_reported(event)
 
@@ -307,6 +317,7 @@ class Scheduler(Attempts):
             else:
                 self._break_off(round, reason, goes_on, now)
         self.books.engine_gone(engine_id, event.incarnation)
+        self.standings.engine_gone(engine_id)
         for round in touched:
             if round.phase is DECODING:
                 self._go_on(round, now)
@@ -319,6 +330,8 @@ class Scheduler(Attempts):
         RoundArrived: _on_arrived,
         EngineUp: _on_engine_up,
         EngineDown: _on_engine_down,
+        EngineSuspect: _on_engine_suspect,
+        EngineDraining: _on_engine_draining,
         LoadReported: _on_load_reported,
         SessionEnded: _on_session_ended,
         Tick: _on_tick,

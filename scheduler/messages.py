@@ -94,6 +94,8 @@ class Claimed(Struct, frozen=True, gc=False):
     slo_itl_s: float = 0.0
     expected_rounds: int = 0
     """As the session was created with; 0 = not told."""
+    replaces: str = ""
+    """An earlier try of the same call, which is to end: for the driver, not for the core."""
 
 
 class ClaimLost(Struct, frozen=True, gc=False):
@@ -188,6 +190,21 @@ class EngineDown(Struct, frozen=True, gc=False):
     """By round id, of those that decode there: as in `EngineFailed`."""
 
 
+class EngineSuspect(Struct, frozen=True, gc=False):
+    """A probe of this incarnation failed, or one succeeds again. Nobody knows yet whether it is down."""
+
+    engine_id: str
+    incarnation: str
+    suspect: bool
+
+
+class EngineDraining(Struct, frozen=True, gc=False):
+    """The engine is to be stopped, or not any more; told by its name, whatever process has it."""
+
+    engine_id: str
+    draining: bool
+
+
 class LoadReported(Struct, frozen=True, gc=False):
     """What an engine itself says: corrects drift of the books, never added to them."""
 
@@ -213,7 +230,8 @@ class Tick(Struct, frozen=True, gc=False):
 
 Event = (
     RoundArrived | Claimed | ClaimLost | PrefetchDone | PrefillDone | FirstToken | RoundFinished
-    | EngineFailed | EngineUp | EngineDown | LoadReported | ClientGone | SessionEnded | Tick
+    | EngineFailed | EngineUp | EngineDown | EngineSuspect | EngineDraining | LoadReported
+    | ClientGone | SessionEnded | Tick
 )  # fmt: skip
 
 

@@ -14,21 +14,29 @@ from antiphon.policies.base import ClusterView, EngineView, Placement, Policy, R
 from antiphon.scheduler.books import Books, claimed_holdings
 from antiphon.scheduler.fleet import NO_TOTALS, EngineBook
 from antiphon.scheduler.messages import Claimed, RoundArrived, Totals
+from antiphon.scheduler.standing import Standings, decide
 from antiphon.scheduler.states import Round, new_round, with_session
 
 
 def explain(
-    policy: Policy, books: Books, arrived: RoundArrived, claimed: Claimed | None, now: float
+    policy: Policy,
+    books: Books,
+    standings: Standings,
+    arrived: RoundArrived,
+    claimed: Claimed | None,
+    now: float,
 ) -> Placement | Reject:
     """What the policy answers for this round now; `claimed` None = as without a ledger."""
+    standings.refresh(now)
     round = new_round(arrived, now, now)
     if claimed is None:
-        return policy.place(books.view(round, now), books.cluster(now))
+        return decide(policy, standings, books.view(round, now), books.cluster(now), retry=True)[0]
     with_session(round, claimed)
     held = _held(books, round, claimed)
     home = books.claimed_home(round, claimed, held)
     view = _round_view(books, round, home, held, now)
-    return policy.place(view, _cluster(books, round, claimed, home, now))
+    cluster = _cluster(books, round, claimed, home, now)
+    return decide(policy, standings, view, cluster, retry=True)[0]
 
 
 def _held(books: Books, round: Round, claimed: Claimed) -> dict[str, int]:
