@@ -35,6 +35,8 @@ class EngineRecord:
     """--prefill-decode-interval: decode steps between chunks; 0 = prefill first."""
     model_path: str = ""
     """Where the engine found its model: the gateway takes tokenizer and chat template from there."""
+    deterministic: bool = False
+    """--enable-deterministic-inference: the same seed samples the same tokens, whatever else it does."""
 
 
 class FailureKind(Enum):

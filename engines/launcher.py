@@ -196,17 +196,17 @@ class EngineProcess:
 
         info = self._ask("/server_info")
         options = self.options
-        ports = range(self.kv_port, self.kv_port + options.ranks) if options.linker else ()
         record = EngineRecord(
             engine_id=options.resolved_id,
-            url=self.url,
+            url=f"http://{options.advertise}" if options.advertise else self.url,
             pool=options.pool,
             incarnation=self.incarnation,
-            kv_addresses=tuple(f"{options.host}:{port}" for port in ports),
+            kv_addresses=self._kv_addresses(),
             model_id=options.model_id,
             model_path=str(Path(options.model).resolve()) if Path(options.model).is_dir() else "",
             chunk_tokens=max(int(info.get("chunked_prefill_size") or 0), 0),
             decode_interval=int(info.get("prefill_decode_interval") or 0),
+            deterministic=bool(info.get("enable_deterministic_inference")),
         )
         with self._lock:
             if self._stopping:
@@ -219,6 +219,15 @@ class EngineProcess:
                 on_taken=self._stop_replaced,
             )
             self._registration.start()
+
+    def _kv_addresses(self) -> tuple[str, ...]:
+        """Where others reach the directories of its ranks."""
+        options = self.options
+        if not options.linker:
+            return ()
+        if options.advertise_kv:
+            return (options.advertise_kv,)
+        return tuple(f"{options.host}:{self.kv_port + rank}" for rank in range(options.ranks))
 
     def _stop_replaced(self, holder: str) -> None:
         """From the registry's own thread, which `stop` waits for: hence one more thread."""

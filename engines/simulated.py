@@ -56,6 +56,10 @@ class SimulatedOptions:
     """Empty = simulated-PORT."""
     interface: str = "127.0.0.1"
     kv_port: int = 0
+    advertise: str = ""
+    """host:port at which others reach its HTTP, where a port mapping stands before it."""
+    advertise_kv: str = ""
+    """The same for its directory."""
     key_file: str = ""
     """File with the fleet key; empty = the environment variable ANTIPHON_FLEET_KEY."""
     fault_injection: bool = False
@@ -86,6 +90,8 @@ class SimulatedOptions:
     """Length of an answer that neither the client nor the script limits."""
     speed: float = 1.0
     """Simulated seconds per second."""
+    deterministic: bool = False
+    """What it says of itself; its tokens are a function of the prompt in any case."""
 
     def __post_init__(self) -> None:
         if self.pool not in ("prefill", "decode"):
@@ -117,13 +123,15 @@ _SGLANG_FLAGS: dict[str, tuple[str, type]] = {
 
 def with_sglang_flags(options: SimulatedOptions, words: list[str]) -> SimulatedOptions:
     """`options` with those SGLang flags that mean something here; raises ValueError for others."""
-    changes: dict[str, Any] = {}
+    switch = "--enable-deterministic-inference"
+    changes: dict[str, Any] = {"deterministic": options.deterministic or switch in words}
+    words = [word for word in words if word != switch]
     rest = [part for word in words for part in word.split("=", 1)]
     for flag, value in zip(rest[::2], [*rest[1::2], None], strict=False):
         if flag not in _SGLANG_FLAGS or value is None:
             raise ValueError(
                 f"a simulated engine takes no SGLang flag {flag}, or it has no value; "
-                f"it takes {', '.join(_SGLANG_FLAGS)}"
+                f"it takes {', '.join((*_SGLANG_FLAGS, switch))}"
             )
         name, kind = _SGLANG_FLAGS[flag]
         changes[name] = max(0, kind(value)) if kind is int else value
@@ -198,14 +206,15 @@ class SimulatedEngine:
         stack.callback(self._backend.close)
         self._record = EngineRecord(
             engine_id=engine_id,
-            url=f"http://{self._host}:{port}",
+            url=f"http://{options.advertise or f'{self._host}:{port}'}",
             pool=options.pool,
             incarnation=self._incarnation,
-            kv_addresses=self.hello.kv_addresses,
+            kv_addresses=(options.advertise_kv,) if options.advertise_kv else self.hello.kv_addresses,
             model_id=options.model_id,
             model_path=options.model_path,
             chunk_tokens=options.chunk_tokens,
             decode_interval=options.decode_interval,
+            deterministic=options.deterministic,
         )
         self.worker = asyncio.create_task(self.loop.run(), name=f"batch loop of {engine_id}")
         stack.push_async_callback(_cancelled, self.worker)
@@ -271,6 +280,7 @@ class SimulatedEngine:
             "max_running_requests": options.max_running_requests,
             "max_total_num_tokens": self.loop.pool_tokens,
             "context_length": options.context_tokens,
+            "enable_deterministic_inference": options.deterministic,
             "simulated_profile": self._latency.name,
         }
         return Served(

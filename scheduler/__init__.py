@@ -22,6 +22,8 @@ Drivers and state
     simulation.py  heap driver: the same core in simulated time, on closed-form engines
     simulated_sessions.py  its clients: what they send, when, and which pages their prompts share
     engine_calls.py  the calls on engines that answer once
+    answering.py   the one that streams: relayed to its client, over all engines that it takes
+    resume.py      how an answer that broke goes on elsewhere, and what of the rest its client has
     rounds.py      a round as the gateway sees it: its request, its stream to the client
     hints.py       what a client says of it and of what follows; hint_headers.py: in headers
     recorder.py    the driver's calls to the ledger: claim, move a home, record, publish reservations
@@ -31,6 +33,9 @@ Drivers and state
     heartbeat.py   keeps this replica's leases alive
     ledger.py      Redis: claims, completions, residency, totals (data/*.lua)
     ledger_connection.py  one connection to it: deadlines, errors, names of keys
+    lease_states.py       what may happen to a session's lease, as a table
+    settling.py           claims that nobody waited for are given back
+    retries.py            calls that a client makes again are the same round; answers.py: what they were told
     ledger_answers.py     what its scripts answer, as our types
     ledger_views.py       reading it: sessions, receipts, counters
     session_store.py      beside it: whose conversation a request goes on with, and what was said of sessions

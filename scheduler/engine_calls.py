@@ -42,6 +42,11 @@ class EngineCalls:
             raise EngineError(FailureKind.UNREACHABLE, f"engine {engine_id} is not connected any more")
         return engine
 
+    def indeterminate(self) -> frozenset[str]:
+        """Engines that may sample other tokens for the same seed."""
+        engines = self._engines.items()
+        return frozenset(engine_id for engine_id, engine in engines if not engine.record.deterministic)
+
     async def prefetch(self, live: LiveRound, command: Prefetch) -> PrefetchDone:
         """Pages that do not come are only recomputed, so a failure here is an answer of 0 pages."""
         started_s = time.monotonic()
@@ -73,7 +78,7 @@ class EngineCalls:
 
     async def prefill(self, live: LiveRound, command: Prefill) -> PrefillDone:
         result = await self.engine(command.engine_id).prefill(
-            live.request.prompt,
+            live.prompt,
             command.rid,
             session_id=live.handle.session_id,
             cache_salt=live.request.cache_salt,

@@ -47,7 +47,7 @@ class Replica:
         self._ledger = ledger
         self._metrics = metrics
         self._receipts = ReceiptLog()
-        self._heartbeat = Heartbeat(ledger, name)
+        self._heartbeat = Heartbeat(ledger, name, on_replaced=self._on_replaced)
         self._drain_s = config.gateway.shutdown_grace_s
         self._models = Models(config)
         profiles = config.scheduler.profiles
@@ -173,6 +173,7 @@ class Replica:
             for engine in self._engines(key):
                 record = engine.record
                 item = {"engine_id": record.engine_id, "url": record.url, "incarnation": record.incarnation}
+                item["deterministic"] = record.deterministic
                 view = views.get(record.engine_id)
                 if view is not None:
                     item |= structs.asdict(view) | {"pool": view.pool.value, "latency": view.latency.name}
@@ -193,6 +194,10 @@ class Replica:
     def _is_foreign(self, engine_id: str, model: Model) -> bool:
         fleet = self._fleet_of.get(engine_id)
         return fleet is not None and fleet.model is not model
+
+    def _on_replaced(self, round_id: str) -> None:
+        for fleet in self._fleets.values():
+            fleet.runtime.replaced(round_id)
 
     def _on_engine_event(self, event: EngineUp | EngineDown) -> None:
         engine = self._discovery.engines.get(event.engine_id)

@@ -21,6 +21,8 @@ from antiphon.engines.page_hash import namespace_seed
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.hints import NO_HINTS, Hints
 from antiphon.scheduler.messages import Receipt, Refuse
+from antiphon.scheduler.resume import Said
+from antiphon.scheduler.retries import Call
 
 STREAM_BUFFER_CHUNKS = 256
 """A reader that lags further behind holds back the engine's stream, not our memory."""
@@ -55,6 +57,8 @@ class RoundRequest:
     """So much of the prompt is what the session's rounds before had, or more; 0 = that is not known."""
     model: str = ""
     """Which of the replica's models is to run it; "" = its only one."""
+    call: Call | None = None
+    """Of which it is a try, if that can be told."""
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -90,6 +94,8 @@ class RoundHandle:
         self.expires_in_s: float | None = None
         """How long the session is kept after this round, idle; None = the ledger was not asked."""
         self.round_number = 0
+        self.fence = 0
+        """Of its claim; 0 = it has none."""
         self.arm = ""
         self.receipt: Receipt | None = None
         """Set before the chunk with usage is relayed."""
@@ -190,9 +196,28 @@ class LiveRound:
     fence: int = 0
     claimed: bool = False
     call: asyncio.Task[None] | None = None
-    output_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+    """Its usage is known: the core has been told."""
+    deterministic: bool = False
+    """The engine that answers says so of itself."""
+    prompt: Prompt = field(init=False)
+    """What engines compute: the request's, and after that what is kept of an answer that broke."""
+    said: Said = field(init=False)
     error: EngineError | None = None
     """The last call's failure: an engine's own 4xx goes to the client."""
+
+    def __post_init__(self) -> None:
+        self.prompt = self.request.prompt
+        self.said = Said(chat=self.request.path.endswith("/chat/completions"))
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Of the first choice, as far as they were sent."""
+        return self.said.ids
+
+    @property
+    def one_choice(self) -> bool:
+        return (self.request.body.get("n") or 1) == 1
 
     @property
     def served_pages(self) -> int:

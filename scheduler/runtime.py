@@ -10,13 +10,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from functools import partial
 
-from antiphon.engines.base import Engine, EngineError, FailureKind, GenerateRequest, Usage
+from antiphon.engines.base import Engine, EngineError, FailureKind
+from antiphon.scheduler.answering import Answering
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.engine_calls import CallDeadlines, EngineCalls
 from antiphon.scheduler.explanation import Explanation, explain
+from antiphon.scheduler.ledger import KeyReused, RoundTaken
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
@@ -26,10 +28,10 @@ from antiphon.scheduler.messages import (
     ClientGone,
     Command,
     Complete,
+    EngineDown,
     EngineFailed,
     EngineUp,
     Event,
-    FirstToken,
     Generate,
     Prefetch,
     Prefill,
@@ -38,7 +40,6 @@ from antiphon.scheduler.messages import (
     Rehome,
     Reserved,
     RoundArrived,
-    RoundFinished,
     SessionEnded,
     Tick,
 )
@@ -54,6 +55,8 @@ DEFAULT_PAGE_TOKENS = 16
 
 RECORD_GRACE_S = 2.0
 """At a shutdown, for the completions of rounds that have ended to reach the ledger."""
+
+REPLACED = "replaced_by_retry"
 
 Call = Callable[[], Coroutine[None, None, Event | None]]
 
@@ -77,6 +80,7 @@ class Runtime:
         self._core = core
         self._recorder = recorder
         self._calls = EngineCalls(engines, deadlines or CallDeadlines())
+        self._answering = Answering(core, self._calls, self.post)
         self._on_receipt = on_receipt
         self._on_ended = on_ended
         self._on_unreachable = on_unreachable
@@ -89,7 +93,6 @@ class Runtime:
         self._idle.set()
         self._told = Told(recorder.session_ttl_s / 4)
         self._page_tokens = DEFAULT_PAGE_TOKENS
-        self._hashing = False
 
     @property
     def rounds_in_flight(self) -> int:
@@ -148,7 +151,7 @@ class Runtime:
     def _arrived(self, request: RoundRequest) -> RoundArrived:
         hashes: tuple[bytes, ...] = ()
         hints = request.hints
-        if self._hashing:
+        if self._answering.hashing:
             hashes = request.prompt.hashes(self._page_tokens, seed_of(request))
         return RoundArrived(
             round_id=request.round_id,
@@ -174,13 +177,25 @@ class Runtime:
     def post(self, event: Event) -> None:
         """Give an event to the core and carry out what it commands."""
         if isinstance(event, EngineUp) and event.can_transfer:
-            self._page_tokens, self._hashing = event.page_size_tokens, True
+            self._page_tokens, self._answering.hashing = event.page_size_tokens, True
+        elif isinstance(event, EngineDown):
+            event = self._answering.with_goes_on(event, list(self._live.values()))
         for command in self._core.receive(event, self._clock()):
             self._execute(command)
 
     def _client_gone(self, round_id: str) -> None:
         if round_id in self._live:
             self.post(ClientGone(round_id))
+
+    def replaced(self, round_id: str) -> None:
+        """A retry of its call has its lease, here or on another replica: nobody is to answer it any more."""
+        live = self._live.get(round_id)
+        if live is not None:
+            self._turn_away(live, RoundRefused(REPLACED, "A retry of this request took its place.", 0.0))
+
+    def _turn_away(self, live: LiveRound, refused: RoundRefused) -> None:
+        live.handle.finish(RoundBroke(str(refused)) if live.handle.arm else refused)
+        self._client_gone(live.request.round_id)
 
     # ---------------------------------------------------------------- commands
 
@@ -222,7 +237,8 @@ class Runtime:
             event = await work()
         except EngineError as error:
             live.error = error
-            event = EngineFailed(round_id, engine_id, error.kind.value, str(error))
+            goes_on = self._answering.goes_on(live)
+            event = EngineFailed(round_id, engine_id, error.kind.value, str(error), goes_on)
             if error.kind is FailureKind.UNREACHABLE:
                 self._on_unreachable(engine_id)
         except Exception as error:
@@ -301,63 +317,29 @@ class Runtime:
 
     # ---------------------------------------------------------------- calls; each returns its event
 
-    async def _claim(self, live: LiveRound) -> Event:
+    async def _claim(self, live: LiveRound) -> Event | None:
         told = self._told.holder((live.request.tenant, live.request.session_id), self._clock())
         since = live.served_pages if told is not None and told[0] == self._recorder.epoch else 0
         candidates = self._core.checkpoints(live.hashes, live.page_tokens, since)
-        answer = await self._recorder.claim(live.request, candidates)
+        try:
+            answer = await self._recorder.claim(live.request, candidates)
+        except (RoundTaken, KeyReused) as error:
+            code = "idempotency_key_reused" if isinstance(error, KeyReused) else REPLACED
+            self._turn_away(live, RoundRefused(code, str(error), 0.0))
+            return None
         if isinstance(answer, Claimed):
             live.fence, live.claimed = answer.fence, True
+            live.handle.fence = answer.fence
+            if answer.replaces:
+                self.replaced(answer.replaces)
             live.handle.session_id, live.handle.parent_id = answer.session_id, answer.parent_id
             live.handle.expires_in_s = answer.ttl_s
         return answer
 
-    async def _generate(self, live: LiveRound, command: Generate) -> Event | None:
-        """Relay the answer. The round is finished when its usage is known, before that is relayed."""
-        engine, request = self._calls.engine(command.engine_id), live.request
+    async def _generate(self, live: LiveRound, command: Generate) -> None:
         history_tokens = self._core.rounds[command.round_id].history_tokens
         self._background(partial(self._calls.touch, command.engine_id, live, history_tokens))
-        call = GenerateRequest(
-            path=request.path,
-            input_ids=request.prompt,
-            rid=command.rid,
-            session_id=live.handle.session_id,
-            body=request.body,
-            cache_salt=request.cache_salt,
-        )
-        relayed = finished = False
-        async with aclosing(engine.generate(call, deadline_s=self._calls.deadlines.event_s)) as chunks:
-            async for chunk in chunks:
-                live.output_ids.extend(chunk.token_ids)
-                if not relayed:
-                    relayed = True
-                    self._begin_stream(live)
-                if chunk.usage is not None and not finished:
-                    finished = True
-                    self._finish(live, chunk.usage, history_tokens)
-                await live.handle.push(chunk)
-        if not finished:
-            raise EngineError(FailureKind.BROKEN, "the answer ended without its usage")
-        live.handle.finish()
-        return None
-
-    def _begin_stream(self, live: LiveRound) -> None:
-        round = self._core.rounds[live.request.round_id]
-        live.handle.arm = round.arm.value if round.arm else ""
-        live.handle.round_number = round.round_number
-        self.post(FirstToken(live.request.round_id))
-
-    def _finish(self, live: LiveRound, usage: Usage, history_tokens: int) -> None:
-        live.answer_ended()
-        completion_tokens, cached_tokens = usage.completion_tokens, usage.cached_tokens
-        several = (live.request.body.get("n") or 1) > 1
-        if several:
-            # The engine computes the prompt of several choices apart, and then calls all of it cached; their
-            # outputs are summed. What counts here is the first choice, and what was believed to be held.
-            completion_tokens, cached_tokens = len(live.output_ids), min(cached_tokens, history_tokens)
-        hashes = live.final_hashes = live.hashes_with_output() if self._hashing else ()
-        lagged = live.handle.lagged or several  # nothing is to be learned of the engine's speed
-        self.post(RoundFinished(live.request.round_id, completion_tokens, cached_tokens, hashes, lagged))
+        await self._answering.answer(live, command)
 
     # ---------------------------------------------------------------- small things
 
