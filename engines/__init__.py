@@ -37,6 +37,7 @@ Simulated engines (the same protocols, virtual KV)
     simulated_loop.py    its batch loop; simulated_request.py one request in it
     virtual_kv.py  pages without bytes; virtual_directory.py serves them
     scripts.py, faults.py  what it answers, and what it does wrong, on command
+    link_faults.py what READs do wrong on command, in real engines too
 Simulated time (no process, no tokens, no clock: the scheduler's heap driver moves it)
     cluster.py     cluster files: engines, links, targets, prices
     chains.py      names of KV without hashes: branches and chains

@@ -54,6 +54,8 @@ class DirectoryBackend(Protocol):
 
     def corrupt(self, request: wire.Corrupt) -> wire.Corrupted: ...
 
+    def link_fault(self, request: wire.LinkFault) -> wire.LinkFaults: ...
+
 
 @dataclass(frozen=True, slots=True)
 class DirectoryLimits:
@@ -89,6 +91,7 @@ class DirectoryServer:
             wire.Prefetch: backend.prefetch,
             wire.Stats: backend.stats,
             wire.Corrupt: backend.corrupt,
+            wire.LinkFault: backend.link_fault,
         }
         try:
             self._listener = socket.create_server((host, port), backlog=128)

@@ -6,6 +6,7 @@ import threading
 
 from antiphon.engines import wire
 from antiphon.engines.directory_client import DirectoryError
+from antiphon.engines.link_faults import FaultyAgent
 from antiphon.engines.page_store import PageStore
 from antiphon.engines.transfer import Puller
 
@@ -18,12 +19,13 @@ class StoreBackend:
     """A `DirectoryBackend` over real pages."""
 
     def __init__(
-        self, hello: wire.Hello, store: PageStore, puller: Puller, *, fault_injection: bool = False
+        self, hello: wire.Hello, store: PageStore, puller: Puller, *, faulty_agent: FaultyAgent | None = None
     ) -> None:
+        """`faulty_agent`: the puller's, with fault injection switched on."""
         self._hello = hello
         self._store = store
         self._puller = puller
-        self._fault_injection = fault_injection
+        self._faulty_agent = faulty_agent
         self._lock = threading.Lock()
         self._served_pages = 0
         self._pinned_pages: dict[int, int] = {}
@@ -89,6 +91,15 @@ class StoreBackend:
         )
 
     def corrupt(self, request: wire.Corrupt) -> wire.Corrupted:
-        if not self._fault_injection:
-            raise DirectoryError("denied", "this engine was started without fault injection")
+        self._injected()
         return wire.Corrupted(self._store.corrupt(request.page_hash))
+
+    def link_fault(self, request: wire.LinkFault) -> wire.LinkFaults:
+        if not (0 <= request.seconds < MAX_PREFETCH_S and request.bytes_per_s >= 0 and request.count >= 0):
+            raise DirectoryError("bad_request", f"{request} is out of range")
+        return self._injected().arm(request)
+
+    def _injected(self) -> FaultyAgent:
+        if self._faulty_agent is None:
+            raise DirectoryError("denied", "this engine was started without fault injection")
+        return self._faulty_agent

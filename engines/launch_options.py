@@ -65,6 +65,10 @@ class EngineOptions:
     """Network interface or own address for HTTP and KV; also what others are told to connect to."""
     kv_port: int = 0
     """Directory port of rank 0, the others follow; 0 = free ports."""
+    advertise: str = ""
+    """host:port at which others reach its HTTP, where a port mapping stands before it."""
+    advertise_kv: str = ""
+    """The same for the directory of rank 0."""
     key_file: str = ""
     """File with the fleet key; empty = the environment variable ANTIPHON_FLEET_KEY."""
     store_pages: int = 0
@@ -82,6 +86,8 @@ class EngineOptions:
         for name, port, lowest in (("--port", self.port, 1), ("--kv-port", self.kv_port, 0)):
             if not lowest <= port <= 65535:
                 raise LaunchError(f"{name} must be {lowest} to 65535, got {port}")
+        if self.advertise_kv and self.ranks > 1:
+            raise LaunchError("--advertise-kv names one address, but the engine has several ranks")
 
     @property
     def host(self) -> str:
@@ -114,7 +120,8 @@ class EngineOptions:
         words = [
             f"--model={self.model}", f"--port={self.port}", f"--ledger={self.ledger}",
             f"--fleet={self.fleet}", f"--pool={self.pool}", f"--engine-id={self.engine_id}",
-            f"--interface={self.interface}",
+            f"--interface={self.interface}", f"--advertise={self.advertise}",
+            f"--advertise-kv={self.advertise_kv}",
             f"--kv-port={self.kv_port}", f"--key-file={self.key_file}", f"--store-pages={self.store_pages}",
         ]  # fmt: skip
         switches = (("--no-linker", not self.linker), ("--checksum", self.checksum),
@@ -135,6 +142,8 @@ def parse_options(arguments: Sequence[str]) -> EngineOptions:
     parser.add_argument("--engine-id", default="")
     parser.add_argument("--interface", default="127.0.0.1")
     parser.add_argument("--kv-port", type=int, default=0)
+    parser.add_argument("--advertise", default="")
+    parser.add_argument("--advertise-kv", default="")
     parser.add_argument("--key-file", default="")
     parser.add_argument("--store-pages", type=int, default=0)
     parser.add_argument("--no-linker", dest="linker", action="store_false")

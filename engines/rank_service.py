@@ -9,6 +9,7 @@ from antiphon.engines.directory import DirectoryServer
 from antiphon.engines.directory_backend import StoreBackend
 from antiphon.engines.handshake import split_address
 from antiphon.engines.interfaces import find_interface, transport_environment
+from antiphon.engines.link_faults import FaultyAgent
 from antiphon.engines.nixl_agent import NixlAgent
 from antiphon.engines.page_memory import PageMemory
 from antiphon.engines.page_store import PageStore
@@ -44,8 +45,9 @@ class RankService:
             store_pages=memory.n_pages,
             page_bytes=memory.page_bytes,
         )
-        self.puller = Puller(self.hello, self.store, self._agent, key)
-        backend = StoreBackend(self.hello, self.store, self.puller, fault_injection=fault_injection)
+        faulty = FaultyAgent(self._agent, memory, memory.page_bytes) if fault_injection else None
+        self.puller = Puller(self.hello, self.store, faulty or self._agent, key)
+        backend = StoreBackend(self.hello, self.store, self.puller, faulty_agent=faulty)
         try:
             self._server = DirectoryServer(backend, key, host, port)
         except OSError:

@@ -65,8 +65,8 @@ class SimulatedHttp:
         self._script = script
         self._faults = faults
         self._set_directory = set_directory
-        self._rids: set[str] = set()
-        """Of requests that are being answered."""
+        self._rids: dict[str, str] = {}
+        """Of requests that are being answered: rid -> session."""
         self._taken: dict[str, ScriptLine] = {}
         """By rid: the script's lines that are being said."""
 
@@ -88,6 +88,7 @@ class SimulatedHttp:
             app.router.add_route(method, "/flush_cache", self._flush)
         if self._served.fault_injection:
             app.router.add_post("/antiphon/faults", self._fault)
+            app.router.add_get("/antiphon/live", self._live)
         return app
 
     # ------------------------------------------------------------ information
@@ -172,6 +173,20 @@ class SimulatedHttp:
             await self._set_directory(True)
         return _json({"armed": type(fault).__name__})
 
+    async def _live(self, http: web.Request) -> web.Response:
+        """What is being answered, for tests that must know where a round is."""
+        return _json(
+            [
+                {
+                    "session": self._rids.get(request.rid, ""),
+                    "admitted": request.admitted,
+                    "computed_tokens": request.computed,
+                    "output_tokens": request.output_tokens,
+                }
+                for request in self._loop.live
+            ]
+        )
+
     # ------------------------------------------------------------ answers
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
@@ -222,7 +237,7 @@ class SimulatedHttp:
         except (msgspec.MsgspecError, BadRequest, ValueError) as error:
             return _error(str(error), 400)
         rid = body.rid or requests[0].rid
-        self._rids.add(rid)
+        self._rids[rid] = body.session_id or ""
         try:
             if len(requests) > 1:
                 await self._compute_prompt(requests[0], rid)
@@ -230,7 +245,7 @@ class SimulatedHttp:
                 self._loop.submit(request)
             return await (self._stream(http, requests, form) if body.stream else self._whole(requests, form))
         finally:
-            self._rids.discard(rid)
+            self._rids.pop(rid, None)
             for request in requests:
                 if request.finish is None:
                     self._loop.abort_request(request)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from antiphon.engines import wire
 from antiphon.engines.breaker import CircuitBreaker
 from antiphon.engines.directory_client import DirectoryClient, DirectoryError
-from antiphon.engines.nixl_agent import NixlAgent, PeerMemory, ReadEnd, Span
+from antiphon.engines.link_faults import Agent
+from antiphon.engines.nixl_agent import PeerMemory, ReadEnd, Span
 from antiphon.engines.page_store import PageStore
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Puller:
         self,
         hello: wire.Hello,
         store: PageStore,
-        agent: NixlAgent,
+        agent: Agent,
         key: bytes,
         *,
         breaker: CircuitBreaker | None = None,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import msgspec
 
 from antiphon.engines import wire
 from antiphon.engines.directory_backend import StoreBackend
 from antiphon.engines.faults import Faults
-from antiphon.engines.nixl_agent import NixlAgent, PeerMemory, ReadEnd, Span
+from antiphon.engines.link_faults import FaultyAgent
+from antiphon.engines.nixl_agent import PeerMemory, ReadEnd, Span
 from antiphon.engines.transfer import Puller
 from antiphon.engines.virtual_kv import RIGHT_CONTENT, VirtualStore
 from antiphon.policies.latency import LatencyModel
@@ -81,10 +81,11 @@ class VirtualBackend(StoreBackend):
         *,
         fault_injection: bool,
     ) -> None:
-        self._virtual_puller = Puller(hello, store, cast(NixlAgent, agent), key)
-        super().__init__(hello, store, self._virtual_puller, fault_injection=fault_injection)
+        faulty = FaultyAgent(agent, store.content, hello.page_bytes) if fault_injection else None
+        self._virtual_puller = Puller(hello, store, faulty or agent, key)
+        super().__init__(hello, store, self._virtual_puller, faulty_agent=faulty)
         self._content = store.content
-        self._agent = agent
+        self._agent = faulty or agent
         self._faults = faults
 
     def listens_on(self, address: str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -181,12 +181,33 @@ class Corrupted(Message, tag="corrupted", frozen=True):
     found: bool
 
 
+LinkFaultKind = Literal["none", "slow", "cut", "corrupt", "clear"]
+
+
+class LinkFault(Message, tag="link_fault", frozen=True):
+    """Test hook: what the next READs of this puller do wrong (`link_faults.py`). Denied as `Corrupt` is."""
+
+    kind: LinkFaultKind
+    """`none` only asks."""
+    seconds: float = 0.0
+    bytes_per_s: float = 0.0
+    count: int = 0
+    """READs that it hits; 0 = all until `clear`."""
+
+
+class LinkFaults(Message, tag="link_faults", frozen=True):
+    hit_reads: int
+    reading: int
+    """READs under way."""
+
+
 Frame = (
     Challenge | Auth | Welcome | Failure | Touch | Touched | Lookup | Found | Reserve | Reserved
     | Confirm | Confirmed | Prefetch | Prefetched | Stats | StatsReply | Corrupt | Corrupted
+    | LinkFault | LinkFaults
 )  # fmt: skip
 
-Request = Touch | Lookup | Reserve | Confirm | Prefetch | Stats | Corrupt
+Request = Touch | Lookup | Reserve | Confirm | Prefetch | Stats | Corrupt | LinkFault
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Frame)

@@ -110,6 +110,10 @@ def engine(
     engine_id: Annotated[str, typer.Option(help="Default: HOST-PORT.")] = "",
     interface: Annotated[str, typer.Option(help="Interface or own address for HTTP and KV.")] = "127.0.0.1",
     kv_port: Annotated[int, typer.Option(help="Directory port of rank 0; 0 = free ports.")] = 0,
+    advertise: Annotated[
+        str, typer.Option(help="HOST:PORT of its HTTP for others, behind a port mapping.")
+    ] = "",
+    advertise_kv: Annotated[str, typer.Option(help="The same for its directory.")] = "",
     key_file: Annotated[Path | None, typer.Option(help="Default: the state directory's fleet key.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Where that key is.")] = None,
     store_pages: Annotated[int, typer.Option(help="Pages of the host store; 0 = by the device pool.")] = 0,
@@ -132,6 +136,8 @@ def engine(
         "engine_id": engine_id,
         "interface": interface,
         "kv_port": kv_port,
+        "advertise": advertise,
+        "advertise_kv": advertise_kv,
         "key_file": _engine_key_file(key_file, state_dir),
         "fault_injection": fault_injection,
         "replace": replace,

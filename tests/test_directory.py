@@ -58,6 +58,9 @@ class Backend:
     def corrupt(self, request: wire.Corrupt) -> wire.Corrupted:
         raise DirectoryError("denied", "no fault injection")
 
+    def link_fault(self, request: wire.LinkFault) -> wire.LinkFaults:
+        raise DirectoryError("denied", "no fault injection")
+
 
 @contextmanager
 def serving(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import typing
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from antiphon.engines import wire
-from antiphon.engines.wire import WireError
+from antiphon.engines.wire import LinkFaultKind, WireError
 
 INTS = st.integers(-(2**63), 2**63 - 1)
 VALUES: dict[object, st.SearchStrategy[object]] = {
@@ -17,6 +19,7 @@ VALUES: dict[object, st.SearchStrategy[object]] = {
     bytes: st.binary(max_size=40),
     float: st.floats(),
     bool: st.booleans(),
+    LinkFaultKind: st.sampled_from(typing.get_args(LinkFaultKind)),
     tuple[int, ...]: st.lists(INTS, max_size=5).map(tuple),
     tuple[str, ...]: st.lists(st.text(max_size=9), max_size=3).map(tuple),
     tuple[bytes, ...]: st.lists(st.binary(max_size=32), max_size=5).map(tuple),
