@@ -119,6 +119,15 @@ def stream_broke(message: str) -> ApiError:
     return ApiError(502, "stream_broke", message, kind="server_error")
 
 
+def key_reused() -> ApiError:
+    return ApiError(
+        422,
+        "idempotency_key_reused",
+        "This Idempotency-Key was used for another request: make a new one for each call.",
+        param="Idempotency-Key",
+    )
+
+
 def from_refusal(refusal: RoundRefused) -> ApiError:
     """The answer to a round that never started."""
     message = str(refusal)
@@ -130,6 +139,10 @@ def from_refusal(refusal: RoundRefused) -> ApiError:
     retry_after_s = refusal.retry_after_s if refusal.retry_after_s > 0 else None
     if refusal.code in ("rate_limit_exceeded", "session_limit_exceeded"):
         return ApiError(429, refusal.code, message, kind="rate_limit_error", retry_after_s=retry_after_s)
+    if refusal.code == "replaced_by_retry":
+        return ApiError(410, refusal.code, message)
+    if refusal.code == "idempotency_key_reused":
+        return key_reused()
     if refusal.code == "upstream_failed":
         return ApiError(502, refusal.code, message, kind="server_error", retry_after_s=retry_after_s)
     return ApiError(503, refusal.code, message, kind="overloaded_error", retry_after_s=retry_after_s or 1.0)

@@ -22,6 +22,7 @@ from antiphon.scheduler import ledger_views
 from antiphon.scheduler.ledger_answers import Look, Moved, read_claim, read_look
 from antiphon.scheduler.ledger_connection import (
     RETRY_AFTER_S,
+    KeyReused,
     LedgerConnection,
     LedgerUnavailable,
     RoundTaken,
@@ -29,16 +30,19 @@ from antiphon.scheduler.ledger_connection import (
 )
 from antiphon.scheduler.ledger_views import SessionRecord
 from antiphon.scheduler.messages import Claimed, Receipt, Totals
+from antiphon.scheduler.retries import CALL_MEMORY_S, Call
+from antiphon.scheduler.settling import Settling
 
-__all__ = ["Ledger", "LedgerUnavailable", "Look", "Moved", "RoundTaken", "SessionRecord", "thin"]
+__all__ = [
+    "KeyReused", "Ledger", "LedgerUnavailable", "Look", "Moved", "RoundTaken", "SessionRecord", "thin",
+]  # fmt: skip
 
 DENSE_CANDIDATES = 24
 RECEIPTS_KEPT = 10_000
-ROUND_MEMORY_S = 600.0
+ROUND_MEMORY_S = CALL_MEMORY_S
 """How long a recorded round is remembered, so that a repeated completion is known as such."""
 MAX_ID_CHARS = 255
 FORK_SUFFIX_CHARS = 17
-UNSETTLED_S = 10.0
 WRITTEN_LIMIT = 65_536
 
 HoldingEntry = tuple[bytes, int, str, str]
@@ -70,8 +74,9 @@ class Ledger:
         """Names the ledger's data: another one means that it was lost, with all that we wrote."""
         self._written: OrderedDict[tuple[str, HoldingEntry], float] = OrderedDict()
         """(tenant, entry) -> when it was written: not again before its TTL wears down."""
-        self._unsettled: dict[tuple[str, str], float] = {}
-        """(replica, round) of claims without an answer -> since when; their leases are given back."""
+        self._settling = Settling(self.release)
+        self._claimed: set[tuple[str, str]] = set()
+        """(replica, round) of claims that were answered and have not been completed or given back."""
         self._totals: dict[str, bytes] = {}
 
     @property
@@ -95,6 +100,7 @@ class Ledger:
         parent_id: str | None = None,
         own_ttl_s: float | None = None,
         final: bool = False,
+        call: Call | None = None,
     ) -> Claimed:
         """Lease the session for this round; never waits for a busy session, never refuses one.
 
@@ -102,7 +108,9 @@ class Ledger:
         `candidates` are (tokens, page hash), longest first; a long list is thinned. A new session with a
         `parent_id` starts with that one's home and tip. `own_ttl_s` is kept as the session's own, over
         `ttl_s`; `final` closes the session when this round has completed. Repeating a claim gives the same
-        answer. Raises `LedgerUnavailable`, or `RoundTaken` if another live replica runs this round.
+        answer. A `call` that was tried before goes on in that try's session as the same round, and takes the
+        lease from it. Raises `LedgerUnavailable`, `RoundTaken` if the round has ended, or another one has its
+        place, or it runs on another live replica, or `KeyReused`.
         """
         self.not_if_it_failed()
         c = self.connection
@@ -111,6 +119,7 @@ class Ledger:
             *c.keys("fence", "replicas", "sessions"),
             c.round_key(round_id),
             c.session_key(tenant, session_id),
+            self._call_key(round_id, call),
             *c.residency_keys(tenant, [page_hash for _, page_hash in thin(candidates)]),
         ]
         arguments = [
@@ -118,13 +127,15 @@ class Ledger:
             fork_of, c.session_key(tenant, fork_of), secrets.token_hex(8), slo_ttft_s, slo_itl_s,
             parent_id or "", c.session_key(tenant, parent_id) if parent_id else "",
             _milliseconds(own_ttl_s) if own_ttl_s is not None else "", int(final),
+            call.word if call is not None else "", call.asks if call is not None else "",
+            int(call is not None and call.unnamed), _milliseconds(CALL_MEMORY_S),
         ]  # fmt: skip
         try:
             answer = await c.script("claim", keys, arguments)
         except (LedgerUnavailable, asyncio.CancelledError):
-            self._unsettled[replica, round_id] = time.monotonic()
+            self._settling.begin(replica, round_id)
             raise
-        self._unsettled.pop((replica, round_id), None)
+        self._claimed.add((replica, round_id))
         self._see_epoch(answer[1])
         return read_claim(round_id, answer)
 
@@ -167,7 +178,11 @@ class Ledger:
         """
         self.not_if_it_failed()
         key = self.connection.session_key(tenant, session_id)
-        return Moved(await self.connection.script("rehome", [key], [fence, from_home, to_home]))
+        return Moved(
+            await self.connection.script(
+                "rehome", [key], [self.connection.tag, "", fence, from_home, to_home]
+            )
+        )
 
     async def complete(
         self,
@@ -179,12 +194,14 @@ class Ledger:
         receipt: Receipt,
         holdings: Sequence[HoldingEntry] = (),
         ttl_s: float,
+        call: Call | None = None,
     ) -> bool:
         """Record how a round ended and free its lease; `session_id` is the one that the claim answered.
 
         `fence` is the claim's, 0 for a round that ran without one (degraded). False: a newer claim has the
         session, and nothing was recorded but a count. Repeating a completion changes nothing and answers
-        the same. Raises `LedgerUnavailable`.
+        the same; so does that of a `call` that was answered before, but for the counter `repeated` and for
+        where the KV is. Raises `LedgerUnavailable`.
         """
         c = self.connection
         now = time.monotonic()
@@ -196,17 +213,20 @@ class Ledger:
             c.round_key(receipt.round_id),
             c.session_key(tenant, session_id),
             *c.keys("sessions", "receipts", "counters"),
+            self._call_key(receipt.round_id, call),
             *c.residency_keys(tenant, [page_hash for page_hash, _, _, _ in fresh]),
         ]
         arguments: list[str | int | bytes] = [
             c.tag, escaped(replica), receipt.round_id, fence, session_id, tenant, receipt.home or "",
             receipt.outcome.value, _milliseconds(ttl_s), receipt.prompt_tokens, receipt.completion_tokens,
             receipt.cached_tokens, msgspec.json.encode(receipt), RECEIPTS_KEPT, _milliseconds(ROUND_MEMORY_S),
-            _tip(receipt.home, holdings),
+            _tip(receipt.home, holdings), call.word if call is not None else "",
+            call.asks if call is not None else "",
         ]  # fmt: skip
         for _, tokens, engine_id, incarnation in fresh:
             arguments += (engine_id, f"{incarnation}|{tokens}")
-        self._unsettled.pop((replica, receipt.round_id), None)
+        self._settling.forget(replica, receipt.round_id)
+        self._claimed.discard((replica, receipt.round_id))
         recorded, epoch = await c.script("complete", keys, arguments)
         self._see_epoch(epoch)
         if recorded:
@@ -214,9 +234,19 @@ class Ledger:
         return bool(recorded)
 
     async def release(self, replica: str, round_id: str) -> bool:
-        """Give back a claim that will not run; True if there was one. Raises `LedgerUnavailable`."""
-        keys = [self.connection.round_key(round_id), *self.connection.keys("sessions")]
-        return bool(await self.connection.script("release", keys, [escaped(replica), round_id]))
+        """Give back a claim that will not run, even one that is still on its way; True if there was one.
+
+        Raises `LedgerUnavailable`.
+        """
+        c = self.connection
+        self._claimed.discard((replica, round_id))
+        arguments = [c.tag, escaped(replica), round_id, _milliseconds(ROUND_MEMORY_S)]
+        return bool(await c.script("release", [c.round_key(round_id), *c.keys("sessions")], arguments))
+
+    def _call_key(self, round_id: str, call: Call | None) -> str:
+        """A script's keys must all be names: without a call, that of the round stands there."""
+        c = self.connection
+        return c.call_keys(call.digest)[0] if call is not None else c.round_key(round_id)
 
     # ---------------------------------------------------------------- replicas
 
@@ -234,20 +264,19 @@ class Ledger:
         encoded = self._totals[replica] = msgspec.json.encode(totals)
         return encoded
 
-    async def heartbeat(self, replica: str, ttl_s: float) -> None:
+    async def heartbeat(self, replica: str, ttl_s: float) -> tuple[str, ...]:
         """The replica, its leases and its totals live for `ttl_s` more. Raises `LedgerUnavailable`.
 
-        Also gives back the leases of claims whose answers never came.
+        Answers those of its rounds that are to end: a retry of the same call has taken their place. Also
+        gives back the leases of claims whose answers never came.
         """
         c = self.connection
-        keys = [*c.replica_keys(replica), *c.keys("replicas")]
+        running = [round_id for owner, round_id in self._claimed if owner == replica]
+        keys = [*c.replica_keys(replica), *c.keys("replicas"), *map(c.round_key, running)]
         totals = self._totals.get(replica, b"{}")
-        await c.script("heartbeat", keys, [c.tag, escaped(replica), _milliseconds(ttl_s), totals])
-        for (owner, round_id), since in list(self._unsettled.items()):
-            # The claim may still be on its way when it is released: try for a while.
-            released = owner == replica and await self.release(replica, round_id)
-            if released or time.monotonic() - since > UNSETTLED_S:
-                self._unsettled.pop((owner, round_id), None)
+        places = await c.script("heartbeat", keys, [c.tag, escaped(replica), _milliseconds(ttl_s), totals])
+        await self._settling.now()
+        return tuple(running[place - 1] for place in places)
 
     async def retire(self, replica: str) -> None:
         """A clean end: leases and totals of the replica are void at once. Raises `LedgerUnavailable`."""
@@ -279,6 +308,7 @@ class Ledger:
         return await ledger_views.counters(self.connection)
 
     async def close(self) -> None:
+        await self._settling.close()
         await self.connection.close()
 
     def not_if_it_failed(self) -> None:

@@ -45,7 +45,7 @@ class Look:
 def read_claim(round_id: str, answer: Sequence[Any]) -> Claimed:
     """Of claim.lua."""
     fence, _, session_id, parent_id, rounds, home, holdings, totals, tip, *of_session = answer
-    ttl_ms, ttft_s, itl_s, expected = of_session
+    ttl_ms, ttft_s, itl_s, expected, replaces = of_session
     return Claimed(
         round_id=round_id,
         fence=int(fence),
@@ -60,6 +60,7 @@ def read_claim(round_id: str, answer: Sequence[Any]) -> Claimed:
         slo_ttft_s=float(ttft_s or 0.0),
         slo_itl_s=float(itl_s or 0.0),
         expected_rounds=int(expected or 0),
+        replaces=replaces,
     )
 
 

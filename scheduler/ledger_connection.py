@@ -6,6 +6,8 @@ percent-encoded in keys, so that no name can reach another's record:
     {antiphon:F}:fence              hash   epoch, last fence given
     {antiphon:F}:sess:TENANT:ID     hash   a session, with the lease of the round in flight; TTL
     {antiphon:F}:round:ID           hash   the session that a round was claimed in, whether it is done; TTL
+    {antiphon:F}:call:DIGEST        hash   a client's call that may be made again: its latest round; TTL
+    {antiphon:F}:answer:DIGEST      string what a call with an idempotency key was answered; TTL
     {antiphon:F}:res:TENANT:HASH    hash   engine id -> "incarnation|tokens"; TTL
     {antiphon:F}:replica:ID, totals:ID     a replica's heartbeat, and what it has reserved; TTL
     {antiphon:F}:chain:SCOPE:VALUE  string whose conversation has come there; turn:SCOPE:VALUE: ended so; TTL
@@ -38,18 +40,20 @@ RETRY_AFTER_S = 1.0
 """A ledger that failed is not asked again before this."""
 
 SCRIPTS = {
-    "claim": ("reading", "records", "claim"),
-    "look": ("reading", "look"),
-    "rehome": ("rehome",),
-    "complete": ("records", "complete"),
-    "release": ("records", "release"),
-    "heartbeat": ("heartbeat",),
+    "claim": ("leases", "reading", "records", "claim"),
+    "look": ("leases", "reading", "look"),
+    "rehome": ("leases", "rehome"),
+    "complete": ("leases", "records", "complete"),
+    "release": ("leases", "records", "release"),
+    "heartbeat": ("leases", "heartbeat"),
+    "answer_keep": ("answer_keep",),
     "remember": ("remember",),
     "session_put": ("records", "session_put"),
-    "session_close": ("reading", "session_close"),
+    "session_close": ("leases", "session_close"),
     "respond": ("respond",),
     "limit": ("limit",),
     "log_append": ("log_append",),
+    "log_fence": ("log_fence",),
     "log_keep": ("log_keep",),
     "log_read": ("log_read",),
 }
@@ -62,6 +66,10 @@ class LedgerUnavailable(Exception):
 
 class RoundTaken(Exception):
     """The round runs on another live replica, or has ended: it must not run again."""
+
+
+class KeyReused(Exception):
+    """The call's idempotency key was used for another request."""
 
 
 class LedgerConnection:
@@ -98,13 +106,16 @@ class LedgerConnection:
         self._scripts = {name: self.redis.register_script(text) for name, text in self._texts.items()}
 
     async def call(self, call: Callable[[], Awaitable[T]]) -> T:
-        """One exchange; raises `LedgerUnavailable` for whatever goes wrong, `RoundTaken` from a script."""
+        """One exchange; raises `LedgerUnavailable` for whatever goes wrong, `RoundTaken` and `KeyReused` from
+        a script."""
         try:
             async with asyncio.timeout(self.deadline_s):
                 answer = await call()
         except ResponseError as error:
             if str(error).startswith("ROUNDTAKEN"):
                 raise RoundTaken(str(error)) from error
+            if str(error).startswith("KEYREUSED"):
+                raise KeyReused(str(error)) from error
             raise self._failed(f"refuses: {error}") from error
         except TimeoutError as error:
             raise self._failed(f"did not answer in {self.deadline_s:g} s") from error
@@ -164,6 +175,10 @@ class LedgerConnection:
 
     def round_key(self, round_id: str) -> str:
         return f"{self.tag}:round:{escaped(round_id)}"
+
+    def call_keys(self, digest: str) -> list[str]:
+        """What is known of a client's call, and its answer."""
+        return self.keys(f"call:{digest}", f"answer:{digest}")
 
     def session_key(self, tenant: str, session_id: str) -> str:
         return f"{self.tag}:sess:{escaped(tenant)}:{escaped(session_id)}"

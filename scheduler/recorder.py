@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved, RoundTaken
+from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved
 from antiphon.scheduler.messages import Claimed, ClaimLost, Receipt, Rehome, Reserved, Totals
 from antiphon.scheduler.rounds import RoundRequest
 
@@ -57,7 +57,7 @@ class Reservations:
 class Recorder:
     """One replica's side of the ledger, for one model.
 
-    Raises nothing: without a ledger rounds are degraded, not failed.
+    Raises nothing but what `claim` says: without a ledger rounds are degraded, not failed.
     """
 
     def __init__(
@@ -96,7 +96,10 @@ class Recorder:
     async def claim(
         self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
     ) -> Claimed | ClaimLost:
-        """`candidates`: (tokens, hash) of the places in the prompt at which residency is asked for."""
+        """`candidates`: (tokens, hash) of the places in the prompt at which residency is asked for.
+
+        Raises `RoundTaken` and `KeyReused`: the round must not run, with or without the ledger.
+        """
         try:
             claimed = await self._ledger.claim(
                 replica=self._replica,
@@ -110,8 +113,9 @@ class Recorder:
                 parent_id=request.parent_id,
                 own_ttl_s=request.hints.ttl_s,
                 final=request.final,
+                call=request.call,
             )
-        except (LedgerUnavailable, RoundTaken) as error:
+        except LedgerUnavailable as error:
             return ClaimLost(request.round_id, str(error))
         return _asked(request, self._own(claimed))
 
@@ -185,6 +189,7 @@ class Recorder:
                     receipt=receipt,
                     holdings=holdings,
                     ttl_s=self._config.session_ttl_s,
+                    call=request.call,
                 )
             except LedgerUnavailable as error:
                 log.warning("round %s is not recorded yet: %s", receipt.round_id, error)

@@ -15,6 +15,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from antiphon.scheduler.answers import Calls
 from antiphon.scheduler.api_keys import KeyRing, LedgerKeys
 from antiphon.scheduler.config import Config, masked
 from antiphon.scheduler.errors import UserError
@@ -96,6 +97,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         store,
         responses,
         conversations,
+        Calls(ledger.connection),
         replica.session_ended,
     )
     server = _Server(

@@ -1,6 +1,7 @@
 """Token logs: what was said in each session, in Redis, so that any replica can go on with it.
 
     {antiphon:F:TENANT:ID}:log    list   header, then an entry per round (`conversation.Entry`), msgpack; TTL
+    {antiphon:F:TENANT:ID}:fence  string   the newest claim that writes there; TTL
 
 Each session has a hash tag of its own. A fork's header says whose log it begins with, and how much of it:
 nothing is copied. The conversations used last are kept in memory, within a bound; of those only what other
@@ -21,7 +22,7 @@ import msgspec
 from antiphon.scheduler.conversation import Conversation, Entry, Said
 from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, escaped
 
-__all__ = ["HistoryLost", "LedgerUnavailable", "TokenLogs"]
+__all__ = ["FencedOff", "HistoryLost", "LedgerUnavailable", "TokenLogs"]
 
 STAMP_BYTES = 12
 MAX_ANCESTORS = 64
@@ -33,6 +34,10 @@ REWRITE_FACTOR = 4
 
 class HistoryLost(Exception):
     """The session was there, and what was said in it is not any more."""
+
+
+class FencedOff(Exception):
+    """A newer claim of the session writes its log now."""
 
 
 class _Header(msgspec.Struct, frozen=True, array_like=True):
@@ -96,13 +101,21 @@ class TokenLogs:
         return self._remember(_replayed(known, entries))
 
     async def add(
-        self, base: Conversation, session_id: str, said: Said, ttl_s: float, *, replaces: bool = True
+        self,
+        base: Conversation,
+        session_id: str,
+        said: Said,
+        ttl_s: float,
+        *,
+        replaces: bool = True,
+        fence: int = 0,
     ) -> Conversation:
         """Store a round of `session_id` that went on from `base`, which may be another session's: then this
         one becomes its fork. Raises `LedgerUnavailable`.
 
         When another round was added meanwhile, this one's conversation takes the place of both if it
         `replaces`; else nothing is stored (`HistoryLost`): whoever only adds must not undo what others said.
+        Nor is anything stored for a round whose claim, named by its `fence`, is not the newest (`FencedOff`).
         """
         self._connection.not_if_it_failed()
         tenant, ttl_ms = base.tenant, max(1, round(ttl_s * 1000))
@@ -112,20 +125,31 @@ class TokenLogs:
             target, expected = _forked(base, session_id), 0
         if not target.header or _mostly_gone(target, said):
             target, expected, ours = anew, -1 if target.header else 0, said.alone(base)
-        if not await self._append(target, expected, ours, ttl_ms):
+        if not await self._append(target, expected, ours, ttl_ms, fence):
             if not replaces:
                 self._forget((tenant, session_id))
                 raise HistoryLost("another round of the session was added meanwhile")
             target, ours = anew, said.alone(base)
-            await self._append(target, -1, ours, ttl_ms)
+            await self._append(target, -1, ours, ttl_ms, fence)
         for ancestor in target.ancestors:
             await self._connection.script("log_keep", [self._key(tenant, ancestor)], [ttl_ms])
         return self._remember(target.add(ours.entry(target), ours))
 
-    async def _append(self, target: Conversation, expected: int, said: Said, ttl_ms: int) -> bool:
-        key, entry = self._key(target.tenant, target.session_id), _encoder.encode(said.entry(target))
-        arguments: list[Any] = [target.header, expected, entry, ttl_ms]
-        return bool(await self._connection.script("log_append", [key], arguments))
+    async def _append(self, target: Conversation, expected: int, said: Said, ttl_ms: int, fence: int) -> bool:
+        where = target.tenant, target.session_id
+        arguments: list[Any] = [target.header, expected, _encoder.encode(said.entry(target)), ttl_ms, fence]
+        keys = [self._key(*where), self._fence_key(*where)]
+        answer = await self._connection.script("log_append", keys, arguments)
+        if answer < 0:
+            self._forget(where)
+            raise FencedOff("a retry of this round has its place")
+        return bool(answer)
+
+    async def fence_off(self, tenant: str, session_id: str, fence: int, ttl_s: float) -> None:
+        """Let no round with an older claim write any more. Raises `LedgerUnavailable`."""
+        self._connection.not_if_it_failed()
+        arguments = [fence, max(1, round(ttl_s * 1000))]
+        await self._connection.script("log_fence", [self._fence_key(tenant, session_id)], arguments)
 
     async def fork(self, tenant: str, parent: str, child: str, ttl_s: float) -> bool:
         """Let `child` begin with all that was said in `parent`; False if nothing was (or it is a fork of
@@ -190,6 +214,9 @@ class TokenLogs:
 
     def _key(self, tenant: str, session_id: str) -> str:
         return f"{{antiphon:{self._fleet}:{escaped(tenant)}:{escaped(session_id)}}}:log"
+
+    def _fence_key(self, tenant: str, session_id: str) -> str:
+        return self._key(tenant, session_id).removesuffix("log") + "fence"
 
     # ---------------------------------------------------------------- memory
 

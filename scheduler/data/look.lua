@@ -10,6 +10,5 @@ if not record[1] and ARGV[3] ~= '' then
     record = redis.call('HMGET', ARGV[3], '', 'session_id', '', 'home', 'tip', 'want_ttft_s', 'want_itl_s', '')
     record[2] = ARGV[4]
 end
-local lease = redis.call('HMGET', KEYS[2], 'lease_round', 'lease_replica', 'lease_until')
-return {record[1] and 1 or 0, holds(lease) and 1 or 0, record[2] or '', record[3] or '0', record[4] or '',
+return {record[1] and 1 or 0, read_lease(KEYS[2]).state == HELD and 1 or 0, record[2] or '', record[3] or '0', record[4] or '',
     read_holdings(3), read_totals(KEYS[1]), record[5] or '', record[6] or '', record[7] or '', record[8] or ''}

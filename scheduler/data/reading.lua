@@ -1,20 +1,4 @@
--- What `claim` and `look` read alike; stands in front of both.
---
--- ARGV  1 key prefix of the fleet, 2 replica
-local prefix, replica = ARGV[1], ARGV[2]
-local clock = redis.call('TIME')
-local now_us = clock[1] * 1000000 + clock[2]
-local now_ms = math.floor(now_us / 1000)
-
-local function alive(other)
-    return other == replica or redis.call('EXISTS', prefix .. ':replica:' .. other) == 1
-end
-
--- A lease is three fields of the session record. It holds while `lease_until` lies ahead and its replica's
--- heartbeat key lives; our own leases need no heartbeat: we are alive.
-local function holds(lease)
-    return lease[1] and tonumber(lease[3]) > now_ms and alive(lease[2])
-end
+-- What `claim` and `look` read alike; stands behind leases.lua.
 
 -- {engine, value, ...}: the longest prefix of each engine (and incarnation: the caller knows which one lives),
 -- from the residency keys, longest first. With `ttl_ms` those that say something are kept for so much longer.

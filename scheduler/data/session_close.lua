@@ -6,7 +6,7 @@
 local record = redis.call('HMGET', KEYS[1], 'session_id', 'closed_ms', 'closing', 'home')
 if not record[1] then return {'unknown', 0, ''} end
 if record[2] then return {'closed', 0, record[4] or ''} end
-if holds(redis.call('HMGET', KEYS[1], 'lease_round', 'lease_replica', 'lease_until')) then
+if read_lease(KEYS[1]).state == HELD then
     redis.call('HSET', KEYS[1], 'closing', 'at_once')
     return {'closing', record[3] == 'at_once' and 0 or 1, record[4] or ''}
 end

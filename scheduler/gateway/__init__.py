@@ -4,6 +4,7 @@ app.py         the ASGI app: routes, health, metrics, receipts
 completions.py one completion request: submitted and answered, or explained
 intake.py      before that: read whole, checked, made a round
 requests.py    checks of what clients send
+retried.py     requests that are made again: of which call they are a try, answers that are given again
 identity.py    whose round it is: the session id
 sessions.py    the resource /v1/sessions: made, looked at, changed, forked, closed
 session_fields.py  what a request says of its session: the signals that name it, and hints

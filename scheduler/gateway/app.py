@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from antiphon.scheduler.answers import Calls
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, invalid, model_not_found, permission_denied
 from antiphon.scheduler.gateway.caller import current_caller
@@ -90,6 +91,7 @@ def create_app(
     store: SessionStore | None = None,
     responses: ResponseStore | None = None,
     conversations: Conversations | None = None,
+    calls: Calls | None = None,
     on_session_ended: Callable[[str, str], None] = lambda tenant, session_id: None,
 ) -> ASGIApp:
     """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it.
@@ -107,7 +109,7 @@ def create_app(
         on_identified=lambda kind: metrics.identified.labels(kind).inc(),
         on_failed=metrics.identity_lookups_failed.inc,
     )
-    intake = Intake(tokenizers, config, state, access.salts, identifier, conversations)
+    intake = Intake(tokenizers, config, state, access.salts, identifier, conversations, calls)
     runner = LimitedRunner(runner, access.limits)
     chat, completion = (
         CompletionRoute(path, runner, intake, config, metrics) for path in (CHAT_ROUTE, COMPLETION_ROUTE)

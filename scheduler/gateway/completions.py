@@ -20,10 +20,12 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from antiphon.scheduler.answers import KeptAnswer
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, deadline_exceeded, from_refusal, stream_broke
 from antiphon.scheduler.gateway import relay
 from antiphon.scheduler.gateway.intake import Checked, ClientGone, Intake, endpoint_of
+from antiphon.scheduler.gateway.retried import REPLAYED_HEADER, replayed
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.rounds import RoundBroke, RoundHandle, RoundRefused, RoundRunner
 
@@ -36,6 +38,10 @@ LOG_FIELDS = "antiphon.log"
 """Key in the ASGI scope: a dict whose entries end up in the request's log line."""
 CLOSING_DEADLINE_S = 5.0
 """For telling a client that its stream failed."""
+
+
+Events = AsyncGenerator[relay.Event, None]
+Headings = list[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
@@ -83,6 +89,10 @@ class CompletionRoute:
         headers, round_id = Headers(scope=scope), scope[ROUND_ID]
         checked = await self._intake.check(self._route, raw, headers, round_id, append_to)
         request = checked.request
+        if checked.kept is not None:
+            scope[LOG_FIELDS]["replayed"] = True
+            await self._send(replayed(checked.kept), checked, send, progress, _kept_headers(checked.kept))
+            return
         fields: dict[str, Any] = scope[LOG_FIELDS]
         fields |= {"session": request.session_id, "round_id": request.round_id}
         deadline_s = self._deadline_s
@@ -91,7 +101,9 @@ class CompletionRoute:
                 await handle.start()
                 progress.phase = "answering"
                 fields |= {"session": handle.session_id, "round": handle.round_number, "arm": handle.arm}
-                await (self._stream if checked.form.stream else self._whole)(handle, checked, send, progress)
+                await self._intake.conversations.took_over(handle)
+                headers = _round_headers(handle)
+                await self._send(self._events(handle, checked), checked, send, progress, headers)
         except RoundRefused as refusal:
             raise from_refusal(refusal) from refusal
         except RoundBroke as broke:
@@ -99,30 +111,50 @@ class CompletionRoute:
         except TimeoutError:
             await self._fail(deadline_exceeded(deadline_s), send, progress)
 
-    def _events(self, handle: RoundHandle, checked: Checked) -> AsyncGenerator[relay.Event, None]:
-        return relay.events(handle, checked.form, partial(self._intake.keep, checked, handle))
+    def _events(self, handle: RoundHandle, checked: Checked) -> Events:
+        events = relay.events(handle, checked.form, partial(self._intake.keep, checked, handle))
+        call = checked.request.call
+        if call is None or not call.exactly:
+            return events
+        told = {name.decode(): value.decode() for name, value in _round_headers(handle)}
+        return self._intake.retries.keeping(events, call, checked.request.round_id, told)
 
-    async def _stream(self, handle: RoundHandle, checked: Checked, send: Send, progress: _Progress) -> None:
+    async def _send(
+        self,
+        events: Events,
+        checked: Checked,
+        send: Send,
+        progress: _Progress,
+        headers: Headings,
+    ) -> None:
+        async with contextlib.aclosing(events):
+            await (self._stream if checked.form.stream else self._whole)(
+                events, checked, send, progress, headers
+            )
+
+    async def _stream(
+        self, events: Events, checked: Checked, send: Send, progress: _Progress, about: Headings
+    ) -> None:
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
-            *_round_headers(handle),
+            *about,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         progress.started = True
-        async with contextlib.aclosing(self._events(handle, checked)) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": relay.frame(event), "more_body": True})
+        async for event in events:
+            await send({"type": "http.response.body", "body": relay.frame(event), "more_body": True})
         await send({"type": "http.response.body", "body": relay.DONE, "more_body": False})
 
-    async def _whole(self, handle: RoundHandle, checked: Checked, send: Send, progress: _Progress) -> None:
-        async with contextlib.aclosing(self._events(handle, checked)) as events:
-            content = msgspec.json.encode(await relay.fold(events, checked.form))
+    async def _whole(
+        self, events: Events, checked: Checked, send: Send, progress: _Progress, about: Headings
+    ) -> None:
+        content = msgspec.json.encode(await relay.fold(events, checked.form))
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(content)).encode()),
-            *_round_headers(handle),
+            *about,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         progress.started = True
@@ -192,7 +224,12 @@ async def _raise_when_gone(receive: Receive) -> None:
     raise ClientGone
 
 
-def _round_headers(handle: RoundHandle) -> list[tuple[bytes, bytes]]:
+def _kept_headers(answer: KeptAnswer) -> Headings:
+    told = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+    return [*told, REPLAYED_HEADER]
+
+
+def _round_headers(handle: RoundHandle) -> Headings:
     return [
         (b"x-session-id", handle.session_id.encode()),
         (b"x-session-round", str(handle.round_number).encode()),

@@ -31,7 +31,7 @@ from antiphon.scheduler.gateway.prompts import (
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.rounds import RoundHandle
 from antiphon.scheduler.session_store import LedgerUnavailable, SessionStore
-from antiphon.scheduler.token_log import HistoryLost, TokenLogs
+from antiphon.scheduler.token_log import FencedOff, HistoryLost, TokenLogs
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Conversations:
         ttl_s = ttl_s or self._ttl_s
         end, fresh = self._trail(spoken, said, ttl_s)
         logged, found = await asyncio.gather(
-            self._logs.add(spoken.base, handle.session_id, said, ttl_s, replaces=not spoken.appended),
+            self._add(spoken, handle, said, ttl_s),
             self._remember(spoken.asked.scope, end, fresh, handle.session_id, ttl_s),
             return_exceptions=True,
         )
@@ -224,6 +224,33 @@ class Conversations:
         if isinstance(found, BaseException):
             warnings.append(_failed(found, NOT_FINDABLE, handle.session_id))
         return tuple(warnings)
+
+    async def _add(self, spoken: Spoken, handle: RoundHandle, said: Said, ttl_s: float) -> Conversation:
+        """To the log. A retry takes the place of a first try that wrote while this one was prepared."""
+        assert self._logs is not None
+        session_id, fence, replaces = handle.session_id, handle.fence, not spoken.appended
+        try:
+            return await self._logs.add(spoken.base, session_id, said, ttl_s, replaces=replaces, fence=fence)
+        except HistoryLost:
+            call = handle.request.call
+            if call is None or not call.again:
+                raise
+            found = await self._logs.load(spoken.asked.tenant, session_id)
+            before = found.before(said.messages)
+            if before is found or before.messages != spoken.base.messages:
+                raise
+            return await self._logs.add(before, session_id, said, ttl_s, replaces=False, fence=fence)
+
+    async def took_over(self, handle: RoundHandle) -> None:
+        """The round is a retry and has the session: its first try, if it still runs, writes no more."""
+        call = handle.request.call
+        if self._logs is None or call is None or not call.again or not handle.fence:
+            return
+        try:
+            ttl_s = handle.expires_in_s or self._ttl_s
+            await self._logs.fence_off(handle.request.tenant, handle.session_id, handle.fence, ttl_s)
+        except LedgerUnavailable as error:
+            log.info("the log is not fenced: %s", error, extra={"session": handle.session_id})
 
     def _trail(self, spoken: Spoken, said: Said, ttl_s: float) -> tuple[Trail, int | None]:
         """The conversation's end, and how many of its last values are new; None = all are to be written."""
@@ -251,7 +278,7 @@ async def _off_loop(chars: int, work: Any) -> history.Plan:
 
 
 def _failed(error: BaseException, warning: str, session_id: str) -> str:
-    if not isinstance(error, LedgerUnavailable | HistoryLost):
+    if not isinstance(error, LedgerUnavailable | HistoryLost | FencedOff):
         log.error("a round is not remembered, by a bug", exc_info=error)
     else:
         log.warning("%s: %s", warning, error, extra={"session": session_id})

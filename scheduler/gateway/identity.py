@@ -44,7 +44,8 @@ class Identity:
     identified_by: str
     """Which signal won: "header:x-session-id", "body:session.id", "body:session_id", "header:<alias>",
     "body:<alias>", "path" (of the request), "prefix" (goes on where a session ended), "prefix:fork" (branches
-    off one), "prefix:compaction" (goes on, with early messages rewritten) or "new"."""
+    off one), "prefix:compaction" (goes on, with early messages rewritten), "retry" (is one, of a call with an
+    idempotency key) or "new"."""
     tenant: str = DEFAULT_TENANT
     parent_id: str | None = None
     final: bool = False

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from antiphon.engines.prompt import Prompt
+from antiphon.scheduler.answers import Calls, KeptAnswer
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import (
     ApiError,
@@ -44,6 +45,7 @@ from antiphon.scheduler.gateway.requests import (
     ChatBody,
     CompletionBody,
 )
+from antiphon.scheduler.gateway.retried import Retries
 from antiphon.scheduler.gateway.salts import CacheSalts
 from antiphon.scheduler.gateway.session_fields import read_said
 from antiphon.scheduler.hints import Hints, Slos, targets
@@ -108,6 +110,8 @@ class Checked:
     targets: Slos
     spoken: Spoken | None = None
     """Of a chat: what its prompt was made of."""
+    kept: KeptAnswer | None = None
+    """It was asked before, and this was the answer."""
 
 
 class Intake:
@@ -121,7 +125,9 @@ class Intake:
         salts: CacheSalts,
         identifier: Identifier,
         conversations: Conversations | None = None,
+        calls: Calls | None = None,
     ) -> None:
+        self.retries = Retries(calls)
         self.conversations = conversations or Conversations()
         self._salts = salts
         self._identifier = identifier
@@ -159,14 +165,15 @@ class Intake:
         identity = await self._identifier.identify(
             said.headers, said.signals, tenant, hints.final, conversation, path_id=append_to
         )
+        tried = await self.retries.tried(said.headers, tenant)
+        identity = tried.identity(identity)
         if hints.must_exist and not append:
             await self._identifier.must_be_open(identity)
         tokenizer = await self.tokenizer(model)
         spoken = None
         if isinstance(body, ChatBody):
-            again = said.headers.get("x-stainless-retry-count", "0") != "0"
             body, spoken = await self._speak(
-                tokenizer, body, identity, hints, model, append=append, again=again
+                tokenizer, body, identity, hints, model, append=append, again=tried.again
             )
             ids = spoken.prompt
         else:
@@ -174,6 +181,9 @@ class Intake:
         limit = requests.output_limit(body, len(ids), self.window_tokens(tokenizer, model))
         scheduler = self._config.scheduler
         slos = targets(hints, Slos(scheduler.slo_ttft_s, scheduler.slo_itl_s))
+        fields = requests.engine_fields(body, limit)
+        form = _form(body, round_id, identity.identified_by, hints.warnings)
+        call = tried.call(route, model.key, identity, body, ids, form, fields)
         request = RoundRequest(
             round_id=round_id,
             session_id=identity.session_id,
@@ -181,7 +191,7 @@ class Intake:
             path=route,
             prompt=ids,
             served_tokens=spoken.served_tokens if spoken is not None else 0,
-            body=requests.engine_fields(body, limit),
+            body=fields,
             max_output_tokens=limit,
             slo_ttft_s=slos.ttft_s,
             slo_itl_s=slos.itl_s,
@@ -191,11 +201,11 @@ class Intake:
             final=identity.final,
             model=model.key,
             hints=hints,
+            call=call,
         )
-        form = _form(body, round_id, identity.identified_by, hints.warnings)
         if isinstance(body, CompletionBody) and body.echo and isinstance(prompt, str):
             form = replace(form, echo=await _echo(tokenizer, ids, prompt))
-        return Checked(request, form, slos, spoken)
+        return Checked(request, form, slos, spoken, tried.answer(call))
 
     async def keep(self, checked: Checked, handle: RoundHandle, message: dict[str, Any]) -> tuple[str, ...]:
         """Remember a chat's round that ended with this message; warnings for the client."""
