@@ -1,9 +1,9 @@
 """Going on with an answer that broke: which rounds can, from where, and what of the rest the client has.
 
 An engine's incremental detokeniser holds back what may still change: half a character, and with it the words
-before it. So an event is a seam only if its text surely is that of all tokens up to it. An answer goes on
-from the last seam; text and tokens that the client has beyond it are generated again, compared and left out.
-What comes out otherwise than before is an error, never shown. No clock, no I/O.
+before it. So only an event of one token is a seam, whose text surely is that of all up to it. An answer goes
+on from the last seam; text and tokens that the client has beyond it are generated again, compared and left
+out. What comes out otherwise than before is an error, never shown. No clock, no I/O.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Said:
     text: list[str] = field(default_factory=list)
     finished: bool = False
     """A finish reason went out."""
+    _has_role: bool = False
     odd: str = ""
     """Why what was sent does not allow to go on."""
     kept_ids: int = 0
@@ -86,6 +87,8 @@ class Said:
     kept_chars: int = 0
     _seams: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
     """The last ones: (ids, characters) up to them."""
+    _seam: tuple[int, int] = (0, 0)
+    """The latest, which counts when its event has been sent."""
     _at_ids: int = 0
     """How far the present call has come in the answer: less than the client has, at first."""
     _at_chars: int = 0
@@ -106,7 +109,7 @@ class Said:
 
     def begin(self) -> None:
         """A call is made that goes on from the seam."""
-        self._at_ids, self._at_chars = self.kept_ids, self.kept_chars
+        self._at_ids, self._at_chars = self._seam = self.kept_ids, self.kept_chars
         if not self._whole:
             self.text = ["".join(self.text)]
             self._known = self.text[0]
@@ -118,8 +121,9 @@ class Said:
         choice = _choice(chunk)
         said = _text(choice, self.chat)
         self._at_chars += len(said)
-        if said and chunk.token_ids and is_sure(said[-1]) and self._seams[-1][0] < self._at_ids:
-            self._seams = [self._seams[-1], (self._at_ids, self._at_chars)]
+        one = len(chunk.token_ids) == 1  # of several, the last ones may be held back behind the others' text
+        if one and said and is_sure(said[-1]):
+            self._seam = self._at_ids, self._at_chars
         if self._whole:
             return chunk
         ids, known = chunk.token_ids, self.ids[before[0] : self._at_ids]
@@ -132,6 +136,8 @@ class Said:
     def sent(self, chunk: Chunk) -> None:
         """This went out to the client, or into its buffer: it is kept for it, whatever happens."""
         self.ids += chunk.token_ids
+        if self._seam[0] > self._seams[-1][0]:
+            self._seams = [self._seams[-1], self._seam]
         choice = _choice(chunk)
         if choice is None:
             return
@@ -141,6 +147,7 @@ class Said:
         if choice.get("finish_reason"):
             self.finished = True
         delta = choice.get("delta")
+        self._has_role = self._has_role or bool(delta and delta.get("role"))
         if delta and (delta.get("reasoning_content") or delta.get("tool_calls")):
             self.odd = "the engine parses the answer"
 
@@ -168,7 +175,8 @@ class Said:
         fitted = dict(choice)
         if self.chat:
             delta = dict(choice.get("delta") or {})
-            delta.pop("role", None)
+            if self._has_role:
+                delta.pop("role", None)
             if "content" in delta:
                 delta["content"] = text
             fitted["delta"] = delta
