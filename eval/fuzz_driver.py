@@ -126,6 +126,8 @@ class ModelDriver:
         assert command.rid not in self._rids, f"{command}: a rid that was used before"
         assert command.rid.startswith(round_id), f"{command}: a rid of another round"
         self._rids.add(command.rid)
+        latest_s = self.config.first_token_deadline_s + 1e-6
+        assert 0 < command.deadline_s <= latest_s, f"{command}: a deadline beyond that of the round"
         if isinstance(command, Prefill):
             busy = [call for call in self.calls.values() if isinstance(call, Prefill)]
             here = sum(call.engine_id == command.engine_id for call in busy)

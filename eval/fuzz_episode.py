@@ -105,6 +105,9 @@ class Episode:
             first_token_deadline_s=rng.choice([4.0, 60.0]),
             session_ttl_s=rng.choice([5.0, 3600.0]),
             max_sessions=rng.choice([3, 1000]),
+            call_floor_s=rng.choice([0.5, 10.0]),
+            breaker_failures=rng.choice([1, 2, 3]),
+            breaker_open_s=rng.choice([0.1, 2.0]),
         )
         pools = rng.choice([(2, 2), (1, 3), (3, 1), (1, 1), (0, 2), (4, 4)])
         names = [
@@ -233,6 +236,7 @@ class Episode:
         claim = self.world.answer(self.rng.choice([Claimed, ClaimLost]), arrival.round_id, None)
         core, now = self.core, self.now
         core.books.cluster(now)  # what ages by itself has aged
+        core.standings.refresh(now)
         deep = self.rng.randrange(DIGESTED // 5) == 0
         before = core_digest(core) if deep else b""
         foretold = core.explain(arrival, claim if isinstance(claim, Claimed) else None, now)

@@ -184,7 +184,10 @@ class World:
             pages = asked if rng.random() < 0.6 else rng.randrange(0, asked + 1)
             pulled = rng.randrange(0, pages + 1)
             reason = "" if pages == asked else "late"
-            return PrefetchDone(round_id, engine_id, pages, pulled, pulled * 2048, rng.random(), reason)
+            blamed = bool(reason) and rng.random() < 0.5
+            return PrefetchDone(
+                round_id, engine_id, pages, pulled, pulled * 2048, rng.random(), reason, blamed
+            )
         if kind is PrefillDone:
             return PrefillDone(round_id, self._cached(round_id))
         if kind is FirstToken:

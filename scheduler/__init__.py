@@ -10,7 +10,7 @@ Core (no clock, no I/O)
     sessions.py    what is remembered of sessions between rounds
     books.py       fleet, sessions and residency in one place: views, reservations, beliefs
     receipts.py    a round's receipt, from its record
-    standing.py    which engines can be counted on now: draining, suspect
+    standing.py    which engines and links can be counted on now: draining, suspect, shunned (breakers.py)
     attempts.py    what the core does with a round: decide, start, give up a try, end
     core.py        Scheduler.receive(event, now) -> commands; core_config.py is what it can be told
     corrections.py what the predictions for an engine are multiplied by; observer.py learns it from rounds,

@@ -39,6 +39,10 @@ from antiphon.scheduler.states import (
     Round,
 )
 
+INFINITY = float("inf")
+LEAST_S = 0.001
+"""A deadline that has passed already is told so."""
+
 
 class Attempts:
     """The rounds in flight and the books that they are entered in: the lower half of the core."""
@@ -48,7 +52,7 @@ class Attempts:
         self.ordering = ordering
         self.config = config
         self.books = Books(latency, config.session_ttl_s, config.max_sessions)
-        self.standings = Standings()
+        self.standings = Standings(config)
         self.rounds: dict[str, Round] = {}
         self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._commands: list[Command] = []
@@ -62,7 +66,7 @@ class Attempts:
         self.standings.refresh(now)
         retry = round.first_token_s is None  # better the same engine again than no answer
         view = self.books.view(round, now)
-        answer, view = decide(self.policy, self.standings, view, cluster, retry=retry)
+        answer, view = decide(self.policy, self.standings, view, cluster, now, retry=retry)
         round.excluded &= view.excluded
         if isinstance(answer, Reject):
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
@@ -73,6 +77,7 @@ class Attempts:
         round.tries.append(Try(answer))
         round.history_tokens = view.held(answer.home)
         self.books.reserve(round, answer, view, now)
+        self.standings.placed(answer, round.round_id, now)
         if is_remote(answer.arm):
             self._enqueue(round, answer.prefill_engine, now)
             return
@@ -113,9 +118,9 @@ class Attempts:
         book.in_flight.add(round.round_id)
         if round.source is not None:
             pages = self.books.held_by(round, round.source) // round.arrived.page_size_tokens
-            if pages > 0 and self._may_read(round, placement.prefill_engine, round.source):
+            if pages > 0 and self._may_read(round, placement.prefill_engine, round.source, now):
                 round.enter(PULLING, now)
-                self._prefetch(round, placement.prefill_engine, round.source, pages)
+                self._prefetch(round, placement.prefill_engine, round.source, pages, now)
                 return
             self.books.transfer_over(round.round_id, placement.prefill_engine, round.source)
         self._prefill(round, now)
@@ -125,9 +130,9 @@ class Attempts:
         assert round.placement is not None
         home, source, held = round.placement.home, round.source, round.history.get
         more = source is not None and held(source, 0) > held(home, 0)
-        if more and source is not None and self._may_read(round, home, source):
+        if more and source is not None and self._may_read(round, home, source, now):
             round.enter(PUSHING, now)
-            self._prefetch(round, home, source, held(source, 0) // round.arrived.page_size_tokens)
+            self._prefetch(round, home, source, held(source, 0) // round.arrived.page_size_tokens, now)
         else:
             self._moved(round, now)
 
@@ -140,35 +145,63 @@ class Attempts:
         self.books.settle(round, home, round.arrived.prompt_tokens, now)
         self._generate(round, now)
 
-    def _may_read(self, round: Round, puller: str, source: str) -> bool:
+    def _may_read(
+        self, round: Round, puller: str, source: str, now: float, *, just_spoke: bool = False
+    ) -> bool:
         """Whether pages are to be fetched from there now; else they are recomputed and the receipt tells."""
-        why = self.standings.why_unread(puller, source)
+        why = self.standings.why_unread(puller, source, now, just_spoke=just_spoke)
         if why:
             round.notes.append(f"not fetched by {puller} from {source}: {why}")
         return not why
 
     # ---------------------------------------------------------------- acting
 
-    def _prefetch(self, round: Round, puller: str, source: str, pages: int) -> None:
+    def _prefetch(self, round: Round, puller: str, source: str, pages: int, now: float) -> None:
         """Fetch from the first page on: the puller skips what its store has, and only prefixes count."""
         tokens = pages * round.arrived.page_size_tokens
         deadline_s = max(self.config.transfer_floor_s, 4 * self.books.transfer_s(puller, source, tokens))
         book = self.books.fleet.books.get(source)
         incarnation = book.up.incarnation if book else ""
         round.rid = ""
+        self.standings.links.trying((puller, source), round.round_id, now)
         self._commands.append(Prefetch(round.round_id, puller, source, incarnation, 0, pages, deadline_s))
 
     def _prefill(self, round: Round, now: float) -> None:
         assert round.placement is not None
         round.enter(PREFILLING, now)
         round.rid = f"{round.round_id}-{len(round.tries):02d}p"
-        self._commands.append(Prefill(round.round_id, round.placement.prefill_engine, round.rid))
+        engine_id = round.placement.prefill_engine
+        deadline_s = self._call_s(round, engine_id, now)
+        self._commands.append(Prefill(round.round_id, engine_id, round.rid, deadline_s))
 
     def _generate(self, round: Round, now: float) -> None:
         assert round.placement is not None
         round.enter(GENERATING, now)
         round.rid = f"{round.round_id}-{len(round.tries):02d}g"
-        self._commands.append(Generate(round.round_id, round.placement.home, round.rid))
+        home = round.placement.home
+        deadline_s = self._call_s(round, home, now)
+        self._commands.append(Generate(round.round_id, home, round.rid, deadline_s))
+
+    def _call_s(self, round: Round, engine_id: str, now: float) -> float:
+        """How long a call for the first token may take, so that each try that is left has its share."""
+        left_s = max(0.0, round.deadline_s - now)
+        tries = self.config.max_tries - len(round.tries)
+        if tries <= 0:
+            return max(LEAST_S, left_s)
+        patience_s = self._patience_s(engine_id, round.arrived.slo_ttft_s)
+        return max(LEAST_S, min(patience_s, left_s / (tries + 1)))
+
+    def _patience_s(self, engine_id: str, target_s: float) -> float:
+        """How long the engine may bring nothing: by its target, and all prefills that it may do before.
+
+        Whoever has more to decode than it has room for lets rounds wait for the end of others: no prediction
+        covers that, so it is not to be hurried.
+        """
+        book, config = self.books.fleet.books[engine_id], self.config
+        if book.context_tokens + book.others.context_tokens > book.up.pool_tokens:
+            return INFINITY
+        booked_s = book.prefill_sum_s + book.others.prefill_s
+        return max(config.call_floor_s, config.call_slack * max(target_s, booked_s))
 
     def _abort(self, round: Round) -> None:
         """Stop the call under way. A queued round has none."""
@@ -177,7 +210,9 @@ class Attempts:
 
     def _give_up_try(self, round: Round, engine_id: str, failure: str, now: float) -> None:
         """Undo the present try; the caller then tries again or refuses."""
-        round.tries[-1] = replace(round.tries[-1], failure=f"{engine_id}: {failure}")
+        elapsed_s = now - round.tried_s
+        round.tries[-1] = replace(round.tries[-1], failure=f"{engine_id}: {failure}", elapsed_s=elapsed_s)
+        self.standings.round_left(round.round_id)
         round.excluded |= {engine_id}
         self.books.release(round, now)
         round.placement = round.source = None
@@ -212,9 +247,8 @@ class Attempts:
         if len(round.tries) < self.config.max_tries:
             self._place(round, now)
             return
-        failures = "; ".join(t.failure for t in round.tries)
         code = "no_engine_available" if round.all_unreachable else "upstream_failed"
-        self._refuse(round, code, f"{len(round.tries)} tries failed: {failures}", now)
+        self._refuse(round, code, f"{len(round.tries)} tries failed: {failures_of(round)}", now)
 
     def _refuse(
         self, round: Round, code: str, message: str, now: float, retry_after_s: float | None = None
@@ -235,9 +269,17 @@ class Attempts:
         receipt = make_receipt(round, outcome, now, finished)
         holdings = self.books.new_holdings(round, finished) if finished else ()
         self.books.release(round, now)
+        self.standings.round_left(round.round_id)
         if round.ends and outcome is Outcome.COMPLETED:
             self.books.session_over(round.session_key)
         round.enter(ENDED, now)
         del self.rounds[round.round_id]
         self.ended[outcome] += 1
         self._commands.append(Complete(round.round_id, outcome, receipt, receipt.home, holdings))
+
+
+def failures_of(round: Round) -> str:
+    """What was tried, in words: arm, engine and failure of each try, and how long it took."""
+    return "; ".join(
+        f"{t.placement.arm.value} on {t.failure} ({t.elapsed_s:.1f} s)" for t in round.tries if t.failure
+    )

@@ -32,6 +32,7 @@ def check_scheduler(core: Scheduler) -> None:
         assert not book.queue or len(book.in_flight) == limit, f"{engine_id}: its queue starves"
         _check_sums(engine_id, book)
         assert book.idle_tokens == sum(book.session_tokens.values()), f"{engine_id}: session tokens differ"
+    core.standings.check(core.rounds)
     if core.observer is not None:
         core.observer.check()
 

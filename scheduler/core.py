@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from antiphon.policies.base import MOVE, Ordering, Placement, Policy, Reject
 from antiphon.policies.latency import LatencyModel
-from antiphon.scheduler.attempts import Attempts
+from antiphon.scheduler.attempts import Attempts, failures_of
 from antiphon.scheduler.checks import check_scheduler
 from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.corrections import CorrectionConfig
@@ -112,6 +112,16 @@ class Scheduler(Attempts):
         """
         return explain(self.policy, self.books, self.standings, arrived, claimed, now)
 
+    def silence_s(self, round_id: str) -> float:
+        """How long the round's answer may bring nothing between two tokens, as things are now. Pure.
+
+        It waits for all prefills that its home does meanwhile, other rounds' too: ask again before giving up.
+        """
+        round = self.rounds.get(round_id)
+        if round is None or round.placement is None:
+            return self.config.call_floor_s
+        return self._patience_s(round.placement.home, round.arrived.slo_itl_s)
+
     def check_invariants(self) -> None:
         """Raise AssertionError when the books contradict each other. Tests call it after every event."""
         check_scheduler(self)
@@ -156,6 +166,7 @@ class Scheduler(Attempts):
     def _on_prefetch_done(self, round: Round, event: PrefetchDone, now: float) -> None:
         elapsed_s = now - round.entered_s
         self.books.hold(round, event.engine_id, event.pages)
+        self._learn_of_link(round, event, now)
         if event.reason:
             round.notes.append(f"{round.phase.value} on {event.engine_id}: {event.reason}")
         placement = round.placement
@@ -176,6 +187,15 @@ class Scheduler(Attempts):
             self.books.transfer_over(round.round_id, placement.home, placement.prefill_engine)
             self._generate(round, now)
 
+    def _learn_of_link(self, round: Round, event: PrefetchDone, now: float) -> None:
+        placement = round.placement
+        assert placement is not None
+        pulls = round.phase is PULLING or placement.arm is MOVE
+        source = (round.source or "") if pulls else placement.prefill_engine
+        failed = event.link_failed and source in self.books.fleet.books
+        came = event.pulled_pages > 0
+        self.standings.link_told((event.engine_id, source), round.round_id, failed=failed, came=came, now=now)
+
     def _on_prefill_done(self, round: Round, event: PrefillDone, now: float) -> None:
         assert round.placement is not None
         engine_id, pages = round.placement.prefill_engine, len(round.arrived.hashes)
@@ -185,11 +205,15 @@ class Scheduler(Attempts):
         round.prefill_cached_tokens = least
         self.books.prefill_over(round, engine_id)
         self.books.hold(round, engine_id, pages)
-        if pages:
+        self.standings.progressed(engine_id, now)
+        home = round.placement.home
+        if pages and self._may_read(round, home, engine_id, now, just_spoke=True):
             round.enter(PUSHING, now)
-            self._prefetch(round, round.placement.home, engine_id, pages)
-        else:
-            self._generate(round, now)  # nothing was owed either
+            self._prefetch(round, home, engine_id, pages, now)
+            return
+        if pages:
+            self.books.transfer_over(round.round_id, home, engine_id)
+        self._generate(round, now)
 
     def _on_client_gone(self, round: Round, event: ClientGone, now: float) -> None:
         self._abort(round)
@@ -203,6 +227,7 @@ class Scheduler(Attempts):
             round.first_token_s, round.answered_by = now, len(round.tries) - 1
         placement, books = round.placement, self.books.fleet.books
         home = books[placement.home]
+        self.standings.progressed(placement.home, now)
         home.drop_prefill(round.round_id)
         home.slacks.begin(round.round_id, home.prefill_sum_s)
         self.books.touch(placement.home)
@@ -216,6 +241,7 @@ class Scheduler(Attempts):
         broke = round.answered_by < len(round.tries) - 1  # an answer of two engines is no measure of one
         if event.completion_tokens > 1 and not event.reader_lagged and not broke:
             home.itl.add(now, (now - round.first_token_s) / (event.completion_tokens - 1))
+        self.standings.progressed(round.placement.home, now)
         tokens = round.prompt_tokens + event.completion_tokens
         self.books.settle(round, round.placement.home, tokens, now)
         self.books.answered(round, event.completion_tokens)
@@ -227,6 +253,8 @@ class Scheduler(Attempts):
     def _on_failed(self, round: Round, event: EngineFailed, now: float) -> None:
         if event.kind == "deadline":
             self._abort(round)
+        since_s = now - self.config.call_floor_s if round.phase is DECODING else round.entered_s
+        self.standings.engine_failed(event.engine_id, round.round_id, event.kind, since_s, now)
         if round.phase is DECODING:
             if isinstance(event.goes_on, GoesOn):
                 self._carry(round, event.goes_on, event.engine_id, f"{event.kind}: {event.message}", now)
@@ -260,8 +288,13 @@ class Scheduler(Attempts):
                 self._abort(round)
                 limit_s = self.config.first_token_deadline_s
                 message = f"no token within {limit_s:g} s (the round was {round.phase.value})"
+                if round.engine_id is not None and round.rid:
+                    since_s = round.entered_s
+                    self.standings.engine_failed(round.engine_id, round_id, "deadline", since_s, now)
                 if round.placement is not None:
                     self._give_up_try(round, round.engine_id or round.placement.prefill_engine, message, now)
+                if len(round.tries) > 1:
+                    message += f"; tried: {failures_of(round)}"
                 self._refuse(round, "upstream_failed", message, now)
 
     def _has_token(self, due_s: float, round_id: str) -> bool:

@@ -16,6 +16,15 @@ class CoreConfig:
     """A round without a token by then is refused."""
     transfer_floor_s: float = 0.5
     """Every transfer may take this long; a predicted longer one takes four times its prediction."""
+    call_floor_s: float = 10.0
+    """So long any call may wait for its first token, prefill or next token, while a further try has time."""
+    call_slack: float = 4.0
+    """A call may take so many times what is predicted of it, or its target, if that is longer."""
+    breaker_failures: int = 3
+    """In a row: then an engine, or the link between two, is left alone for a while."""
+    breaker_open_s: float = 1.0
+    """The first such pause; each further one in a row is twice as long."""
+    breaker_max_open_s: float = 30.0
     retry_after_s: float = 1.0
     session_ttl_s: float = 3600.0
     max_sessions: int = 100_000

@@ -115,6 +115,8 @@ class PrefetchDone(Struct, frozen=True, gc=False):
     pulled_bytes: int
     elapsed_s: float
     reason: str = ""
+    link_failed: bool = False
+    """The reason blames the way between the two engines, or the source: not what it has, nor our own room."""
 
 
 class PrefillDone(Struct, frozen=True, gc=False):
@@ -266,6 +268,8 @@ class Prefill(Struct, frozen=True, gc=False):
     round_id: str
     engine_id: str
     rid: str
+    deadline_s: float = 0.0
+    """Seconds from now."""
 
 
 class Generate(Struct, frozen=True, gc=False):
@@ -274,6 +278,8 @@ class Generate(Struct, frozen=True, gc=False):
     round_id: str
     engine_id: str
     rid: str
+    deadline_s: float = 0.0
+    """For the first token, in seconds from now. For the next ones: `Scheduler.silence_s`."""
 
 
 class Abort(Struct, frozen=True, gc=False):
@@ -346,6 +352,8 @@ class Try(Struct, frozen=True, gc=False):
 
     placement: Placement
     failure: str = ""
+    elapsed_s: float = 0.0
+    """How long a failed one took."""
 
 
 class Receipt(Struct, frozen=True, gc=False):

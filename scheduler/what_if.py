@@ -30,13 +30,13 @@ def explain(
     standings.refresh(now)
     round = new_round(arrived, now, now)
     if claimed is None:
-        return decide(policy, standings, books.view(round, now), books.cluster(now), retry=True)[0]
+        return decide(policy, standings, books.view(round, now), books.cluster(now), now, retry=True)[0]
     with_session(round, claimed)
     held = _held(books, round, claimed)
     home = books.claimed_home(round, claimed, held)
     view = _round_view(books, round, home, held, now)
     cluster = _cluster(books, round, claimed, home, now)
-    return decide(policy, standings, view, cluster, retry=True)[0]
+    return decide(policy, standings, view, cluster, now, retry=True)[0]
 
 
 def _held(books: Books, round: Round, claimed: Claimed) -> dict[str, int]:

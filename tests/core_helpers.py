@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from antiphon.engines.page_hash import page_hashes
 from antiphon.policies.base import (
     Arm,
@@ -25,6 +27,8 @@ from antiphon.scheduler.messages import (
     EngineUp,
     Event,
     FirstToken,
+    Generate,
+    Prefill,
     Reserved,
     RoundArrived,
     RoundFinished,
@@ -109,6 +113,8 @@ class Bench:
         self.policy = Chosen()
         self.core = scheduler(self.policy, ordering, **config)
         self.now = 0.0
+        self.deadlines_s: dict[str, float] = {}
+        """Of calls, by their rids: left out of what `send` returns."""
         self.send(engine_up("d0", "decode"))
         self.send(engine_up("p0", "prefill"))
 
@@ -116,7 +122,11 @@ class Bench:
         self.now += 0.1
         commands = self.core.receive(event, self.now)
         self.core.check_invariants()
-        return [c for c in commands if not isinstance(c, Reserved)]
+        told = [c for c in commands if not isinstance(c, Reserved)]
+        for command in told:
+            if isinstance(command, Prefill | Generate):
+                self.deadlines_s[command.rid] = command.deadline_s
+        return [replace(c, deadline_s=0.0) if isinstance(c, Prefill | Generate) else c for c in told]
 
     def place(
         self, round_id: str, *choice: Choice, tokens: int = 100, session: str = "s", first: int = 0
