@@ -37,9 +37,10 @@ async def claim(
 
 
 async def complete(ledger: Ledger, replica: str, claimed: Claimed, tenant: str = "t", **more: object) -> bool:
-    """Complete what was claimed; `more` are fields of the receipt, or holdings."""
+    """Complete what was claimed; `more` are fields of the receipt, holdings, fence or call."""
     holdings = more.pop("holdings", ())
     fence = more.pop("fence", claimed.fence)
+    call = more.pop("call", None)
     return await ledger.complete(
         replica=replica,
         fence=fence,  # type: ignore[arg-type]
@@ -48,6 +49,7 @@ async def complete(ledger: Ledger, replica: str, claimed: Claimed, tenant: str =
         receipt=receipt(claimed.round_id, claimed.session_id, **more),
         holdings=holdings,  # type: ignore[arg-type]
         ttl_s=TTL_S,
+        call=call,  # type: ignore[arg-type]
     )
 
 
