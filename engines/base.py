@@ -9,7 +9,7 @@ nothing by itself: call `abort(rid)`. Every method has a deadline and raises onl
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -149,8 +149,11 @@ class Engine(Protocol):
     ) -> PrefillResult:
         """Compute and keep the KV of `input_ids`, generate nothing (`max_new_tokens` 0)."""
 
-    def generate(self, request: GenerateRequest, *, deadline_s: float) -> AsyncGenerator[Chunk, None]:
-        """Stream one answer. `deadline_s` bounds the wait for the first and for each next event."""
+    def generate(
+        self, request: GenerateRequest, *, deadline_s: float, silence_s: Callable[[], float] | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """Stream one answer. `deadline_s` bounds the wait for the first event, `silence_s` that for each next
+        one (None: `deadline_s` again); it is asked anew before the wait is given up."""
 
     async def prefetch(
         self,

@@ -114,11 +114,14 @@ class HttpEngine:
         except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._nonsense("/generate", answer) from error
 
-    async def generate(self, request: GenerateRequest, *, deadline_s: float) -> AsyncGenerator[Chunk, None]:
+    async def generate(
+        self, request: GenerateRequest, *, deadline_s: float, silence_s: Callable[[], float] | None = None
+    ) -> AsyncGenerator[Chunk, None]:
         """Stream one answer; raises `EngineError`. Close the iterator if it is left early."""
         reader = stream.AnswerReader(request, self._name)
+        began_s = asyncio.get_running_loop().time()
         response = await self._open_stream(request.path, reader.body(), deadline_s)
-        events = _Events(response, self._name, deadline_s)
+        events = _Events(response, self._name, began_s, deadline_s, silence_s or (lambda: deadline_s))
         try:
             while not reader.done:
                 event = await events.next(started=reader.started)
@@ -334,12 +337,22 @@ class HttpEngine:
 
 
 class _Events:
-    """Server-sent events of one response, each waited for with the same deadline."""
+    """Server-sent events of one response: a deadline for the first, and one for the silence after each."""
 
-    def __init__(self, response: aiohttp.ClientResponse, name: str, deadline_s: float) -> None:
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        name: str,
+        began_s: float,
+        deadline_s: float,
+        silence_s: Callable[[], float],
+    ) -> None:
+        """The first event is due `deadline_s` after `began_s`, on the loop's clock."""
         self._response = response
         self._name = name
-        self._deadline_s = deadline_s
+        self._since_s = began_s
+        self._limit_s: Callable[[], float] = lambda: deadline_s
+        self._silence_s = silence_s
         self._parser = SseParser()
         self._ready: deque[SseEvent] = deque()
 
@@ -347,18 +360,24 @@ class _Events:
         """The next event, None at the end of the stream; raises `EngineError`."""
         if self._ready:
             return self._ready.popleft()
-        path = self._response.url.path
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                while not self._ready:
+        path, loop = self._response.url.path, asyncio.get_running_loop()
+        if started:
+            self._since_s, self._limit_s = loop.time(), self._silence_s
+        while not self._ready:
+            limit_s = self._limit_s()
+            try:
+                async with asyncio.timeout_at(self._since_s + limit_s):
                     received = await self._response.content.readany()
-                    if not received:
-                        return None
-                    self._ready.extend(self._parser.feed(received))
-        except SseError as error:
-            raise EngineError(FailureKind.BROKEN, f"{self._name}: {path}: {error}") from error
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise translated(error, self._name, path, self._deadline_s, started=started) from error
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                if isinstance(error, TimeoutError) and loop.time() < self._since_s + self._limit_s():
+                    continue  # meanwhile there is reason to wait longer
+                raise translated(error, self._name, path, limit_s, started=started) from error
+            if not received:
+                return None
+            try:
+                self._ready.extend(self._parser.feed(received))
+            except SseError as error:
+                raise EngineError(FailureKind.BROKEN, f"{self._name}: {path}: {error}") from error
         return self._ready.popleft()
 
     async def end(self) -> None:

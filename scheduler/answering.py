@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from antiphon.engines.base import Chunk, EngineError, FailureKind, GenerateRequest, Usage
@@ -68,7 +69,11 @@ class Answering:
             cache_salt=request.cache_salt,
         )
         started = False
-        async with aclosing(engine.generate(call, deadline_s=self._calls.deadlines.event_s)) as chunks:
+        most_s, silence_s = self._calls.deadlines.event_s, partial(self._core.silence_s, command.round_id)
+        answer = engine.generate(
+            call, deadline_s=command.deadline_s, silence_s=lambda: min(most_s, silence_s())
+        )
+        async with aclosing(answer) as chunks:
             async for chunk in chunks:
                 rest = said.rest(chunk, command.engine_id) if live.one_choice else chunk
                 if not started:

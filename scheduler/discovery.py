@@ -1,4 +1,4 @@
-"""Finds engines and watches them: registry and configuration -> EngineUp and EngineDown.
+"""Finds engines and watches them: registry and configuration -> EngineUp, EngineSuspect and EngineDown.
 
 One task polls the registry; every known engine has a task of its own that says hello, probes and, when the
 engine does not answer any more, goes back to saying hello. What an engine is comes from its hello; the record
@@ -19,7 +19,7 @@ from antiphon.engines.wire import Hello
 from antiphon.policies.base import Pool
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
-from antiphon.scheduler.messages import EngineDown, EngineUp
+from antiphon.scheduler.messages import EngineDown, EngineSuspect, EngineUp
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ class _Watch:
 class Discovery:
     """`engines` holds every engine that is up, by id; `run()` keeps it so until it is cancelled.
 
-    `on_event` is called on the loop, after `engines` has changed; `on_load` with every probe's answer.
+    `on_event` is called on the loop, after `engines` has changed; `on_load` with every probe's answer;
+    `on_suspect` when an engine that is up misses its first probe, and when it answers again.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Discovery:
         on_event: Callable[[EngineUp | EngineDown], None],
         static: Sequence[EngineRecord] = (),
         on_load: Callable[[str, LoadReport], None] | None = None,
+        on_suspect: Callable[[EngineSuspect], None] = lambda event: None,
         times: DiscoveryTimes | None = None,
         profiles: Mapping[str, LatencyModel] = MappingProxyType({}),
         model_of: Callable[[str, str], str | None] = lambda model_id, model_path: "",
@@ -91,6 +93,7 @@ class Discovery:
         self._on_event = on_event
         self._static = {record.engine_id: record for record in static}
         self._on_load = on_load
+        self._on_suspect = on_suspect
         self._times = times or DiscoveryTimes()
         self._profiles = profiles
         self._model_of = model_of
@@ -258,8 +261,12 @@ class Discovery:
                 failures += 1
                 if failures >= self._times.failures_to_down:
                     return f"{failures} probes failed; the last: {error}"
+                if failures == 1:
+                    self._suspect(watch, True, f"missed a probe: {error}")
                 continue
-            failures = 0
+            if failures:
+                failures = 0
+                self._suspect(watch, False, "answers its probes again")
             if self._on_load is not None:
                 self._on_load(watch.record.engine_id, load)
 
@@ -313,6 +320,12 @@ class Discovery:
             del self.engines[up.engine_id]
             log.warning("engine %s is down: %s", up.engine_id, reason)
             self._on_event(EngineDown(up.engine_id, up.incarnation, reason))
+
+    def _suspect(self, watch: _Watch, suspect: bool, why: str) -> None:
+        """Nothing new goes there until the next probe; rounds under way have deadlines of their own."""
+        if watch.up is not None:
+            log.warning("engine %s %s", watch.up.engine_id, why)
+            self._on_suspect(EngineSuspect(watch.up.engine_id, watch.up.incarnation, suspect))
 
     def _complain(self, watch: _Watch, what: str) -> None:
         if what != watch.said:

@@ -11,18 +11,19 @@ from antiphon.engines.base import Engine, EngineError, FailureKind
 from antiphon.scheduler.messages import Prefetch, PrefetchDone, Prefill, PrefillDone
 from antiphon.scheduler.rounds import LiveRound, seed_of
 
+NOT_THE_LINKS_FAULT = (
+    "the source has only", "store has room for only", "has no KV linker", "ranks, the source",
+    "is not connected any more", "the source is gone", "incarnation", "internal error",
+)  # fmt: skip
+"""What the reason of a prefetch says when it blames what the source has, or the puller itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallDeadlines:
-    """Of single calls, in seconds; what bounds a whole round is the core's.
+    """Of what no command has a deadline for, in seconds."""
 
-    A try must be able to fail while the round has time for another: these are shorter than the core's
-    deadline for a first token.
-    """
-
-    prefill_s: float = 40.0
     event_s: float = 40.0
-    """For the first and for each next event of an answer."""
+    """The most that an answer may bring nothing between two events, whatever the core expects."""
     abort_s: float = 5.0
     touch_s: float = 1.0
     prefetch_grace_s: float = 1.0
@@ -65,7 +66,8 @@ class EngineCalls:
         except (EngineError, TimeoutError) as error:
             reason = str(error) or f"no answer within {command.deadline_s:g} s"
             elapsed_s = time.monotonic() - started_s
-            return PrefetchDone(command.round_id, command.engine_id, 0, 0, 0, elapsed_s, reason)
+            blamed = blames_link(reason, 0)
+            return PrefetchDone(command.round_id, command.engine_id, 0, 0, 0, elapsed_s, reason, blamed)
         return PrefetchDone(
             command.round_id,
             command.engine_id,
@@ -74,6 +76,7 @@ class EngineCalls:
             result.pulled_bytes,
             result.elapsed_s,
             result.reason,
+            blames_link(result.reason, result.pulled_pages),
         )
 
     async def prefill(self, live: LiveRound, command: Prefill) -> PrefillDone:
@@ -82,7 +85,7 @@ class EngineCalls:
             command.rid,
             session_id=live.handle.session_id,
             cache_salt=live.request.cache_salt,
-            deadline_s=self.deadlines.prefill_s,
+            deadline_s=command.deadline_s,
         )
         return PrefillDone(command.round_id, result.cached_tokens)
 
@@ -98,3 +101,13 @@ class EngineCalls:
         pages = min(history_tokens // live.page_tokens, len(live.hashes))
         if engine is not None and engine.hello is not None and pages > 0:
             await engine.touch(live.hashes[pages - 1], deadline_s=self.deadlines.touch_s)
+
+
+def blames_link(reason: str, pulled_pages: int) -> bool:
+    """Whether a prefetch that ended so says that the way from the source is bad.
+
+    Some pages that came, and others too late, only say that it is slow. A wrong checksum always counts.
+    """
+    if not reason or (pulled_pages and "checksum" not in reason):
+        return False
+    return not any(words in reason for words in NOT_THE_LINKS_FAULT)

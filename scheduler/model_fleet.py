@@ -62,13 +62,13 @@ class ModelFleet:
                 session_ttl_s=config.ledger.session_ttl_s,
             ),
         )
-        # A try that hangs must leave time for another.
+        # An answer that hangs must leave time for another engine to go on with it.
         try_s = settings.first_token_deadline_s / settings.max_tries
         self.runtime = Runtime(
             self.core,
             recorder,
             engines,
-            deadlines=CallDeadlines(prefill_s=try_s, event_s=try_s),
+            deadlines=CallDeadlines(event_s=try_s),
             on_receipt=metrics.observe_receipt,
             on_ended=self._on_ended,
             on_unreachable=on_unreachable,

@@ -21,7 +21,7 @@ from antiphon.scheduler.errors import ledger_unavailable
 from antiphon.scheduler.gateway.app import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
-from antiphon.scheduler.messages import EngineDown, EngineUp, LoadReported, Receipt
+from antiphon.scheduler.messages import EngineDown, EngineSuspect, EngineUp, LoadReported, Receipt
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.model_fleet import ModelFleet
 from antiphon.scheduler.models import ONLY, Model, Models
@@ -60,6 +60,7 @@ class Replica:
             make_engine=lambda record: HttpEngine(record, fleet_key),
             on_event=self._on_engine_event,
             on_load=self._on_load,
+            on_suspect=self._on_suspect,
             profiles={name: load_latency_model(profile) for name, profile in profiles.items()},
             model_of=self._models.key_of_engine,
         )
@@ -169,11 +170,14 @@ class Replica:
     async def engines(self) -> Sequence[Item]:
         items: list[dict[str, Any]] = []
         for key, fleet in self._fleets.items():
-            views = fleet.core.books.fleet.views(fleet.runtime.now())
+            now = fleet.runtime.now()
+            views = fleet.core.books.fleet.views(now)
             for engine in self._engines(key):
                 record = engine.record
                 item = {"engine_id": record.engine_id, "url": record.url, "incarnation": record.incarnation}
                 item["deterministic"] = record.deterministic
+                item["standing"] = fleet.core.standings.words(record.engine_id, now)
+                item["links_not_closed"] = fleet.core.standings.links_of(record.engine_id, now)
                 view = views.get(record.engine_id)
                 if view is not None:
                     item |= structs.asdict(view) | {"pool": view.pool.value, "latency": view.latency.name}
@@ -208,6 +212,11 @@ class Replica:
         else:
             fleet = self._fleet_of.pop(event.engine_id)
         fleet.engine_changed(event, engine.hello if engine is not None else None)
+
+    def _on_suspect(self, event: EngineSuspect) -> None:
+        fleet = self._fleet_of.get(event.engine_id)
+        if fleet is not None:
+            fleet.runtime.post(event)
 
     def _on_load(self, engine_id: str, load: LoadReport) -> None:
         fleet = self._fleet_of.get(engine_id)

@@ -15,7 +15,7 @@ from collections.abc import Container
 from msgspec.structs import replace
 
 from antiphon.policies.base import MOVE, REMOTE_PULL, ClusterView, Placement, Policy, Reject, RoundView
-from antiphon.scheduler.breakers import Breakers
+from antiphon.scheduler.breakers import CLOSED, Breakers
 from antiphon.scheduler.core_config import CoreConfig
 
 NOBODY: frozenset[str] = frozenset()
@@ -113,6 +113,17 @@ class Standings:
         if self.engines.not_closed:
             for engine_id in (placement.home, placement.prefill_engine):
                 self.engines.trying(engine_id, round_id, now)
+
+    def words(self, engine_id: str, now: float) -> list[str]:
+        """For an operator: draining, suspect, and the state of its breaker unless that is closed."""
+        breaker = self.engines.state(engine_id, now)
+        said = {"draining": self.draining, "suspect": self.suspect}
+        return [word for word, whose in said.items() if engine_id in whose] + [breaker] * (breaker != CLOSED)
+
+    def links_of(self, puller: str, now: float) -> dict[str, str]:
+        """Source -> state of the breaker of the link to it, of those that are not closed."""
+        states = self.links.not_closed_now(now)
+        return {source: state for (to, source), state in sorted(states.items()) if to == puller}
 
     def check(self, rounds: Container[str]) -> None:
         """Raise AssertionError if something contradicts itself; `rounds` are those in flight."""

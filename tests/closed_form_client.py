@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -133,7 +133,9 @@ class ClosedFormClient:
         cached = request.cached_device_tokens + request.cached_host_tokens
         return PrefillResult(request.prompt_tokens, cached)
 
-    async def generate(self, request: GenerateRequest, *, deadline_s: float) -> AsyncGenerator[Chunk, None]:
+    async def generate(
+        self, request: GenerateRequest, *, deadline_s: float, silence_s: Callable[[], float] | None = None
+    ) -> AsyncGenerator[Chunk, None]:
         tokens = self._fleet.plans[request.rid.rpartition("-")[0]].trace.output_tokens
         call = self._submit(request.rid, tokens)
         await call.tag.first

@@ -22,7 +22,7 @@ from antiphon.engines.registry import record_key
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
 from antiphon.scheduler.discovery import Discovery, DiscoveryTimes
 from antiphon.scheduler.ledger import Ledger
-from antiphon.scheduler.messages import EngineDown, EngineUp
+from antiphon.scheduler.messages import EngineDown, EngineSuspect, EngineUp
 from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.ledger_helpers import ledger_at
 from tests.simulated_helpers import FAST, FLEET_KEY
@@ -45,6 +45,7 @@ class Watcher:
         self.discovery = discovery
         self.events: list[EngineUp | EngineDown] = []
         self.loads: list[str] = []
+        self.suspects: list[EngineSuspect] = []
 
     def on_event(self, event: EngineUp | EngineDown) -> None:
         """`engines` must have changed before anybody hears of it."""
@@ -75,6 +76,7 @@ async def watching(
         make_engine=lambda record: HttpEngine(record, FLEET_KEY),
         on_event=lambda event: watcher.on_event(event),
         on_load=lambda engine_id, _: watcher.loads.append(engine_id),
+        on_suspect=lambda event: watcher.suspects.append(event),
         static=static,
         times=times,
     )
@@ -189,9 +191,33 @@ def test_an_engine_that_hangs_goes_down_and_comes_back(valkey_url: str) -> None:
             await watcher.until_kinds("EngineUp d0")
             child.send_signal(signal.SIGSTOP)
             await watcher.until_kinds("EngineUp d0", "EngineDown d0")
+            (suspect,) = watcher.suspects
+            assert suspect.suspect and suspect.incarnation == watcher.events[0].incarnation
             child.send_signal(signal.SIGCONT)
             await watcher.until_kinds("EngineUp d0", "EngineDown d0", "EngineUp d0")
             assert watcher.events[0] == watcher.events[2]
+
+    run(scenario())
+
+
+def test_a_missed_probe_makes_a_suspect_until_the_next_good_one(valkey_url: str) -> None:
+    """It is told at once and taken back; the engine is up all the time."""
+
+    async def scenario() -> None:
+        slow = replace(TIMES, probe_deadline_s=0.3, connect_deadline_s=0.3, failures_to_down=1000)
+        async with (
+            ledger_at(valkey_url) as ledger,
+            watching(ledger, times=replace(slow, missing_grace_s=60.0)) as watcher,
+            process(valkey_url, ledger.connection.fleet, "d0") as child,
+        ):
+            await watcher.until_kinds("EngineUp d0")
+            incarnation = watcher.events[0].incarnation
+            child.send_signal(signal.SIGSTOP)
+            await watcher.until(lambda: watcher.suspects)
+            child.send_signal(signal.SIGCONT)
+            await watcher.until(lambda: len(watcher.suspects) == 2)
+            assert watcher.suspects == [EngineSuspect("d0", incarnation, on) for on in (True, False)]
+            assert watcher.kinds() == ["EngineUp d0"]
 
     run(scenario())
 

@@ -285,6 +285,51 @@ def test_after_the_first_chunk_everything_is_broken(content: bytes) -> None:
     asyncio.run(go())
 
 
+def test_the_first_event_has_one_deadline_however_the_answer_begins() -> None:
+    """Headers that come late leave less for the first event: a hung engine costs its deadline once."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.5)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await asyncio.sleep(3600)
+        return response
+
+    async def go() -> float:
+        async with serving(handler) as engine:
+            began_s = asyncio.get_running_loop().time()
+            with pytest.raises(EngineError, match="nothing came within 1 s") as caught:
+                await collect(engine, deadline_s=1.0)
+            assert caught.value.kind is FailureKind.DEADLINE
+            return asyncio.get_running_loop().time() - began_s
+
+    assert asyncio.run(go()) < 1.4
+
+
+def test_a_silence_is_asked_about_before_it_counts() -> None:
+    """Work that the engine got meanwhile gives an answer more time; then silence is a missed deadline."""
+
+    async def go() -> None:
+        limits_s = iter([0.05, 0.2, 0.2])  # when it begins; when that is over, and so on
+
+        async def silent(request: web.Request) -> None:
+            await asyncio.sleep(3600)
+
+        content = events(completion("a", [1]), done=False)
+        async with serving(streaming(content, then=silent)) as engine:
+            last = 0.3
+            chunks = engine.generate(REQUEST, deadline_s=5.0, silence_s=lambda: next(limits_s, last))
+            async with aclosing(chunks):
+                await anext(chunks)
+                began_s = asyncio.get_running_loop().time()
+                with pytest.raises(EngineError) as caught:
+                    await anext(chunks)
+            assert caught.value.kind is FailureKind.DEADLINE
+            assert asyncio.get_running_loop().time() - began_s >= 0.29
+
+    asyncio.run(go())
+
+
 def test_nothing_listens() -> None:
     """A dead engine is unreachable for every call."""
 
