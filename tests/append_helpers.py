@@ -16,6 +16,7 @@ import msgspec
 import uvicorn
 
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
+from antiphon.scheduler.answers import Calls
 from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, SchedulerConfig
 from antiphon.scheduler.gateway.app import create_app
 from antiphon.scheduler.gateway.conversations import Conversations
@@ -59,6 +60,7 @@ class Gateway:
     seen: _Seen
     logs: TokenLogs
     replica: Replica
+    ledger: Ledger
 
     async def post(self, path: str, body: dict[str, Any], **headers: str) -> Answer:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -122,14 +124,14 @@ class Stack:
             tokenizers = TokenizerSource({ONLY: lambda: str(self.model_dir)})
             app = create_app(
                 seen, tokenizers, config, replica, metrics, store=store,
-                conversations=Conversations(logs, store, ledger),
+                conversations=Conversations(logs, store, ledger), calls=Calls(ledger.connection),
             )  # fmt: skip
             await stack.enter_async_context(replica.running())
             await until(lambda: replica.readiness().engines_alive > 0 and replica.readiness().ledger == "ok")
             url = await stack.enter_async_context(_serving(app))
             timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
             http = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
-            yield Gateway(url, http, seen, logs, replica)
+            yield Gateway(url, http, seen, logs, replica, ledger)
 
 
 @asynccontextmanager

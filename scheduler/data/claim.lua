@@ -54,7 +54,7 @@ elseif call ~= '' then
     elseif before[1] and before[1] ~= round_id then
         key, session_id, number, replaced = before[3], before[4], before[5] or '', before[1]
         local old = redis.call('HMGET', before[2], 'session_key', 'done')
-        if old[1] and not old[2] then redis.call('HSET', before[2], 'gone', 'replaced by its retry') end
+        if old[1] and not old[2] then redis.call('HSET', before[2], 'gone', REPLACED) end
     end
 end
 
@@ -90,7 +90,7 @@ if ARGV[16] == '1' then redis.call('HSET', key, 'closing', 'after_round') end
 begin(key, now_ms, ttl_ms)
 keep(KEYS[3], key, now_ms, math.max(ttl_ms, lease_ms))
 redis.call('HSET', KEYS[4], 'session_key', key, 'session_id', session_id, 'replica', replica, 'lease_until', until_ms,
-    'number', number, 'replaces', replaced)
+    'number', number, 'replaces', replaced, 'fence', fence_text)
 redis.call('PEXPIRE', KEYS[4], lease_ms)
 if call ~= '' and not known[1] then
     redis.call('HSET', KEYS[6], 'round', round_id, 'round_key', KEYS[4], 'session_key', key, 'session_id', session_id,

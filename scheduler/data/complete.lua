@@ -11,13 +11,18 @@ local round_id, fence, ttl_ms, outcome = ARGV[3], ARGV[4], tonumber(ARGV[9]), AR
 local now_text = text(now_ms)
 local epoch = redis.call('HGET', KEYS[1], 'epoch') or ''
 
-local round = redis.call('HMGET', KEYS[2], 'done', 'number')
+local round = redis.call('HMGET', KEYS[2], 'done', 'number', 'gone', 'fence')
 if round[1] == fence then return {1, epoch} end
 
 local lease = read_lease(KEYS[3])
 local claimed = fence ~= '0'
-if round[1] or claimed and lease.newest > tonumber(fence) then
+local gone = round[3] == REPLACED or claimed and round[3]
+if round[1] or gone or claimed and lease.newest > tonumber(fence) then
     redis.call('HINCRBY', KEYS[6], 'fenced', 1)
+    if round[4] == fence and not round[1] then -- for good: the newer claim may be given back
+        redis.call('HSET', KEYS[2], 'gone', 'fenced off')
+        redis.call('PEXPIRE', KEYS[2], ARGV[15])
+    end
     return {0, epoch}
 end
 

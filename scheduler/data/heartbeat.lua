@@ -11,6 +11,6 @@ for _, other in ipairs(redis.call('SMEMBERS', KEYS[3])) do
 end
 local lost = {}
 for i = 4, #KEYS do
-    if redis.call('HEXISTS', KEYS[i], 'gone') == 1 then lost[#lost + 1] = i - 3 end
+    if redis.call('HGET', KEYS[i], 'gone') == REPLACED then lost[#lost + 1] = i - 3 end
 end
 return lost

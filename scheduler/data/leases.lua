@@ -10,6 +10,7 @@ local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
 local now_ms = math.floor(now_us / 1000)
 local FREE, HELD, LAPSED = 'free', 'held', 'lapsed'
+local REPLACED = 'replaced by its retry' -- why a round is gone
 
 -- We are alive, whatever our heartbeat says.
 local function alive(other)

@@ -1,9 +1,9 @@
 """A sequential model of the ledger's leases, written from what they are to do; and a search for an order.
 
-`step` does one call on a state as the specification says and tells whether the ledger's answer is the one that
-it may give. `linearized` finds an order of a history's calls that the model accepts and that no call's answer
-contradicts: one that was answered before another was asked stands before it (Wing and Gong's search, with
-Lowe's memory of configurations that were seen).
+`step` does one call on a state as the specification says and tells whether the ledger's answer is the one
+that it may give. `linearized` finds an order of a history's calls that the model accepts and that no call's
+answer contradicts: one that was answered before another was asked stands before it (Wing and Gong's search,
+with Lowe's memory of configurations that were seen).
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ class Round:
     number: int | None = None
     """Which its call has had before."""
     replaces: str = ""
+    fence: int = 0
     done: int | None = None
     """Fence of the completion that was recorded."""
-    gone: bool = False
-    """Given back, or a retry has its place."""
+    gone: str = ""
+    """Why it ended otherwise: "replaced", "released" or "fenced"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,8 @@ def step(state: State, op: Op) -> State | None:
 
 
 def _claim(state: State, op: Op) -> Verdict:
-    """Asked (replica, round, session, call, word, unnamed); answered (fence, session, number, parent, replaces),
-    or "taken"."""
+    """Asked (replica, round, session, call, word, unnamed); answered (fence, session, number, parent,
+    replaces), or "taken"."""
     replica, round_id, session_id, call_name, word, unnamed = op.asked
     rounds, calls = state.rounds, state.calls
     known, call = rounds.get(round_id), calls.get(call_name)
@@ -128,10 +129,10 @@ def _claim(state: State, op: Op) -> Verdict:
             session_id, number, replaces = call.session, call.number, call.round
             first = rounds.get(call.round)
             if first is not None and first.done is None and first.session:
-                rounds = _with(rounds, call.round, replace(first, gone=True))
+                rounds = _with(rounds, call.round, replace(first, gone="replaced"))
     if op.answer == "taken":
         return None
-    fence, given_id, *_ = op.answer
+    fence = op.answer[0]
     session = state.sessions.get(session_id, Session())
     lease, newest, sessions = session.lease, state.newest, state.sessions
     if lease is not None and lease[:2] == (round_id, replica):
@@ -146,7 +147,7 @@ def _claim(state: State, op: Op) -> Verdict:
             session = Session(home=session.home, parent=parent_id)
     session = replace(session, lease=(round_id, replica, fence), closed=False, closing=False)
     answer = fence, session_id, number or session.rounds + 1, session.parent, replaces
-    rounds = _with(rounds, round_id, Round(session_id, replica, number, replaces))
+    rounds = _with(rounds, round_id, Round(session_id, replica, number, replaces, fence))
     if word and known is None:
         completed = call.completed if call is not None else False
         calls = _with(calls, call_name, Call(round_id, session_id, number, completed))
@@ -161,8 +162,12 @@ def _complete(state: State, op: Op) -> Verdict:
     session = state.sessions.get(session_id, Session())
     if round.done == fence:
         return state, True
-    if round.done is not None or session.newest > fence:
-        return replace(state, counts=_with(state.counts, "fenced", state.counts.get("fenced", 0) + 1)), False
+    if round.done is not None or round.gone or session.newest > fence:
+        rounds = state.rounds
+        if round.fence == fence and round.done is None:  # for good, whatever becomes of the newer claim
+            rounds = _with(rounds, round_id, replace(round, gone="fenced"))
+        counts = _with(state.counts, "fenced", state.counts.get("fenced", 0) + 1)
+        return replace(state, rounds=rounds, counts=counts), False
     ours = call is not None and call.round == round_id
     repeated = ours and call is not None and call.completed and outcome == "completed"
     number = round.number or session.rounds + 1
@@ -189,7 +194,7 @@ def _release(state: State, op: Op) -> Verdict:
     round = state.rounds.get(round_id)
     if round is not None and (round.done is not None or (round.session and round.replica != replica)):
         return state, False
-    rounds = _with(state.rounds, round_id, Round(gone=True))
+    rounds = _with(state.rounds, round_id, Round(gone="released"))
     session = state.sessions.get(round.session) if round is not None else None
     if round is None or session is None or session.lease is None:
         return replace(state, rounds=rounds), False
@@ -233,7 +238,7 @@ def _close(state: State, op: Op) -> Verdict:
 def _heartbeat(state: State, op: Op) -> Verdict:
     """Asked (replica, rounds that it believes to run); answered which of them are to end."""
     replica, running = op.asked
-    gone = tuple(name for name in running if state.rounds.get(name, Round()).gone)
+    gone = tuple(name for name in running if state.rounds.get(name, Round()).gone == "replaced")
     return replace(state, alive=state.alive | {replica}), gone
 
 
@@ -299,7 +304,7 @@ def linearized(history: Sequence[Op], limit: int = 500_000) -> list[Op] | None:
 
 
 def _next_ones(ops: Sequence[Op], done: int) -> list[int]:
-    """Those left that were asked before any of those left was answered; the one that was answered first, last."""
+    """Those left that were asked before any of them was answered; the one that was answered first, last."""
     left = [at for at in range(len(ops)) if not done >> at & 1]
     if not left:
         return []
