@@ -5,9 +5,11 @@ Every name begins with `antiphon_` and ends in its unit. Labels have few values:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from antiphon.scheduler.messages import Receipt
 
@@ -67,6 +69,10 @@ class Metrics:
         gauge = Gauge("antiphon_engines_alive", "Engines that can be used now", registry=self.registry)
         gauge.set_function(count)
 
+    def watch_breakers(self, look: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
+        """`look` is asked at every scrape: kind -> how many are not closed now, how often one opened."""
+        self.registry.register(_Breakers(look))
+
     def observe_receipt(self, receipt: Receipt) -> None:
         """Count a round that ended; call it once per receipt."""
         arm = receipt.arm.value if receipt.arm is not None else "none"
@@ -114,3 +120,22 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"antiphon_{name}", text, labels, registry=self.registry, buckets=buckets)
+
+
+class _Breakers(Collector):
+    """Circuit breakers, as the cores have them: counted there, read at a scrape."""
+
+    def __init__(self, look: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        now = GaugeMetricFamily(
+            "antiphon_breakers_not_closed", "Circuit breakers open or probing", labels=["of"]
+        )
+        opened = CounterMetricFamily(
+            "antiphon_breaker_openings", "Circuit breakers that opened", labels=["of"]
+        )
+        for kind, (not_closed, openings) in self._look().items():
+            now.add_metric([kind], not_closed)
+            opened.add_metric([kind], openings)
+        return now, opened

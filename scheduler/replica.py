@@ -68,6 +68,7 @@ class Replica:
         self._fleets = {model.key: self._fleet(model, name, reservations) for model in self._models}
         self._fleet_of: dict[str, ModelFleet] = {}
         """Engine id -> whose it is; of engines that are up."""
+        metrics.watch_breakers(self._breakers)
 
     def _fleet(self, model: Model, name: str, reservations: Reservations) -> ModelFleet:
         recorder = Recorder(
@@ -174,7 +175,8 @@ class Replica:
             views = fleet.core.books.fleet.views(now)
             for engine in self._engines(key):
                 record = engine.record
-                item = {"engine_id": record.engine_id, "url": record.url, "incarnation": record.incarnation}
+                item: dict[str, Any] = {"engine_id": record.engine_id}
+                item |= {"url": record.url, "incarnation": record.incarnation}
                 item["deterministic"] = record.deterministic
                 item["standing"] = fleet.core.standings.words(record.engine_id, now)
                 item["links_not_closed"] = fleet.core.standings.links_of(record.engine_id, now)
@@ -194,6 +196,15 @@ class Replica:
     def _engines(self, model: str) -> Sequence[Engine]:
         known = sorted(self._discovery.engines.items())
         return [engine for engine_id, engine in known if self._fleets[model] is self._fleet_of.get(engine_id)]
+
+    def _breakers(self) -> dict[str, tuple[int, int]]:
+        """Of engines and of links, in all models: how many are not closed, how often one opened."""
+        told = [fleet.core.standings for fleet in self._fleets.values()]
+        kinds = {"engine": [one.engines for one in told], "link": [one.links for one in told]}
+        return {
+            kind: (sum(b.not_closed for b in all_), sum(b.opened for b in all_))
+            for kind, all_ in kinds.items()
+        }
 
     def _is_foreign(self, engine_id: str, model: Model) -> bool:
         fleet = self._fleet_of.get(engine_id)

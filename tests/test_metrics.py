@@ -79,6 +79,7 @@ def test_every_metric_is_documented() -> None:
     """docs/metrics.md lists exactly the names that a replica exports."""
     metrics = Metrics()
     metrics.watch_engines(lambda: 2)
+    metrics.watch_breakers(lambda: {"engine": (1, 2), "link": (0, 3)})
     exported = {
         family.name
         for family in text_string_to_metric_families(metrics.render().decode())
@@ -89,6 +90,16 @@ def test_every_metric_is_documented() -> None:
         name.removesuffix("_total") for name in re.findall(r"^\| `(antiphon_\w+)`", text, re.MULTILINE)
     }
     assert exported == documented
+
+
+def test_breakers_are_read_at_each_scrape() -> None:
+    """Two kinds, whatever the number of engines."""
+    metrics, counts = Metrics(), {"engine": (1, 2), "link": (0, 3)}
+    metrics.watch_breakers(lambda: counts)
+    assert value(metrics, "breakers_not_closed", of="engine") == 1
+    counts["engine"] = (0, 2)
+    assert value(metrics, "breakers_not_closed", of="engine") == 0
+    assert value(metrics, "breaker_openings_total", of="link") == 3
 
 
 def test_receipts_as_json() -> None:
