@@ -17,6 +17,7 @@ from antiphon.engines.base import Chunk, EngineError, FailureKind, Usage
 FREE = frozenset({
     "model", "messages", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop_token_ids",
     "ignore_eos", "skip_special_tokens", "no_stop_trim", "chat_template_kwargs", "reasoning_effort",
+    "logit_bias",
 })  # fmt: skip
 """Fields that mean the same for the rest of an answer as for all of it."""
 
@@ -28,7 +29,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "echo": (False,),
     "tools": ([],),

@@ -49,7 +49,7 @@ def test_a_broken_answer_goes_on_with_what_is_kept() -> None:
     (generate,) = bench.send(broke(goes_on()))
     assert isinstance(generate, Generate) and (generate.engine_id, generate.rid) == ("p0", "r-02g")
     seen = bench.policy.seen[-1]
-    assert (seen.prompt_tokens, seen.max_output_tokens, seen.excluded) == (110, 6, {"d0"})
+    assert (seen.prompt_tokens, seen.max_output_tokens, seen.excluded) == (110, 6, frozenset({"d0"}))
     first_s = bench.core.rounds["r"].first_token_s
     bench.send(FirstToken("r"))
     assert bench.core.rounds["r"].phase is Phase.DECODING and bench.core.rounds["r"].first_token_s == first_s

@@ -153,7 +153,7 @@ def test_text_that_may_be_held_back_is_no_seam(last: str, sure: bool) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"temperature": 0, "max_tokens": 5, "seed": 1},
+        {"temperature": 0, "max_tokens": 5, "seed": 1, "logit_bias": {"3": 1.0}},
         {"temperature": 0.0, "n": 1, "stop": [], "frequency_penalty": 0.0, "repetition_penalty": 1.0},
         {"top_k": 1, "temperature": 0.7, "logprobs": False, "tools": [], "tool_choice": "none"},
         {"temperature": 0.7, "seed": 0},
@@ -169,7 +169,7 @@ def test_plain_answers_may_go_on(body: dict[str, Any]) -> None:
     [
         ("n", 2), ("stop", "x"), ("stop", ["x"]), ("stop_regex", "x"), ("logprobs", True), ("logprobs", 0),
         ("logprobs", 1), ("top_logprobs", 2), ("echo", True), ("frequency_penalty", 0.1),
-        ("presence_penalty", -1.0), ("repetition_penalty", 1.1), ("min_tokens", 3), ("logit_bias", {"3": 1}),
+        ("presence_penalty", -1.0), ("repetition_penalty", 1.1), ("min_tokens", 3),
         ("tools", [{}]), ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
         ("regex", "a"), ("ebnf", "a"), ("json_schema", "{}"), ("custom_params", {}),
         ("return_token_ids", True), ("separate_reasoning", False), ("made_up", 1),

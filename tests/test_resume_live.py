@@ -26,7 +26,11 @@ from tests.replica_helpers import Cluster, collect, until
 from tests.test_resume_runtime import CHAT, TEXT, Seen
 
 TOKENS = 24
-AT_ONCE = 8
+PROMPT = [(37 + i * i * 7 + i * 11) % 400 + 40 for i in range(60)]
+PIECES = "ü€你😀é好 a".encode()
+"""The tiny model's first 256 tokens are bytes; an answer of these is words, characters and halves of them."""
+BODIES: tuple[dict[str, Any], ...] = ({}, {"logit_bias": {str(byte): 100.0 for byte in set(PIECES)}})
+AT_ONCE = 3
 
 
 @dataclass(slots=True)
@@ -36,6 +40,8 @@ class CuttingProxy:
     target: tuple[str, int]
     cuts: deque[int] = field(default_factory=deque)
     port: int = 0
+    broken: int = 0
+    """Streams that were cut; one with fewer events is not."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
@@ -62,6 +68,7 @@ class CuttingProxy:
                 for at in (i for i in range(len(got)) if got.startswith(b"data: {", i)) if left else ():
                     left[0] -= 1
                     if left[0] < 0:
+                        self.broken += 1
                         to_client.write(got[:at])
                         await to_client.drain()
                         return
@@ -107,43 +114,32 @@ async def behind_proxy(
             await ledger.close()
 
 
-async def said(c: Cluster, path: str, prompt: list[int]) -> tuple[RoundHandle, Seen]:
-    request = c.request(uuid.uuid4().hex, prompt, TOKENS, temperature=0)
+async def said(c: Cluster, path: str, body: dict[str, Any]) -> tuple[RoundHandle, Seen]:
+    request = c.request(uuid.uuid4().hex, PROMPT, TOKENS, temperature=0, **body)
     fields: dict[str, Any] = {name: getattr(request, name) for name in request.__slots__}
     async with c.replica.submit(type(request)(**(fields | {"path": path}))) as handle:
         await handle.start()
         return handle, Seen(await collect(handle), path == CHAT)
 
 
-async def two_texts(c: Cluster) -> list[tuple[list[int], Seen]]:
-    """Prompts whose answers are ASCII, and not; with the answers."""
-    prompts = [[(n * 37 + i * i * 7 + i * 11) % 400 + 40 for i in range(60)] for n in range(2)]
-    prompts += [[(n * 31 + i * i * 5 + i * 13) % 128 + 128 for i in range(60)] for n in range(10)]
-    answers = await asyncio.gather(*(said(c, TEXT, prompt) for prompt in prompts))
-    found = [(prompt, seen) for prompt, (_, seen) in zip(prompts, answers, strict=True)]
-    for _, seen in found:
-        print(repr(seen.text))
-    ascii_text = next(pair for pair in found if pair[1].text.isascii())
-    return [ascii_text, next(pair for pair in found if not pair[1].text.isascii())]
-
-
 async def break_everywhere(
-    c: Cluster, proxy: CuttingProxy, path: str, prompt: list[int], whole: Seen
+    c: Cluster, proxy: CuttingProxy, path: str, body: dict[str, Any], whole: Seen
 ) -> list[int]:
     """The same round for each event at which its first stream can be cut: how many tries each took."""
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def broken() -> int:
         async with gate:
-            handle, seen = await said(c, path, prompt)
+            handle, seen = await said(c, path, body)
         receipt = handle.receipt
         assert receipt is not None
         assert (seen.text, seen.ids) == (whole.text, whole.ids), receipt.tries
         assert (seen.finish, seen.roles) == (whole.finish, path == CHAT)
         (told,) = seen.told
-        assert (told["prompt_tokens"], told["completion_tokens"]) == (len(prompt), TOKENS)
+        assert (told["prompt_tokens"], told["completion_tokens"]) == (len(PROMPT), TOKENS)
         return len(receipt.tries)
 
+    proxy.broken = 0
     proxy.cuts.extend(range(1, TOKENS + 1))
     tries = await asyncio.gather(*(broken() for _ in range(TOKENS)))
     assert not proxy.cuts
@@ -158,10 +154,12 @@ def test_greedy_text_goes_on_at_every_token(
 
     async def scenario() -> None:
         async with behind_proxy(sglang_pair, valkey_url, fleet_key) as (c, proxy):
-            for prompt, whole in await two_texts(c):
-                tries = await break_everywhere(c, proxy, path, prompt, whole)
-                print(path, tries)
-                # after its last token a completion has no more to come than its usage
-                assert sorted(tries) == [1, *[2] * (TOKENS - 1)] if path == TEXT else [2] * TOKENS
+            for body in BODIES:
+                _, whole = await said(c, path, body)
+                assert whole.text.isascii() == (not body)
+                tries = await break_everywhere(c, proxy, path, body, whole)
+                # engines put tokens that come close together into one event, and hold halves back; and after
+                # its last token a completion has no more to come than its usage
+                assert proxy.broken - 1 <= sum(tries) - TOKENS <= proxy.broken and proxy.broken >= 5
 
     asyncio.run(scenario())

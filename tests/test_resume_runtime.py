@@ -268,13 +268,13 @@ def test_a_client_sees_one_answer(valkey_url: str, path: str, stream: bool) -> N
         async with c.replica.submit(request_for(c, path)) as handle:
             await handle.start()
             events = relay.events(handle, form)
-            found = await relay.fold(events, form) if not stream else [event async for event in events]
-        for event in found if stream else [found]:
+            found = [event async for event in events] if stream else [await relay.fold(events, form)]
+        for event in found:
             event.pop("created")
             event.pop("session", None)
         if not stream:
             return found
-        choices = [choice for event in found for choice in event["choices"]]
+        choices: list[dict[str, Any]] = [choice for event in found for choice in event["choices"]]
         told = [choice.get("delta") or choice for choice in choices]
         return (
             "".join(part.get("content") or part.get("text") or "" for part in told),
