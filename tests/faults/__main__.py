@@ -39,8 +39,8 @@ def show(result: TrialResult) -> None:
     print(
         f"{'ok ' if result.clean else 'BAD'} {result.engines:9} {name}{drawn}: seed {result.seed}, "
         f"{'in' if result.phase_hit else 'NOT in'} phase, {verdict.rounds} rounds, "
-        f"{verdict.answered} answered, {verdict.retried} retried, {verdict.refused} refused, worst {verdict.worst_s:.1f} s, "
-        f"took {result.duration_s:.1f} s",
+        f"{verdict.answered} answered, {verdict.retried} retried, {verdict.refused} refused, "
+        f"worst {verdict.worst_s:.1f} s, took {result.duration_s:.1f} s",
         flush=True,
     )
     for kind in ("lost", "doubled", "wrong", "hung"):

@@ -53,6 +53,9 @@ request_deadline_s = 25.0
 first_token_deadline_s = 10.0
 slo_ttft_s = 5.0
 slo_itl_s = 0.5
+
+[model]
+names = ["model"]
 """
 
 
