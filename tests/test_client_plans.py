@@ -21,7 +21,16 @@ from antiphon.client.retries import Send, Wait
 from antiphon.client.settings import http_settings
 from antiphon.client.streams import StreamReader
 from antiphon.client.tool_times import ToolTimes
-from antiphon.client.wire import CHAT, RETRY_COUNT, Answer, Call, Outcome, reply_of, session_path
+from antiphon.client.wire import (
+    CHAT,
+    IDEMPOTENCY_KEY,
+    RETRY_COUNT,
+    Answer,
+    Call,
+    Outcome,
+    reply_of,
+    session_path,
+)
 from antiphon.scheduler.gateway.conversations import NOT_KEPT
 
 REPLY = {"choices": [{"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]}
@@ -72,7 +81,9 @@ def test_the_first_round_is_a_chat_and_the_next_ones_bring_what_is_new() -> None
     ((call,), _, _) = drive(
         first.round(messages_of("hello"), {"max_tokens": 3}, stream=False, final=False, max_retries=0), [OK]
     )
-    assert (call.path, dict(call.headers)) == (CHAT, {"X-Session-ID": "s/1", "X-Parent-Session-ID": "s"})
+    key = call.headers[IDEMPOTENCY_KEY]
+    named = {"X-Session-ID": "s/1", "X-Parent-Session-ID": "s", IDEMPOTENCY_KEY: key}
+    assert (call.path, dict(call.headers)) == (CHAT, named)
     assert call.body == {
         "model": "m",
         "temperature": 0.5,
@@ -121,6 +132,18 @@ def test_an_append_that_may_have_run_is_never_repeated_as_one(outcome: Outcome) 
 def test_an_append_that_was_refused_at_the_door_is_repeated(status: int) -> None:
     calls, waits, _ = ask(begun(), failed(status, retry_after_ms="250"), OK)
     assert [call.path for call in calls] == ["/v1/sessions/s/rounds"] * 2 and waits == [0.25]
+
+
+@pytest.mark.parametrize("outcome", [NOBODY, failed(502), failed(410, "history_lost"), failed(429)])
+def test_every_try_of_a_round_has_the_same_key(outcome: Outcome) -> None:
+    """Append or whole: so that the gateway knows them as one call. The next round has another key."""
+    conversation = begun()
+    calls, _, _ = ask(conversation, outcome, OK)
+    (key,) = {call.headers[IDEMPOTENCY_KEY] for call in calls}
+    conversation.finished(messages_of("on"), reply_of(OK))
+    (following,), _, _ = ask(conversation, OK)
+    assert len(calls) == 2
+    assert len(key) == 32 and following.headers[IDEMPOTENCY_KEY] != key
 
 
 @pytest.mark.parametrize("outcome", [failed(400), failed(429, retry_after="999")])

@@ -14,7 +14,7 @@ from typing import Any
 from antiphon.client.errors import Refused, SessionBusy
 from antiphon.client.results import Message, Reply
 from antiphon.client.retries import Plan, Send, Wait, plan_call
-from antiphon.client.wire import CHAT, Answer, Call, Outcome, session_path
+from antiphon.client.wire import CHAT, IDEMPOTENCY_KEY, Answer, Call, Outcome, session_path
 
 NOT_HELD = {
     (404, "session_not_found"), (404, "not_found"), (405, "method_not_allowed"), (410, "session_closed"),
@@ -82,7 +82,7 @@ class Conversation:
         session = {**self.hints, **({"final": True} if final else {})}
         if session:
             body["session"] = session
-        headers = {"X-Session-ID": self.id}
+        headers = {"X-Session-ID": self.id, IDEMPOTENCY_KEY: secrets.token_hex(16)}
         if self.parent_id is not None:
             headers["X-Parent-Session-ID"] = self.parent_id
         whole = Call("POST", CHAT, {**body, "messages": [*self.messages, *new]}, headers, stream)

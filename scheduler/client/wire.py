@@ -16,6 +16,8 @@ CHAT = "/v1/chat/completions"
 SESSIONS = "/v1/sessions"
 RETRY_COUNT = "x-stainless-retry-count"
 """OpenAI's clients say by it that a request is the same once more; so do we."""
+IDEMPOTENCY_KEY = "Idempotency-Key"
+"""The same for every try of a round, however it is sent: it counts once, and its answer may come again."""
 
 
 @dataclass(frozen=True, slots=True)
