@@ -25,11 +25,13 @@ OPENAPI_PATH = "/openapi.json"
 EVENTS = "text/event-stream"
 
 HINTS: Schema = {"type": "string", "examples": ["expected_gap_s=3.5, osl=200, ttft_ms=800, tpot_ms=40"]}
+KEY: Schema = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]{1,255}$"}
 SESSION_HEADERS: tuple[tuple[str, Schema, str], ...] = (
     ("X-Session-ID", SESSION_ID, "The session of the request; 1 to 255 visible ASCII characters."),
     ("X-Parent-Session-ID", SESSION_ID, "The session that this one branches off from."),
     ("X-Session-Final", {"enum": ["true", "false"]}, "The session is closed after this answer."),
     ("X-Session-Hints", HINTS, "An RFC 8941 dictionary of hints."),
+    ("Idempotency-Key", KEY, "Names the call: a request with the same key is a try of the same round."),
 )
 
 
@@ -57,7 +59,7 @@ class Operation:
     """Of errors."""
 
 
-_ROUND = (400, 401, 404, 408, 410, 413, 429, 502, 503, 504)
+_ROUND = (400, 401, 404, 408, 410, 413, 422, 429, 502, 503, 504)
 _SESSION = (400, 401, 404, 408, 413, 429, 503)
 _LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100}, "At most so many.")
 
