@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import redis.asyncio
+from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -38,6 +39,9 @@ T = TypeVar("T")
 
 RETRY_AFTER_S = 1.0
 """A ledger that failed is not asked again before this."""
+
+GONE = (exceptions.ConnectionError, exceptions.TimeoutError, RuntimeError)
+"""How a connection says that it is gone. RuntimeError: uvloop's, of one that was reset while it was idle."""
 
 SCRIPTS = {
     "claim": ("leases", "reading", "records", "claim"),
@@ -95,7 +99,7 @@ class LedgerConnection:
             socket_timeout=None,
             socket_connect_timeout=None,
             # One retry: a server that was restarted leaves dead connections in the pool. Scripts bear it.
-            retry=Retry(NoBackoff(), 1),
+            retry=Retry(NoBackoff(), 1, supported_errors=GONE),
         )
         self.redis = redis.asyncio.Redis.from_pool(pool)
         folder = resources.files("antiphon.scheduler") / "data"
@@ -119,7 +123,7 @@ class LedgerConnection:
             raise self._failed(f"refuses: {error}") from error
         except TimeoutError as error:
             raise self._failed(f"did not answer in {self.deadline_s:g} s") from error
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, *GONE) as error:
             raise self._failed(f"is away: {error}") from error
         self._failed_s = None
         return answer

@@ -1,4 +1,4 @@
-"""Faults on the live stack: what `make faults` does, and the short form of it in the test suite (docs/faults.md).
+"""Faults on the live stack: what `make faults` does, and its short form in the test suite (docs/faults.md).
 
 The matrix
     cells.py         components, faults and phases; names, patterns, seeds
