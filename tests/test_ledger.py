@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from antiphon.scheduler.ledger import RoundTaken
-from antiphon.scheduler.messages import Outcome, Totals
+from antiphon.scheduler.ledger import Moved, RoundTaken
+from antiphon.scheduler.messages import Claimed, Outcome, Totals
+from antiphon.scheduler.retries import Call
 from tests.ledger_helpers import TTL_S, claim, complete, ledger_at, receipt, until
 
 
@@ -156,6 +157,74 @@ def test_one_round_runs_once(valkey_url: str) -> None:
             assert await complete(ledger, "B", taken)
             with pytest.raises(RoundTaken, match="has ended"):
                 await claim(ledger, "B", "r1")
+
+    run(scenario())
+
+
+def test_a_retry_takes_the_lease_from_a_replica_that_lives(valkey_url: str) -> None:
+    """As from one that is stopped: its heartbeat key is there, and it learns by its next beat."""
+
+    async def scenario() -> None:
+        async with ledger_at(valkey_url) as ledger, ledger_at(valkey_url, ledger.connection.fleet) as other:
+            await ledger.heartbeat("A", TTL_S)
+            first = await claim(ledger, "A", "r1", call=Call("c"))
+            retry = await claim(other, "B", "r2", call=Call("c", again=True))
+            assert (retry.session_id, retry.round_number, retry.replaces) == ("s", 1, "r1")
+            assert retry.fence > first.fence
+            move = {"session_id": "s", "tenant": "t", "from_home": "d0", "to_home": "d1"}
+            assert await ledger.rehome(fence=first.fence, **move) is Moved.FENCED
+            assert await ledger.heartbeat("A", TTL_S) == ("r1",)
+            assert not await complete(ledger, "A", first, call=Call("c"))
+            assert await ledger.heartbeat("A", TTL_S) == ()
+            with pytest.raises(RoundTaken, match="replaced by its retry"):
+                await claim(ledger, "A", "r1", call=Call("c"))
+            assert await complete(other, "B", retry, call=Call("c", again=True))
+            assert await other.counters() == {"fenced": 1, "completed": 1}
+            ((session,), _) = await other.sessions()
+            assert session.rounds == 1
+
+    run(scenario())
+
+
+def test_a_retry_keeps_the_number_of_a_round_that_failed(valkey_url: str) -> None:
+    """Also when the session has gone on since; what came later stands."""
+
+    async def scenario() -> None:
+        async with ledger_at(valkey_url) as ledger:
+            again = Call("c", again=True)
+            await complete(
+                ledger,
+                "A",
+                await claim(ledger, "A", "r1", call=Call("c")),
+                outcome=Outcome.FAILED,
+                call=Call("c"),
+            )
+            assert await complete(ledger, "A", await claim(ledger, "A", "r2"), home="d2")
+            retry = await claim(ledger, "B", "r3", call=again)
+            assert (retry.session_id, retry.round_number) == ("s", 1)
+            assert await complete(ledger, "B", retry, home="d3", call=again)
+            ((session,), _) = await ledger.sessions()
+            assert (session.rounds, session.home, session.prompt_tokens) == (2, "d2", 200)
+            assert (await claim(ledger, "A", "r4")).round_number == 3
+
+    run(scenario())
+
+
+def test_a_degraded_try_counts_once_with_its_retry(valkey_url: str) -> None:
+    """The ledger was away for the first try: whichever completion is offered first counts."""
+
+    async def scenario() -> None:
+        async with ledger_at(valkey_url) as ledger:
+            again = Call("c", again=True)
+            unseen = Claimed("r1", 0, "s", 1)
+            assert await complete(ledger, "A", unseen, degraded=True, call=Call("c"))
+            retry = await claim(ledger, "B", "r2", call=again)
+            assert (retry.session_id, retry.round_number) == ("s", 1)
+            assert await complete(ledger, "B", retry, call=again)
+            assert await complete(ledger, "A", Claimed("r3", 0, "s", 1), degraded=True, call=again)
+            assert await ledger.counters() == {"completed": 1, "repeated": 2}
+            ((session,), _) = await ledger.sessions()
+            assert session.rounds == 1
 
     run(scenario())
 

@@ -19,7 +19,7 @@ local claimed = fence ~= '0'
 local gone = round[3] == REPLACED or claimed and round[3]
 if round[1] or gone or claimed and lease.newest > tonumber(fence) then
     redis.call('HINCRBY', KEYS[6], 'fenced', 1)
-    if round[4] == fence and not round[1] then -- for good: the newer claim may be given back
+    if round[4] == fence and not round[1] and not round[3] then -- for good: the newer claim may be given back
         redis.call('HSET', KEYS[2], 'gone', 'fenced off')
         redis.call('PEXPIRE', KEYS[2], ARGV[15])
     end

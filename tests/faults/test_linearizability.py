@@ -32,7 +32,7 @@ BROKEN = {
     "a busy session is given twice": ("claim", "lease.state == HELD and not", "false and not"),
     "a fence is given twice": ("claim", "math.max(now_us, (tonumber", "math.max(0, 0 * (tonumber"),
     "an old claim's completion is recorded when the newer claim was given back": (
-        "complete", "round[4] == fence and not round[1]", "false",
+        "complete", "round[4] == fence and not round[1] and not round[3]", "false",
     ),
     "an old claim moves the home": ("rehome", "or lease.fence ~= fence", ""),
     "a claim that comes after its release stands": ("claim", "if known[8] then", "if false then"),
