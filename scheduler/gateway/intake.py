@@ -150,11 +150,7 @@ class Intake:
 
         `append_to`: the session to which the messages are added, as the path names it.
         """
-        body: Body
-        if route == CHAT_ROUTE:
-            body, prompt = requests.parse_chat(raw, append=append_to is not None), None
-        else:
-            body, prompt = requests.parse_completion(raw)
+        body, prompt = _parsed(route, raw, append=append_to is not None)
         said, tenant = read_said(headers, body), current_caller().tenant
         hints = said.hints
         model = self.model(body.model)
@@ -317,6 +313,13 @@ async def read_body(receive: Receive, headers: Headers, limit_bytes: int, deadli
     if size > limit_bytes:
         raise body_too_large(limit_bytes)
     return b"".join(pieces)
+
+
+def _parsed(route: str, raw: bytes, *, append: bool) -> tuple[Body, str | tuple[int, ...] | None]:
+    """The body, and a completion's prompt."""
+    if route == CHAT_ROUTE:
+        return requests.parse_chat(raw, append=append), None
+    return requests.parse_completion(raw)
 
 
 async def _text_prompt(tokenizer: PromptTokenizer, prompt: str | tuple[int, ...] | None) -> Prompt:

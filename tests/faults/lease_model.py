@@ -164,7 +164,8 @@ def _complete(state: State, op: Op) -> Verdict:
         return state, True
     if round.done is not None or round.gone or session.newest > fence:
         rounds = state.rounds
-        if round.fence == fence and round.done is None and not round.gone:  # for good, whatever becomes of the newer claim
+        if round.fence == fence and round.done is None and not round.gone:
+            # For good, whatever becomes of the newer claim.
             rounds = _with(rounds, round_id, replace(round, gone="fenced"))
         counts = _with(state.counts, "fenced", state.counts.get("fenced", 0) + 1)
         return replace(state, rounds=rounds, counts=counts), False
