@@ -39,9 +39,10 @@ class Settling:
             task.cancel()
 
     async def now(self) -> None:
-        """Try all that are open: the ledger has just answered."""
+        """Try all that are open, until one fails: the ledger has just answered."""
         for owned in list(self._open):
-            await self._try(owned)
+            if not await self._try(owned):
+                return
 
     async def close(self) -> None:
         tasks = list(self._open.values())
