@@ -13,6 +13,7 @@ The matrix
     __main__.py      the command; real.py is its part on real engines
 The stack
     fleet.py         Valkey, two gateways, three engines, each behind proxies; repaired between runs
+    readiness.py     what is waited for before a run
     processes.py     start, kill -9, SIGSTOP and SIGCONT, by pid
     proxy.py         TCP that can be slow, cut and healed
 The ledger's histories

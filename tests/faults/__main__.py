@@ -25,7 +25,6 @@ from tests.faults.conversation import load_tokenizer
 from tests.faults.fleet import Fleet
 from tests.faults.trial import Scale, Trial, TrialResult
 
-DIRECTORY = Path("build/faults")
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 RESULT = ROOT / "docs" / "results" / "faults.json"
@@ -80,7 +79,7 @@ async def run_all(options: argparse.Namespace, model: Path) -> list[TrialResult]
             return results  # a part of the matrix that has no real engines
         fleet = real.fleet(model.parent / "real", model)
         results += await run_cells(fleet, cells, options.seed, real.SCALE)
-        real.check_answers(model, results, DIRECTORY)
+        real.check_answers(model, results, options.directory)
     return results
 
 
@@ -109,18 +108,20 @@ def main() -> int:
     parser.add_argument("--cells", default="", help="names or patterns, commas between them")
     parser.add_argument("--engines", choices=("simulated", "real", "both"), default="both")
     parser.add_argument("--runs", type=int, default=1, help="of each cell on simulated engines, seed by seed")
+    parser.add_argument("--directory", type=Path, default=Path("build/faults"), help="logs and result")
     parser.add_argument("--docs", action="store_true", help="write docs/faults.md and its result file too")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    model = (DIRECTORY / "model").resolve()
+    model = (options.directory / "model").resolve()
     if not (model / "config.json").exists():
         write_tiny_model(model)
     started = time.monotonic()
     print(f"seed {options.seed}, cells {options.cells or 'all'}", flush=True)
     results = asyncio.run(run_all(options, model))
     told = document(results, options, time.monotonic() - started)
-    table.write(told, DIRECTORY / "result.json")
-    print(f"\n{table.markdown(told)}\n\n{told['conditions']}; {DIRECTORY / 'result.json'}")
+    written = options.directory / "result.json"
+    table.write(told, written)
+    print(f"\n{table.markdown(told)}\n\n{told['conditions']}; {written}")
     if options.docs:
         table.write(told, RESULT)
         PAGE.write_text(table.with_table(PAGE.read_text(), told))

@@ -21,8 +21,8 @@ POLL_S = 0.2
 RECEIPTS = 2000
 
 
-async def receipts_of(fleet: Fleet, sessions: Collection[str]) -> dict[str, Mapping[str, Any]]:
-    """Round id -> receipt, of these sessions and their implicit forks."""
+async def receipts_of(fleet: Fleet, sessions: Collection[str] | None = None) -> dict[str, Mapping[str, Any]]:
+    """Round id -> receipt, of these sessions and their implicit forks, or of all; the latest ones."""
     ledger = fleet.ledger()
     try:
         found = await ledger.receipts(RECEIPTS)
@@ -30,7 +30,9 @@ async def receipts_of(fleet: Fleet, sessions: Collection[str]) -> dict[str, Mapp
         return {}
     finally:
         await ledger.close()
-    return {each["round_id"]: each for each in found if family(each["session_id"]) in sessions}
+    return {
+        each["round_id"]: each for each in found if sessions is None or family(each["session_id"]) in sessions
+    }
 
 
 async def problems(fleet: Fleet, sessions: Collection[str]) -> list[str]:

@@ -16,22 +16,24 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import redis.asyncio
-from redis.exceptions import RedisError
 
 from antiphon.engines import wire
 from antiphon.engines.directory_client import AsyncDirectoryClient, DirectoryError
 from antiphon.engines.launch_options import find_free_ports
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.valkey import server_binary
+from tests.faults import readiness
 from tests.faults.processes import Managed
 from tests.faults.proxy import Proxy
+
+Condition = Callable[[], Awaitable[bool]]
 
 GATEWAYS = ("gw0", "gw1")
 POOLS = {"p0": "prefill", "d0": "decode", "d1": "decode"}
@@ -99,7 +101,7 @@ class Fleet:
         try:
             await self._plan()
             self.processes["redis"].start()
-            await self._until(self._ledger_answers, "the ledger does not answer")
+            await self.until(partial(readiness.ledger_answers, self), "the ledger does not answer")
             for name in (*self.engine_ids, *GATEWAYS):
                 self.processes[name].start()
             await self.ready()
@@ -202,6 +204,25 @@ class Fleet:
                 await self.link_fault(engine_id, wire.LinkFault("clear"))
             if self.simulated:
                 await self.arm(engine_id, {"fault": "clear"})
+        for number in range(len(GATEWAYS)):
+            what = f"{GATEWAYS[number]} sends nothing by the prefill engine"
+            await self.until(partial(readiness.transfers, self, number), what)
+
+    async def ready(self) -> None:
+        """Until both gateways see the ledger and every engine's present life."""
+        await self.until(partial(readiness.is_ready, self), "the stack is not ready")
+
+    async def until(self, condition: Condition, complaint: str) -> None:
+        """Raises `FleetError` after the deadline, or when a process ends."""
+        deadline = time.monotonic() + self.start_deadline_s
+        while not await condition():
+            dead = [name for name, process in self.processes.items() if process.lives and not process.alive]
+            if dead or time.monotonic() > deadline:
+                names = dead or list(self.processes)
+                logs = [self.processes[name] for name in names if self.processes[name].log.exists()]
+                tails = "\n".join(f"--- {process.name}:\n{process.log_tail()}" for process in logs)
+                raise FleetError(f"{complaint}; ended: {dead or 'none'}\n{tails}")
+            await asyncio.sleep(POLL_S)
 
     async def arm(self, engine_id: str, fault: dict[str, Any]) -> None:
         """A fault of a simulated engine (`engines/faults.py`)."""
@@ -212,58 +233,3 @@ class Fleet:
         """Its append-only files; it must not run."""
         shutil.rmtree(self.directory / "data")
         (self.directory / "data").mkdir()
-
-    async def ready(self) -> None:
-        """Until both gateways see the ledger and every engine."""
-        await self._until(self._is_ready, "the stack is not ready")
-
-    async def _until(self, condition: Any, complaint: str) -> None:
-        deadline = time.monotonic() + self.start_deadline_s
-        while not await condition():
-            dead = [
-                process.name for process in self.processes.values() if process.lives and not process.alive
-            ]
-            if dead or time.monotonic() > deadline:
-                names = dead or list(self.processes)
-                tails = "\n".join(
-                    f"--- {name}:\n{self.processes[name].log_tail()}"
-                    for name in names
-                    if self.processes[name].log.exists()
-                )
-                raise FleetError(f"{complaint}; ended: {dead or 'none'}\n{tails}")
-            await asyncio.sleep(POLL_S)
-
-    async def _ledger_answers(self) -> bool:
-        client = redis.asyncio.Redis(port=self.valkey_port, socket_timeout=ASK_DEADLINE_S)
-        try:
-            return bool(await client.ping())
-        except (RedisError, OSError):
-            return False
-        finally:
-            await client.aclose()
-
-    async def _is_ready(self) -> bool:
-        lives = {engine_id: await self.incarnation(engine_id) for engine_id in self.engine_ids}
-        for number in range(len(GATEWAYS)):
-            url = self.gateway_url(number)
-            try:
-                ready = await self.http.get(f"{url}/ready")
-                listed = await self.http.get(f"{url}/v1/engines")
-            except httpx.HTTPError:
-                return False
-            alive = [each for each in listed.json().get("data", ()) if "pool" in each]
-            if ready.status_code != 200 or ready.json().get("ledger") != "ok":
-                return False
-            if {each["engine_id"]: each["incarnation"] for each in alive} != lives:
-                return False
-        return True
-
-    async def incarnation(self, engine_id: str) -> str:
-        """By the engine's own word; "" while it does not answer."""
-        client = AsyncDirectoryClient(f"127.0.0.1:{self.ports[engine_id].directory}", self.key, "faults")
-        try:
-            return (await client.connect(deadline_s=ASK_DEADLINE_S)).incarnation
-        except DirectoryError:
-            return ""
-        finally:
-            await client.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 STOP_DEADLINE_S = 15.0
+POLL_S = 0.02
 LOG_TAIL_BYTES = 3000
 
 
@@ -45,11 +47,16 @@ class Managed:
         self.lives += 1
 
     def kill(self) -> None:
-        """kill -9; returns when it is gone."""
+        """kill -9 of the process alone; returns when it and those below it, which follow it, are gone."""
         assert self.process is not None
+        below = children_of(self.process.pid)
         self.process.kill()
         self.process.wait(STOP_DEADLINE_S)
         self.stopped = False
+        deadline = time.monotonic() + STOP_DEADLINE_S
+        while any(is_alive(pid) for pid in below):
+            assert time.monotonic() < deadline, f"{self.name}: processes below it stay"
+            time.sleep(POLL_S)
 
     def stop(self) -> None:
         """SIGSTOP, to all of an engine's processes."""
@@ -84,6 +91,14 @@ class Managed:
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - LOG_TAIL_BYTES))
             return file.read().decode(errors="replace")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def children_of(pid: int) -> list[int]:

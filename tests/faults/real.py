@@ -24,6 +24,7 @@ SCALE = Scale(
     new_tokens={"idle": 200, "prefill": 600, "transfer": 300, "decode": 200},
     output_tokens={"idle": 16, "prefill": 16, "transfer": 16, "decode": 150},
     background=2,
+    pause_s=2.0,
     deadline_s=45.0,
     attempt_s=10.0,
     kinds=("text",),

@@ -21,7 +21,7 @@ from tests.faults.conversation import KINDS, VOCAB_TOKENS, Conversation
 from tests.faults.fleet import POOLS, Fleet
 from tests.faults.history import LogicalRound, Verdict, judge
 from tests.faults.injury import Injury, slow_reads
-from tests.faults.watch import Watch
+from tests.faults.watch import Watch, hit_reads
 
 PHASE_DEADLINE_S = 6.0
 PHASE_TRIES = 3
@@ -92,7 +92,7 @@ class Trial:
         """The fleet is healthy before and after."""
         started = time.monotonic()
         draw = random.Random(seed_of(f"{self.cell.name}/{self.variant}", self.seed))
-        counters = await self._counters()
+        counters, known = await self._counters(), await aftermath.receipts_of(self.fleet)
         urls = [self.fleet.gateway_url(number) for number in range(2)]
         client = RetryingClient(urls, self.scale.deadline_s, self.scale.attempt_s)
         try:
@@ -102,13 +102,14 @@ class Trial:
                 await self._ask(client, watched, self.scale.first_tokens, 16, 0)
                 injury = Injury(self.fleet, self.cell, self.variant, self._victim(watched), draw)
                 await injury.prepare()
-                if self.cell.phase != "idle":
+                if not self._alone:
                     talking = [group.create_task(self._talk(client, each)) for each in others]
                 hit, asked = await self._bring_about(client, watched, injury)
                 before = await aftermath.receipts_of(self.fleet, self._sessions())
                 await injury.inject()
                 if self.cell.phase == "idle":
                     asked = group.create_task(self._next(client, watched))
+                if self._alone:
                     talking = [group.create_task(self._talk(client, each)) for each in others]
                 held = group.create_task(asyncio.sleep(injury.hold_s))
                 if self.cell.phase == "transfer" and self.cell.component != "link":
@@ -124,13 +125,20 @@ class Trial:
         leaks = await aftermath.problems(self.fleet, self._sessions())
         receipts = before | await aftermath.receipts_of(self.fleet, self._sessions())
         if self.variant != "empty":
-            leaks += await self._miscounted(counters, receipts)
+            leaks += await self._miscounted(counters, known)
         verdict = judge(self.rounds, receipts.values(), self._right_answers())
         unchecked = [] if self.scale.checks_answers else [each for each in self.rounds if each.answer]
         return TrialResult(
             self.cell, self.variant, "simulated" if self.fleet.simulated else "real", self.seed, hit,
             verdict, leaks, injury.note, time.monotonic() - started, unchecked,
         )  # fmt: skip
+
+    @property
+    def _alone(self) -> bool:
+        """The watched session talks alone until the fault: where nothing is to be under way, or where reads
+        do not say whose they are."""
+        reads = self.cell.component == "link" or not self.fleet.simulated
+        return self.cell.phase == "idle" or (self.cell.phase == "transfer" and reads)
 
     # ---- sessions
 
@@ -186,10 +194,14 @@ class Trial:
             await slow_reads(self.fleet, SLOW_READ_S)
         sizes = self.scale.new_tokens[self.cell.phase], self.scale.output_tokens[self.cell.phase]
         for _ in range(PHASE_TRIES):
+            hit_before = await hit_reads(self.fleet)
             task = asyncio.create_task(self._ask(client, watched, *sizes, 0))
-            if await Watch(self.fleet, client, watched.session, task).reached(
-                self.cell.phase, PHASE_DEADLINE_S
-            ):
+            watch = Watch(self.fleet, client, watched.session, task)
+            if self.cell.component == "link" and self.cell.phase == "transfer":
+                reached = await watch.hit(hit_before, PHASE_DEADLINE_S)
+            else:
+                reached = await watch.reached(self.cell.phase, PHASE_DEADLINE_S)
+            if reached:
                 injury.victim = self._victim(watched)
                 return True, task
             await task
@@ -222,11 +234,11 @@ class Trial:
             await ledger.close()
 
     async def _miscounted(
-        self, before: Mapping[str, int], receipts: Mapping[str, Mapping[str, Any]]
+        self, before: Mapping[str, int], known: Mapping[str, Mapping[str, Any]]
     ) -> list[str]:
-        """Counters of the ledger that do not agree with its receipts."""
-        after = await self._counters()
-        seen = Counter(str(each["outcome"]) for each in receipts.values())
+        """Counters of the ledger that do not agree with its receipts since then."""
+        after, receipts = await self._counters(), await aftermath.receipts_of(self.fleet)
+        seen = Counter(str(each["outcome"]) for id_, each in receipts.items() if id_ not in known)
         outcomes = {*seen, "completed", "refused", "failed", "cancelled"}
         return [
             f"ledger counts {counted} {outcome}, its receipts are {seen[outcome]}"

@@ -3,7 +3,7 @@ linker's reads and the client's own stream tell.
 
     prefill    its session's request is being computed on the prefill engine
     transfer   its prefill is over, its decode has not begun, and the decode engine READs. READs are made slow
-               beforehand, so that this lasts
+               beforehand, so that this lasts. Of a link fault: a READ of its was hit; nobody else reads then
     decode     its tokens come
 """
 
@@ -60,14 +60,21 @@ class Watch:
         self._prefilled = self._prefilled or bool(prefilling)
         return self._prefilled and not prefilling and not decoding and await self.reading() > 0
 
+    async def hit(self, before: int, deadline_s: float) -> bool:
+        """Whether a READ went wrong on command meanwhile; the round may be over by then."""
+        deadline = time.monotonic() + deadline_s
+        while time.monotonic() < deadline:
+            over = self._asked.done()
+            if await hit_reads(self._fleet) > before:
+                return True
+            if over:
+                break
+            await asyncio.sleep(POLL_S)
+        return False
+
     async def reading(self) -> int:
         """READs under way into decode engines."""
-        total = 0
-        for engine_id in self._fleet.engine_ids:
-            if POOLS[engine_id] == "decode":
-                with contextlib.suppress(DirectoryError):
-                    total += (await self._fleet.link_fault(engine_id, wire.LinkFault("none"))).reading
-        return total
+        return sum(state.reading for state in await _links(self._fleet, "decode"))
 
     async def _on(self, pool: str) -> Sequence[dict[str, Any]]:
         """The session's requests on the engines of a pool."""
@@ -78,3 +85,17 @@ class Watch:
                     answer = await self._fleet.http.get(f"http://127.0.0.1:{at.http}/antiphon/live")
                     found += [each for each in answer.json() if each["session"] == self._session]
         return found
+
+
+async def hit_reads(fleet: Fleet) -> int:
+    """READs that were slow, cut or corrupt on command so far."""
+    return sum(state.hit_reads for state in await _links(fleet, "decode", "prefill"))
+
+
+async def _links(fleet: Fleet, *pools: str) -> list[wire.LinkFaults]:
+    found = []
+    for engine_id in fleet.engine_ids:
+        if POOLS[engine_id] in pools:
+            with contextlib.suppress(DirectoryError):
+                found.append(await fleet.link_fault(engine_id, wire.LinkFault("none")))
+    return found
