@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import signal
@@ -83,20 +84,18 @@ async def run_all(options: argparse.Namespace, model: Path) -> list[TrialResult]
     return results
 
 
-def document(results: Sequence[TrialResult], options: argparse.Namespace, took_s: float) -> dict[str, Any]:
+def document(results: Sequence[TrialResult], seed: int, took_s: float) -> dict[str, Any]:
+    """The result file of one call."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    conditions = (
-        f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}, "
-        f"{len(results)} runs in {took_s / 60:.0f} minutes"
-    )
     return {
         "schema": "antiphon.faults/1",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit or "unknown",
-        "seed": options.seed,
-        "conditions": conditions,
+        "commits": [commit or "unknown"],
+        "seed": seed,
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
+        "took_s": round(took_s),
         "rows": table.rows_of(results),
         "findings": table.findings_of(results),
     }
@@ -109,6 +108,7 @@ def main() -> int:
     parser.add_argument("--engines", choices=("simulated", "real", "both"), default="both")
     parser.add_argument("--runs", type=int, default=1, help="of each cell on simulated engines, seed by seed")
     parser.add_argument("--directory", type=Path, default=Path("build/faults"), help="logs and result")
+    parser.add_argument("--keep", action="store_true", help="rows of other cells stay in the result")
     parser.add_argument("--docs", action="store_true", help="write docs/faults.md and its result file too")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
@@ -118,10 +118,12 @@ def main() -> int:
     started = time.monotonic()
     print(f"seed {options.seed}, cells {options.cells or 'all'}", flush=True)
     results = asyncio.run(run_all(options, model))
-    told = document(results, options, time.monotonic() - started)
+    told = document(results, options.seed, time.monotonic() - started)
     written = options.directory / "result.json"
+    if options.keep and written.exists():
+        told = table.merged(json.loads(written.read_text()), told)
     table.write(told, written)
-    print(f"\n{table.markdown(told)}\n\n{told['conditions']}; {written}")
+    print(f"\n{table.conditions(told)}\n\n{table.markdown(told)}\n\n{written}")
     if options.docs:
         table.write(told, RESULT)
         PAGE.write_text(table.with_table(PAGE.read_text(), told))

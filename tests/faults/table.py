@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.faults.cells import matrix
 from tests.faults.trial import TrialResult
 
 COLUMNS = ("cell", "engines", "runs", "phase hit", "rounds", "answered", "retried", "refused", "lost",
@@ -73,15 +74,39 @@ def markdown(document: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"| {' | '.join(str(total[name]) for name in COLUMNS)} |"])
 
 
+def conditions(document: Mapping[str, Any]) -> str:
+    """When, where and how long."""
+    commits = ", ".join(f"`{commit}`" for commit in document["commits"])
+    runs = sum(row["runs"] for row in document["rows"])
+    return (
+        f"{document['date']}, commit {commits}, seed {document['seed']}: {runs} runs in "
+        f"{document['took_s'] / 60:.0f} minutes on {document['machine']}."
+    )
+
+
+def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A later result, with the rows of cells that it did not run; the matrix' order."""
+    again = {(row["cell"], row["engines"]) for row in now["rows"]}
+
+    def kept(part: str) -> list[dict[str, Any]]:
+        return [each for each in before[part] if (each["cell"], each["engines"]) not in again]
+
+    order = [cell.name for cell in matrix()]
+    rows = [*kept("rows"), *now["rows"]]
+    return {
+        **now,
+        "commits": list(dict.fromkeys([*before["commits"], *now["commits"]])),
+        "took_s": before["took_s"] + now["took_s"],
+        "rows": sorted(rows, key=lambda row: (row["engines"] == "real", order.index(row["cell"]))),
+        "findings": [*kept("findings"), *now["findings"]],
+    }
+
+
 def with_table(page: str, document: Mapping[str, Any]) -> str:
     """The page, with its table replaced."""
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    when = (
-        f"Run of {document['date']} at commit `{document['commit']}`, seed {document['seed']}: "
-        f"{document['conditions']}."
-    )
-    return f"{head}{BEGIN}\n{when}\n\n{markdown(document)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{conditions(document)}\n\n{markdown(document)}\n{END}{tail}"
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:

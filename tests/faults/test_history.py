@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.cells import PHASES, Cell, chosen, matrix, real_cells, seed_of
 from tests.faults.history import Attempt, End, LogicalRound, Verdict, doubled, judge
-from tests.faults.table import BEGIN, END, findings_of, markdown, rows_of, with_table
+from tests.faults.table import BEGIN, END, findings_of, markdown, merged, rows_of, with_table
 from tests.faults.trial import TrialResult
 
 PROMPT, ANSWER = (1, 2, 3), (7, 8)
@@ -93,8 +93,14 @@ def test_the_table_says_what_the_runs_showed() -> None:
     }  # fmt: skip
     (finding,) = findings_of([good, bad])
     assert finding["seed"] == 3 and finding["lost"] == ["s/1: .."] and finding["leaks"] == ["a pin"]
-    told = {"rows": [row], "date": "d", "commit": "c", "seed": 3, "conditions": "two cores"}
+    told = {"rows": [row], "date": "d", "commits": ["c"], "seed": 3, "machine": "two cores", "took_s": 60,
+            "findings": [finding]}  # fmt: skip
     assert markdown(told).splitlines()[-1].startswith("| all |  | 2 | 1 | 6 | 4 | 0 | 1 | 1 |")
     page = with_table(f"head\n{BEGIN}\nold\n{END}\ntail", told)
     assert page.startswith("head\n") and page.endswith("\ntail") and "old" not in page
     assert with_table(page, told) == page
+    other = {**told, "rows": [{**row, "cell": "redis.kill.idle"}], "commits": ["e"], "findings": []}
+    both = merged(told, other)
+    assert [each["cell"] for each in both["rows"]] == ["redis.kill.idle", "redis.restart.idle"]
+    assert (both["commits"], both["took_s"], both["findings"]) == (["c", "e"], 120, [finding])
+    assert merged(both, {**other, "rows": [row], "findings": []})["findings"] == []
