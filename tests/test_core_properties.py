@@ -21,7 +21,9 @@ from antiphon.scheduler.messages import (
     Command,
     Complete,
     EngineDown,
+    EngineDraining,
     EngineFailed,
+    EngineSuspect,
     Event,
     FirstToken,
     Generate,
@@ -79,6 +81,7 @@ class Machine(RuleBasedStateMachine):
                 if not isinstance(command, Claim):
                     assert command.engine_id in self.incarnations, f"{command} on a dead engine"
                 if isinstance(command, (Prefill, Generate)):
+                    assert 0 < command.deadline_s <= 30.0 + 1e-6, f"{command} has no deadline"
                     assert command.rid not in self.rids, "a rid was used twice"
                     self.rids.add(command.rid)
             case Abort(round_id=r):
@@ -176,7 +179,8 @@ class Machine(RuleBasedStateMachine):
                 self.done(round_id, ClaimLost(round_id, "away"))
             case Prefetch(engine_id=engine, pages=asked):
                 came = asked if pages % 2 else min(pages, asked)
-                self.done(round_id, PrefetchDone(round_id, engine, came, 0, pages, 0.1, "x"))
+                blamed = pages % 3 == 0
+                self.done(round_id, PrefetchDone(round_id, engine, came, 0, pages, 0.1, "x", blamed))
             case Prefill(engine_id=engine):
                 failed = EngineFailed(round_id, engine, ["refused", "deadline"][pages % 2], "x")
                 self.done(round_id, PrefillDone(round_id, pages) if good else failed)
@@ -196,6 +200,11 @@ class Machine(RuleBasedStateMachine):
     @rule(engine=st.sampled_from(sorted(ENGINES)), used_tokens=st.integers(0, 40_000))
     def an_engine_tells_its_load(self, engine: str, used_tokens: int) -> None:
         self.send(LoadReported(engine, used_tokens))
+
+    @rule(engine=st.sampled_from(sorted(ENGINES)), on=st.booleans(), drains=st.booleans())
+    def an_engine_drains_or_misses_a_probe(self, engine: str, on: bool, drains: bool) -> None:
+        incarnation = self.incarnations.get(engine, "gone")
+        self.send(EngineDraining(engine, on) if drains else EngineSuspect(engine, incarnation, on))
 
     @rule(session=st.integers(0, 5))
     def a_session_ends(self, session: int) -> None:
