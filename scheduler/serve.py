@@ -97,8 +97,8 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         store,
         responses,
         conversations,
-        Calls(ledger.connection),
         replica.session_ended,
+        Calls(ledger.connection),
     )
     server = _Server(
         uvicorn.Config(

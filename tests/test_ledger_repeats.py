@@ -74,7 +74,7 @@ class Player:
             self.claims.pop()  # both are one claim
 
     def _answered(self, done: int) -> bool:
-        return self.notes.ops[done - 1].answer != "taken"
+        return bool(self.notes.ops[done - 1].answer != "taken")
 
     async def _ask(self, what: Sequence[Any]) -> None:
         kind, *rest = what

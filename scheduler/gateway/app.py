@@ -91,8 +91,8 @@ def create_app(
     store: SessionStore | None = None,
     responses: ResponseStore | None = None,
     conversations: Conversations | None = None,
-    calls: Calls | None = None,
     on_session_ended: Callable[[str, str], None] = lambda tenant, session_id: None,
+    calls: Calls | None = None,
 ) -> ASGIApp:
     """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it.
 

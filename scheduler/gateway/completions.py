@@ -102,8 +102,8 @@ class CompletionRoute:
                 progress.phase = "answering"
                 fields |= {"session": handle.session_id, "round": handle.round_number, "arm": handle.arm}
                 await self._intake.conversations.took_over(handle)
-                headers = _round_headers(handle)
-                await self._send(self._events(handle, checked), checked, send, progress, headers)
+                events, about = self._events(handle, checked), _round_headers(handle)
+                await self._send(events, checked, send, progress, about)
         except RoundRefused as refusal:
             raise from_refusal(refusal) from refusal
         except RoundBroke as broke:
