@@ -200,10 +200,9 @@ class Replica:
     def _breakers(self) -> dict[str, tuple[int, int]]:
         """Of engines and of links, in all models: how many are not closed, how often one opened."""
         told = [fleet.core.standings for fleet in self._fleets.values()]
-        kinds = {"engine": [one.engines for one in told], "link": [one.links for one in told]}
         return {
-            kind: (sum(b.not_closed for b in all_), sum(b.opened for b in all_))
-            for kind, all_ in kinds.items()
+            "engine": (sum(s.engines.not_closed for s in told), sum(s.engines.opened for s in told)),
+            "link": (sum(s.links.not_closed for s in told), sum(s.links.opened for s in told)),
         }
 
     def _is_foreign(self, engine_id: str, model: Model) -> bool:
