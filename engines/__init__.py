@@ -6,8 +6,12 @@ Ports
     page_hash.py   names of KV pages: SGLang's chained hashes
     prompt.py      the token ids of a prompt that grows from round to round
     registry.py    the fleet's list of engines in Redis: heartbeat and reader
+    fleet_secrets.py     what is made from the fleet key: signatures of records, the key of engines' HTTP
+    fleet_secrets.py what is made from the fleet key: signatures of records, the key of engines' HTTP
 Adapters on the scheduler's side
     http.py        `HttpEngine`: SGLang's HTTP API and the directory
+    http_events.py the events of a response, with their deadlines
+    whole_answers.py     what comes in one piece: loads, the end of a prefill
     stream.py      one streamed answer: what we ask for beyond the client; sse.py parses its events
     directory_client.py  both clients of the directory: asyncio (scheduler) and blocking (linker)
     handshake.py   authentication of both sides, addresses, the fleet key
@@ -34,6 +38,7 @@ Simulated engines (the same protocols, virtual KV)
     simulated.py   `antiphon engine --simulated`, put together
     simulated_http.py    its routes; simulated_api.py is what they say,
                          simulated_logprobs.py and simulated_schema.py what a sampler would add
+    simulated_gate.py    the key that its HTTP asks for
     simulated_loop.py    its batch loop; simulated_request.py one request in it
     virtual_kv.py  pages without bytes; virtual_directory.py serves them
     scripts.py, faults.py  what it answers, and what it does wrong, on command

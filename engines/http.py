@@ -8,10 +8,7 @@ the engine blames the request), after it BROKEN.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import aiohttp
@@ -29,17 +26,18 @@ from antiphon.engines.base import (
     PrefillResult,
 )
 from antiphon.engines.directory_client import AsyncDirectoryClient, DirectoryError
+from antiphon.engines.fleet_secrets import engine_http_key
+from antiphon.engines.http_events import ResponseEvents, translated
 from antiphon.engines.prompt import body_with
-from antiphon.engines.sse import SseError, SseEvent, SseParser
-
-log = logging.getLogger(__name__)
+from antiphon.engines.whole_answers import Aborted, read_load, read_prefill
 
 MAX_CONNECTIONS = 1024
 """Per engine: more rounds than that wait here instead of in the engine's queue."""
+HEALTH = "/health"
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+"""Of what is no stream: loads, the end of a prefill, errors."""
 KEEP_ALIVE_S = 2.0
 """Shorter than the server's 5 s, so that we never reuse a connection that it is just closing."""
-END_S = 0.05
-"""After the end mark, for the body to end too: only then can its connection be used again."""
 REPLY_MARGIN_S = 0.5
 """A prefetch ends at its deadline in the engine; its answer may take this much longer."""
 
@@ -56,8 +54,13 @@ _DIRECTORY_KINDS = {
 class HttpEngine:
     """`engines.base.Engine` over the network; belongs to one event loop. `close` it."""
 
-    def __init__(self, record: EngineRecord, fleet_key: bytes, *, peer: str = "scheduler") -> None:
+    def __init__(
+        self, record: EngineRecord, fleet_key: bytes, *, peer: str = "scheduler", http_key: str | None = None
+    ) -> None:
+        """`http_key` is presented to its HTTP: None = the one of the fleet, "" = none."""
         self._record = record
+        key = engine_http_key(fleet_key) if http_key is None else http_key
+        self._key_header = {"Authorization": f"Bearer {key}"} if key else {}
         self._hello: wire.Hello | None = None
         self._session: aiohttp.ClientSession | None = None
         self._directories = [
@@ -75,7 +78,7 @@ class HttpEngine:
     async def connect(self, deadline_s: float) -> None:
         """Health over HTTP and the hello of every rank, which must tell one story; raises `EngineError`."""
         async with asyncio.TaskGroup() as group:
-            health = group.create_task(self._settled(self._call, "GET", "/health", None, deadline_s))
+            health = group.create_task(self._settled(self._call, "GET", HEALTH, None, deadline_s))
             hellos = [
                 group.create_task(self._settled(self._greet, directory, deadline_s))
                 for directory in self._directories
@@ -106,12 +109,10 @@ class HttpEngine:
         body = body_with(fields, "input_ids", input_ids)
         answer = await self._call("POST", "/generate", body, deadline_s)
         try:
-            meta = msgspec.json.decode(answer)["meta_info"]
-            reason = meta.get("finish_reason") or {}
-            if reason.get("type") == "abort":
-                raise EngineError(FailureKind.REFUSED, f"{self._name} aborted the prefill: {reason}")
-            return PrefillResult(int(meta["prompt_tokens"]), int(meta["cached_tokens"]))
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            return read_prefill(answer)
+        except Aborted as error:
+            raise EngineError(FailureKind.REFUSED, f"{self._name} aborted the prefill: {error}") from error
+        except ValueError as error:
             raise self._nonsense("/generate", answer) from error
 
     async def generate(
@@ -121,7 +122,7 @@ class HttpEngine:
         reader = stream.AnswerReader(request, self._name)
         began_s = asyncio.get_running_loop().time()
         response = await self._open_stream(request.path, reader.body(), deadline_s)
-        events = _Events(response, self._name, began_s, deadline_s, silence_s or (lambda: deadline_s))
+        events = ResponseEvents(response, self._name, began_s, deadline_s, silence_s or (lambda: deadline_s))
         try:
             while not reader.done:
                 event = await events.next(started=reader.started)
@@ -183,6 +184,13 @@ class HttpEngine:
         found = await self._ask_all(wire.Lookup(tuple(hashes)), wire.Found, deadline_s)
         return min((reply.pages for reply in found), default=0)
 
+    async def chain(self, tip: bytes, *, deadline_s: float) -> tuple[bytes, tuple[bytes, ...]]:
+        """(digest before the first, hashes) of the pages up to `tip`, in order; none without a linker."""
+        if not self._directories:
+            return b"", ()
+        found = await self._ask(self._directories[0], wire.Chain(tip), wire.ChainPages, deadline_s)
+        return found.parent, found.hashes
+
     async def abort(self, rid: str, *, deadline_s: float) -> None:
         """Stop `rid`; an unknown one is no error. SGLang also stops every rid that begins with it."""
         await self._call("POST", "/abort_request", msgspec.json.encode({"rid": rid}), deadline_s)
@@ -191,15 +199,8 @@ class HttpEngine:
         """Sums over data-parallel ranks."""
         answer = await self._call("GET", "/v1/loads?include=core", None, deadline_s)
         try:
-            loads = msgspec.json.decode(answer)["loads"]
-            return LoadReport(
-                running_requests=sum(int(load["num_running_reqs"]) for load in loads),
-                waiting_requests=sum(int(load["num_waiting_reqs"]) for load in loads),
-                waiting_uncached_tokens=sum(int(load["num_waiting_uncached_tokens"]) for load in loads),
-                used_tokens=sum(int(load["num_used_tokens"]) for load in loads),
-                pool_tokens=sum(int(load["max_total_num_tokens"]) for load in loads),
-            )
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            return read_load(answer)
+        except ValueError as error:
             raise self._nonsense("/v1/loads", answer) from error
 
     async def close(self) -> None:
@@ -225,7 +226,9 @@ class HttpEngine:
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None),
-                headers={"Content-Type": "application/json"},
+                # An answer that is small on the way must not be huge here.
+                headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
+                auto_decompress=False,
             )
         return self._session
 
@@ -234,9 +237,11 @@ class HttpEngine:
         try:
             async with (
                 asyncio.timeout(deadline_s),
-                self._http().request(method, path, data=body, allow_redirects=False) as response,
+                self._http().request(
+                    method, path, data=body, allow_redirects=False, headers=self._headers(path)
+                ) as response,
             ):
-                answer = await response.read()
+                answer = await self._whole(response, path)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise translated(error, self._name, path, deadline_s, started=False) from error
         if response.status != 200:
@@ -248,15 +253,34 @@ class HttpEngine:
         response: aiohttp.ClientResponse | None = None
         try:
             async with asyncio.timeout(deadline_s):
-                response = await self._http().post(path, data=body, allow_redirects=False)
+                response = await self._http().post(
+                    path, data=body, allow_redirects=False, headers=self._headers(path)
+                )
                 if response.status == 200:
                     return response
-                answer = await response.read()
+                answer = await self._whole(response, path)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             if response is not None:
                 response.close()
             raise translated(error, self._name, path, deadline_s, started=False) from error
         raise stream.answer_error(self._name, path, response.status, answer)
+
+    def _headers(self, path: str) -> dict[str, str]:
+        """The key goes to no server that is only greeted: its directory must prove the fleet key first."""
+        return {} if path == HEALTH else self._key_header
+
+    async def _whole(self, response: aiohttp.ClientResponse, path: str) -> bytes:
+        """A body that is no stream; raises `EngineError` when it is larger than any of these can be."""
+        pieces: list[bytes] = []
+        left = MAX_ANSWER_BYTES
+        async for piece in response.content.iter_any():
+            left -= len(piece)
+            if left < 0:
+                response.close()
+                message = f"{self._name}: {path}: an answer of more than {MAX_ANSWER_BYTES} bytes"
+                raise EngineError(FailureKind.BROKEN, message, status=response.status)
+            pieces.append(piece)
+        return b"".join(pieces)
 
     def _nonsense(self, path: str, answer: bytes) -> EngineError:
         return EngineError(FailureKind.BROKEN, f"{self._name} answered {path} with {answer[:200]!r}")
@@ -334,64 +358,3 @@ class HttpEngine:
                     f"{self._name}: rank {rank} at {address} differs from rank 0 in {', '.join(wrong)}",
                 )
         return first
-
-
-class _Events:
-    """Server-sent events of one response: a deadline for the first, and one for the silence after each."""
-
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        name: str,
-        began_s: float,
-        deadline_s: float,
-        silence_s: Callable[[], float],
-    ) -> None:
-        """The first event is due `deadline_s` after `began_s`, on the loop's clock."""
-        self._response = response
-        self._name = name
-        self._since_s = began_s
-        self._limit_s: Callable[[], float] = lambda: deadline_s
-        self._silence_s = silence_s
-        self._parser = SseParser()
-        self._ready: deque[SseEvent] = deque()
-
-    async def next(self, *, started: bool) -> SseEvent | None:
-        """The next event, None at the end of the stream; raises `EngineError`."""
-        if self._ready:
-            return self._ready.popleft()
-        path, loop = self._response.url.path, asyncio.get_running_loop()
-        if started:
-            self._since_s, self._limit_s = loop.time(), self._silence_s
-        while not self._ready:
-            limit_s = self._limit_s()
-            try:
-                async with asyncio.timeout_at(self._since_s + limit_s):
-                    received = await self._response.content.readany()
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                if isinstance(error, TimeoutError) and loop.time() < self._since_s + self._limit_s():
-                    continue  # meanwhile there is reason to wait longer
-                raise translated(error, self._name, path, limit_s, started=started) from error
-            if not received:
-                return None
-            try:
-                self._ready.extend(self._parser.feed(received))
-            except SseError as error:
-                raise EngineError(FailureKind.BROKEN, f"{self._name}: {path}: {error}") from error
-        return self._ready.popleft()
-
-    async def end(self) -> None:
-        """Wait a moment for the body's own end."""
-        with suppress(TimeoutError, aiohttp.ClientError, OSError):
-            async with asyncio.timeout(END_S):
-                while await self._response.content.readany():
-                    pass
-
-
-def translated(error: Exception, name: str, path: str, deadline_s: float, *, started: bool) -> EngineError:
-    """Our error for one of aiohttp or the network; `started` = part of the answer was passed on already."""
-    if isinstance(error, TimeoutError):
-        return EngineError(FailureKind.DEADLINE, f"{name}: {path}: nothing came within {deadline_s:.3g} s")
-    kind = FailureKind.BROKEN if started else FailureKind.UNREACHABLE
-    log.debug("%s: %s: connection failed: %r", name, path, error)
-    return EngineError(kind, f"{name}: {path}: connection failed ({type(error).__name__})")

@@ -86,6 +86,11 @@ class EngineOptions:
         for name, port, lowest in (("--port", self.port, 1), ("--kv-port", self.kv_port, 0)):
             if not lowest <= port <= 65535:
                 raise LaunchError(f"{name} must be {lowest} to 65535, got {port}")
+        if self.ledger and (self.flag("--api-key") is not None or self.flag("--admin-api-key") is not None):
+            raise LaunchError(
+                "schedulers bring the key that they make from the fleet key, not one of yours: leave it "
+                "away, or start with --ledger none and name yours by api_key_env in [[engines]]"
+            )
         if self.advertise_kv and self.ranks > 1:
             raise LaunchError("--advertise-kv names one address, but the engine has several ranks")
 
@@ -100,6 +105,11 @@ class EngineOptions:
     @property
     def model_id(self) -> str:
         return self.flag("--served-model-name") or self.model.resolve().name
+
+    @property
+    def takes_fleet_http_key(self) -> bool:
+        """Its HTTP asks for the key of the fleet. SGLang cannot with several tokenizer processes."""
+        return self.flag("--api-key") is None and int(self.flag("--tokenizer-worker-num") or 1) == 1
 
     @property
     def ranks(self) -> int:
@@ -241,9 +251,18 @@ def find_free_ports(host: str, count: int) -> int:
 
 
 def sglang_arguments(
-    options: EngineOptions, *, on_cpu: bool, config: dict[str, Any], kv_port: int, incarnation: str
+    options: EngineOptions,
+    *,
+    on_cpu: bool,
+    config: dict[str, Any],
+    kv_port: int,
+    incarnation: str,
+    http_key: str = "",
 ) -> list[str]:
-    """SGLang's command line. The user's flags come last, and the last one wins."""
+    """SGLang's arguments. The user's flags come last, and the last one wins.
+
+    No process has them as its command line: with `http_key` they hold a secret.
+    """
     words = [
         "--model-path", str(options.model), "--host", options.host, "--port", str(options.port),
         "--served-model-name", options.model_id,
@@ -261,6 +280,8 @@ def sglang_arguments(
             "--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic",
             "--unified-cache-external-linker-config", json.dumps(linker),
         ]  # fmt: skip
+    if http_key:
+        words += ["--api-key", http_key]
     return [*words, *options.sglang_flags]
 
 

@@ -23,6 +23,7 @@ import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
+from antiphon.engines.fleet_secrets import engine_http_key
 from antiphon.engines.launch_options import (
     EngineOptions,
     LaunchError,
@@ -40,6 +41,7 @@ SHIMS_VARIABLE = "ANTIPHON_CPU_SHIMS"
 """Set by the launcher for its children, so that all of them decide alike."""
 PARENT_VARIABLE = "ANTIPHON_LAUNCHER_PID"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SGLANG_LOGS_ARGUMENTS = "sglang.srt.entrypoints.engine"
 WARM_UP_DEADLINE_S = 300.0
 CHILD_EXIT_DEADLINE_S = 5.0
 
@@ -55,8 +57,8 @@ def check(options: EngineOptions) -> dict[str, Any]:
     check_installed(options.linker)
     config = read_model_config(options.model)
     check_port_free(options.host, options.port, "--port")
+    _fleet_key(options)
     if options.linker:
-        _check_fleet_key(options)
         for port in range(options.kv_port, options.kv_port + options.ranks) if options.kv_port else ():
             check_port_free(options.host, port, "--kv-port")
     return config
@@ -78,12 +80,15 @@ def prebuild_page_hash() -> None:
         ) from error
 
 
-def _check_fleet_key(options: EngineOptions) -> None:
+def _fleet_key(options: EngineOptions) -> bytes:
+    """b"" where none is needed; raises `LaunchError` when it is and there is none."""
     from antiphon.engines.handshake import load_fleet_key
 
     try:
-        load_fleet_key(path=options.key_file)
+        return load_fleet_key(path=options.key_file)
     except ValueError as error:
+        if not options.linker and not options.ledger:
+            return b""
         raise LaunchError(str(error)) from error
 
 
@@ -111,6 +116,10 @@ class EngineProcess:
         self.incarnation = uuid.uuid4().hex
         self.kv_port = options.kv_port or find_free_ports(options.host, options.ranks)
         self._config = config
+        self._fleet_key = _fleet_key(options)
+        self._http_key = ""
+        if self._fleet_key and options.takes_fleet_http_key:
+            self._http_key = engine_http_key(self._fleet_key)
         self._scratch = tempfile.mkdtemp(prefix="antiphon-engine-")
         self._registration: Any = None
         self._lock = threading.Lock()
@@ -134,7 +143,9 @@ class EngineProcess:
             config=self._config,
             kv_port=self.kv_port,
             incarnation=self.incarnation,
+            http_key=self._http_key,
         )
+        logging.getLogger(SGLANG_LOGS_ARGUMENTS).addFilter(Masked(self._http_key))
         server_args = prepare_server_args(words)
         server_args.resolve_once()
         try:
@@ -217,6 +228,7 @@ class EngineProcess:
                 fleet=options.fleet,
                 replace=options.replace,
                 on_taken=self._stop_replaced,
+                fleet_key=self._fleet_key,
             )
             self._registration.start()
 
@@ -236,7 +248,7 @@ class EngineProcess:
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """JSON of our own server; raises OSError."""
-        key = self.options.flag("--api-key")
+        key = self._http_key or self.options.flag("--api-key")
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=headers)
@@ -261,6 +273,19 @@ class EngineProcess:
         shutil.rmtree(self._scratch, ignore_errors=True)
         logging.shutdown()
         os._exit(status)
+
+
+class Masked(logging.Filter):
+    """Takes a secret out of log lines: SGLang logs all of its arguments when it starts."""
+
+    def __init__(self, secret: str) -> None:
+        super().__init__()
+        self._secret = secret
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self._secret and self._secret in (text := record.getMessage()):
+            record.msg, record.args = text.replace(self._secret, "***"), ()
+        return True
 
 
 def end_children() -> None:

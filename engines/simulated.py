@@ -25,6 +25,7 @@ from aiohttp import web
 from antiphon.engines.base import EngineRecord
 from antiphon.engines.directory import DirectoryServer
 from antiphon.engines.faults import Faults, exit_now
+from antiphon.engines.fleet_secrets import engine_http_key
 from antiphon.engines.handshake import load_fleet_key, split_address
 from antiphon.engines.interfaces import find_interface
 from antiphon.engines.registry import Registration
@@ -90,6 +91,8 @@ class SimulatedOptions:
     """Length of an answer that neither the client nor the script limits."""
     speed: float = 1.0
     """Simulated seconds per second."""
+    http_key: bool = False
+    """Its HTTP asks for the key that schedulers make from the fleet key; /health stays open."""
     deterministic: bool = False
     """What it says of itself; its tokens are a function of the prompt in any case."""
 
@@ -220,7 +223,10 @@ class SimulatedEngine:
         stack.push_async_callback(_cancelled, self.worker)
         http = SimulatedHttp(self._served(), self.loop, self._script, self.faults, self._set_directory)
         runner = web.AppRunner(
-            http.app(), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S
+            http.app(engine_http_key(self._key) if options.http_key else ""),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=STOP_S,
         )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -228,7 +234,11 @@ class SimulatedEngine:
         stack.callback(self.loop.abort, "", everything=True)
         if options.ledger:
             registration = Registration(
-                options.ledger, self._record, fleet=options.fleet, replace=options.replace
+                options.ledger,
+                self._record,
+                fleet=options.fleet,
+                replace=options.replace,
+                fleet_key=self._key,
             )
             await asyncio.to_thread(registration.start)
             stack.push_async_callback(asyncio.to_thread, registration.close)

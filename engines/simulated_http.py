@@ -18,6 +18,7 @@ from antiphon.engines import simulated_api as api
 from antiphon.engines.faults import AnyFault, BreakStream, Clear, DropDirectory, Faults, parse_fault
 from antiphon.engines.page_hash import namespace_seed
 from antiphon.engines.scripts import Script, ScriptLine, cut_at_stop
+from antiphon.engines.simulated_gate import asking_for
 from antiphon.engines.simulated_loop import BatchLoop
 from antiphon.engines.simulated_request import Finish, LoopRequest, progress
 from antiphon.engines.simulated_schema import forced_line
@@ -70,8 +71,10 @@ class SimulatedHttp:
         self._taken: dict[str, ScriptLine] = {}
         """By rid: the script's lines that are being said."""
 
-    def app(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+    def app(self, key: str = "") -> web.Application:
+        """With `key`, as SGLang with `--api-key`: all but health asks for it. Test hooks stay open."""
+        middlewares = [asking_for(key)] if key else []
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
         for path in ("/health", "/health_generate"):
             app.router.add_get(path, self._health)
         for path in ("/model_info", "/get_model_info"):

@@ -8,6 +8,7 @@ time is left; a point counts with its median. What was not measured is that of a
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -26,7 +27,7 @@ from antiphon.eval.least_squares import DecodePoint, FitFailed
 from antiphon.eval.probe import EngineInfo, Probe, ProbeError
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.config import Config, LedgerConfig
-from antiphon.scheduler.fleet_key import load_or_create_fleet_key
+from antiphon.scheduler.fleet_key import KEY_FILE, KEY_VARIABLE, load_or_create_fleet_key
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
 from antiphon.traces.output import check_writable, whole_file
 
@@ -92,9 +93,10 @@ async def calibrate(options: CalibrateOptions, on_step: OnStep = lambda words: N
 @asynccontextmanager
 async def sampling(options: CalibrateOptions) -> AsyncIterator[Sampler]:
     """The engine, ready to be measured in rounds. Raises `ProbeError`."""
-    key = b""
-    if options.ledger is not None:
-        key = load_or_create_fleet_key(Config(ledger=LedgerConfig(state_dir=options.state_dir)).state_dir())
+    state_dir = Config(ledger=LedgerConfig(state_dir=options.state_dir)).state_dir()
+    # An engine of ours asks for a key that is made from the fleet's: where there is one, it is brought.
+    known = options.ledger is not None or KEY_VARIABLE in os.environ or (state_dir / KEY_FILE).exists()
+    key = load_or_create_fleet_key(state_dir) if known else b""
     record, peer_record = await _records(options)
     try:
         async with AsyncExitStack() as stack:

@@ -19,6 +19,7 @@ from typing import Any, Self
 import aiohttp
 
 from antiphon.engines.base import EngineError, EngineRecord, GenerateRequest
+from antiphon.engines.fleet_secrets import engine_http_key
 from antiphon.engines.http import HttpEngine
 from antiphon.engines.page_hash import ROOT, page_hashes
 
@@ -57,12 +58,20 @@ class Probe:
     """One engine under measurement; nobody else should use it meanwhile."""
 
     def __init__(self, record: EngineRecord, fleet_key: bytes = b"", seed: int | None = None) -> None:
-        """Directories are used only if the record names them, and then the key must be the fleet's."""
+        """Directories are used only if the record names them, and then the key must be the fleet's.
+
+        With no key the engine's HTTP is asked without one.
+        """
         self.record = record
-        self.engine = HttpEngine(record, fleet_key, peer="calibration")
+        key = engine_http_key(fleet_key) if fleet_key else ""
+        self.engine = HttpEngine(record, fleet_key, peer="calibration", http_key=key)
         self.info: EngineInfo
         self._random = random.Random(seed)
-        self._http = aiohttp.ClientSession(record.url, timeout=aiohttp.ClientTimeout(total=INFO_DEADLINE_S))
+        self._http = aiohttp.ClientSession(
+            record.url,
+            timeout=aiohttp.ClientTimeout(total=INFO_DEADLINE_S),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
 
     async def __aenter__(self) -> Self:
         try:

@@ -56,6 +56,7 @@ Doors
     session_config.py  [session]
     api_keys.py    API keys, as digests: of the configuration, and of the ledger
     fleet_key.py   the key that scheduler and engines prove to each other
+    engine_keys.py the keys that configured engines ask for
     metrics.py, logs.py, errors.py
     cli.py         the `antiphon` command; doctor.py proves an installation
     cli_evaluation.py      simulate, sweep, report, ...; cli_trace.py: antiphon trace ..

@@ -144,7 +144,7 @@ def engine(
     }
     if simulated:
         names = {"model_id": model.name, "model_path": str(model.resolve())} if model else {}
-        _run_simulated({**common, **names}, profile, script, context.args)
+        _run_simulated({**common, **names, "http_key": True}, profile, script, context.args)
     elif model is None:
         raise UserError("--model DIR is needed (`antiphon tiny-model DIR` makes a small one), or --simulated")
     else:

@@ -37,6 +37,8 @@ class GatewayConfig:
     """For a client to send its whole request."""
     shutdown_grace_s: float = 30.0
     """How long rounds in flight may go on after a stop signal."""
+    lame_duck_s: float = 0.5
+    """After SIGTERM, how long the listener still answers 503, for load balancers to see it."""
     response_ttl_s: float = 86400.0
     """How long a stored response (`/v1/responses`) is kept after it was made or gone on from."""
     history_memory_bytes: int = 256 * 1024 * 1024
@@ -146,6 +148,9 @@ class EngineConfig:
     """host:port of each rank's directory; empty = no linker, `local` only."""
     model: str = ""
     """Its model id, where there are several models and it has no linker to say so."""
+    api_key_env: str = ""
+    """Environment variable with the key that its HTTP asks for; empty = that of the fleet if it has our
+    linker, else none."""
 
     def __post_init__(self) -> None:
         _one_of(self, "pool", ("prefill", "decode"))

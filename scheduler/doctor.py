@@ -21,6 +21,7 @@ from antiphon.engines.http import HttpEngine
 from antiphon.engines.page_hash import namespace_seed, page_hashes
 from antiphon.engines.registry import shown
 from antiphon.scheduler.config import Config
+from antiphon.scheduler.engine_keys import StaticEngineKeys
 from antiphon.scheduler.errors import UserError
 from antiphon.scheduler.fleet_key import load_or_create_fleet_key
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
@@ -70,7 +71,12 @@ def run_doctor(config: Config) -> list[Check]:
         ]
     static = [EngineRecord(e.engine_id, e.url, e.pool, "", e.kv_addresses) for e in config.engines]
     try:
-        return checks + asyncio.run(_check_running(server.url, config.ledger.fleet, static, fleet_key))
+        key_of = StaticEngineKeys(config.engines).get
+        return checks + asyncio.run(
+            _check_running(server.url, config.ledger.fleet, static, fleet_key, key_of)
+        )
+    except UserError as error:
+        return [*checks, Check("engine keys", False, str(error), "set it, or take api_key_env out")]
     finally:
         if server.embedded is not None:
             server.embedded.stop()
@@ -121,9 +127,13 @@ def _first(version_of: Callable[[str], str | None], names: Iterable[str]) -> str
 
 
 async def _check_running(
-    url: str, fleet: str, static: Sequence[EngineRecord], fleet_key: bytes
+    url: str,
+    fleet: str,
+    static: Sequence[EngineRecord],
+    fleet_key: bytes,
+    key_of: Callable[[EngineRecord], str | None],
 ) -> list[Check]:
-    ledger = Ledger(url, fleet=fleet, deadline_s=5.0)
+    ledger = Ledger(url, fleet=fleet, deadline_s=5.0, fleet_key=fleet_key)
     try:
         await ledger.check()
         registered = await ledger.engines()
@@ -134,17 +144,26 @@ async def _check_running(
         checks = [Check("ledger", True, f"{shown(url)} answers and takes our scripts")]
     finally:
         await ledger.close()
+    if refused := sum(ledger.records.refused.values()):
+        fix = "one fleet key for all? engines older than this release? else somebody else writes the ledger"
+        reasons = ", ".join(sorted(ledger.records.refused))
+        checks.append(Check("engine records", False, f"{refused} refused ({reasons})", fix))
     records = {record.engine_id: record for record in (*static, *registered)}
-    return checks + await check_fleet([records[name] for name in sorted(records)], fleet, fleet_key)
+    return checks + await check_fleet([records[name] for name in sorted(records)], fleet, fleet_key, key_of)
 
 
-async def check_fleet(records: Sequence[EngineRecord], fleet: str, fleet_key: bytes) -> list[Check]:
-    """Every engine by itself, then every transfer between two of them."""
+async def check_fleet(
+    records: Sequence[EngineRecord],
+    fleet: str,
+    fleet_key: bytes,
+    key_of: Callable[[EngineRecord], str | None] = lambda record: None,
+) -> list[Check]:
+    """Every engine by itself, then every transfer between two. `key_of`: its HTTP's, None = the fleet's."""
     if not records:
         fix = "start one: antiphon engine --model DIR --port N --ledger URL"
         return [Check("engines", False, f"none is registered in fleet {fleet!r} or configured", fix)]
     checks: list[Check] = []
-    engines = [HttpEngine(record, fleet_key, peer="doctor") for record in records]
+    engines = [HttpEngine(record, fleet_key, peer="doctor", http_key=key_of(record)) for record in records]
     try:
         linked: list[Engine] = []
         for engine in engines:

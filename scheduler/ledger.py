@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from antiphon.engines.base import EngineRecord
-from antiphon.engines.registry import list_engines
+from antiphon.engines.registry import RecordReader
 from antiphon.scheduler import ledger_views
 from antiphon.scheduler.ledger_answers import Look, Moved, read_claim, read_look
 from antiphon.scheduler.ledger_connection import (
@@ -65,8 +65,13 @@ class Ledger:
         lease_ttl_s: float = 900.0,
         retry_after_s: float = RETRY_AFTER_S,
         max_connections: int = 16,
+        fleet_key: bytes | None = None,
     ) -> None:
-        """`lease_ttl_s` bounds a lease whose replica lives on without it; longer than any round may take."""
+        """`lease_ttl_s` bounds a lease whose replica lives on without it; longer than any round may take.
+
+        Without `fleet_key`, `engines` answers records that nobody has signed too: for showing them only.
+        """
+        self.records = RecordReader(fleet, fleet_key)
         self.connection = LedgerConnection(url, fleet, deadline_s, max_connections)
         self._lease_ms = _milliseconds(lease_ttl_s)
         self._retry_after_s = retry_after_s
@@ -291,7 +296,7 @@ class Ledger:
 
     async def engines(self) -> tuple[EngineRecord, ...]:
         """Records of the fleet's live engines, by id."""
-        return await self.connection.call(lambda: list_engines(self.connection.redis, self.connection.fleet))
+        return await self.connection.call(lambda: self.records.read(self.connection.redis))
 
     async def sessions(
         self, limit: int = 100, cursor: int = 0, tenant: str | None = None

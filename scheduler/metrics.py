@@ -73,6 +73,10 @@ class Metrics:
         """`look` is asked at every scrape: kind -> how many are not closed now, how often one opened."""
         self.registry.register(_Breakers(look))
 
+    def watch_records(self, look: Callable[[], Mapping[str, int]]) -> None:
+        """`look` is asked at every scrape: reason -> looks at engine records that were refused."""
+        self.registry.register(_RefusedRecords(look))
+
     def observe_receipt(self, receipt: Receipt) -> None:
         """Count a round that ended; call it once per receipt."""
         arm = receipt.arm.value if receipt.arm is not None else "none"
@@ -139,3 +143,18 @@ class _Breakers(Collector):
             now.add_metric([kind], not_closed)
             opened.add_metric([kind], openings)
         return now, opened
+
+
+class _RefusedRecords(Collector):
+    """Engine records of the ledger that were not believed: counted where they are read."""
+
+    def __init__(self, look: Callable[[], Mapping[str, int]]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        refused = CounterMetricFamily(
+            "antiphon_engine_records_refused", "Looks at engine records that were refused", labels=["reason"]
+        )
+        for reason, times in self._look().items():
+            refused.add_metric([reason], times)
+        return (refused,)

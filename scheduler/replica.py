@@ -17,6 +17,7 @@ from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.discovery import Discovery
+from antiphon.scheduler.engine_keys import StaticEngineKeys
 from antiphon.scheduler.errors import ledger_unavailable
 from antiphon.scheduler.gateway.app import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
@@ -50,14 +51,14 @@ class Replica:
         self._heartbeat = Heartbeat(ledger, name, on_replaced=self._on_replaced)
         self._drain_s = config.gateway.shutdown_grace_s
         self._models = Models(config)
-        profiles = config.scheduler.profiles
+        profiles, keys = config.scheduler.profiles, StaticEngineKeys(config.engines)
         self._discovery = Discovery(
             ledger,
             static=tuple(
                 EngineRecord(e.engine_id, e.url, e.pool, "", e.kv_addresses, model_id=e.model)
                 for e in config.engines
             ),
-            make_engine=lambda record: HttpEngine(record, fleet_key),
+            make_engine=lambda record: HttpEngine(record, fleet_key, http_key=keys.get(record)),
             on_event=self._on_engine_event,
             on_load=self._on_load,
             on_suspect=self._on_suspect,
@@ -124,6 +125,15 @@ class Replica:
                 for fleet in self._fleets.values():
                     if fleet.round_log is not None:
                         await asyncio.to_thread(fleet.round_log.close)
+
+    @property
+    def rounds_in_flight(self) -> int:
+        return sum(fleet.runtime.rounds_in_flight for fleet in self._fleets.values())
+
+    async def send_away(self, why: str, deadline_s: float) -> int:
+        """As `Runtime.send_away`, of all models."""
+        ways = (fleet.runtime.send_away(why, deadline_s) for fleet in self._fleets.values())
+        return sum(await asyncio.gather(*ways))
 
     def hurry(self) -> None:
         """Give rounds in flight no grace on the way out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import uuid
@@ -33,6 +34,7 @@ from antiphon.scheduler.models import Model, Models
 from antiphon.scheduler.replica import Replica
 from antiphon.scheduler.response_store import ResponseStore
 from antiphon.scheduler.session_store import SessionStore
+from antiphon.scheduler.stopping import CUT_MARGIN_S, Stopping
 from antiphon.scheduler.token_log import TokenLogs
 from antiphon.scheduler.valkey import EmbeddedValkey, ValkeyError
 
@@ -73,7 +75,8 @@ def run_server(config: Config) -> int:
 async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: socket.socket) -> None:
     metrics = Metrics()
     lease_ttl_s = max(900.0, 2 * config.scheduler.request_deadline_s)  # longer than any round
-    ledger = Ledger(ledger_url, fleet=config.ledger.fleet, lease_ttl_s=lease_ttl_s)
+    ledger = Ledger(ledger_url, fleet=config.ledger.fleet, lease_ttl_s=lease_ttl_s, fleet_key=fleet_key)
+    metrics.watch_records(lambda: ledger.records.refused)
     try:
         replica = Replica(config, ledger, fleet_key, uuid.uuid4().hex, metrics)
     except ValueError as error:
@@ -87,6 +90,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
     logs = TokenLogs(ledger_url, fleet=config.ledger.fleet, memory_bytes=config.gateway.history_memory_bytes)
     ttl_s = config.ledger.session_ttl_s
     conversations = Conversations(logs, store if config.session.infer else None, ledger, ttl_s)
+    stopping = Stopping()
     app = create_app(
         replica,
         tokenizers_of(config, replica),
@@ -99,7 +103,9 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         conversations,
         replica.session_ended,
         Calls(ledger.connection),
+        stopping=stopping,
     )
+    grace_s = config.gateway.shutdown_grace_s
     server = _Server(
         uvicorn.Config(
             app,
@@ -107,17 +113,21 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
             access_log=False,
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(config.gateway.shutdown_grace_s) or 1,
+            timeout_graceful_shutdown=math.ceil(grace_s + 2 * CUT_MARGIN_S),  # we end it before that
         )
     )
-    _stop_on_signals(server)
+    _stop_on_signals(stopping)
     host, port = listener.getsockname()[:2]
     try:
         async with replica.running():
             log.info("serving", extra={"url": f"http://{host}:{port}", "ledger": masked(ledger_url)})
-            await server.serve(sockets=[listener])
-            if server.force_exit:
-                replica.hurry()
+            ending = asyncio.create_task(
+                stopping.end(server, replica, config.gateway.lame_duck_s, grace_s), name="stopping"
+            )
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                ending.cancel()
     finally:
         await logs.close()
         await ledger.close()
@@ -132,16 +142,10 @@ def tokenizers_of(config: Config, replica: Replica) -> TokenizerSource:
     return TokenizerSource({model.key: partial(locate, model) for model in Models(config)})
 
 
-def _stop_on_signals(server: uvicorn.Server) -> None:
-    """The first signal drains, a second one cuts off."""
-
-    def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
+def _stop_on_signals(stopping: Stopping) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stopping.on_signal, number)
 
 
 def _bind(config: Config) -> socket.socket:

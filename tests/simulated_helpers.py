@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from antiphon.engines.base import Chunk, EngineRecord, GenerateRequest
+from antiphon.engines.fleet_secrets import engine_http_key
 from antiphon.engines.http import HttpEngine
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
 
@@ -144,10 +145,19 @@ async def is_idle(adapter: HttpEngine) -> bool:
     return load.running_requests == load.waiting_requests == load.used_tokens == 0
 
 
-async def post(record: EngineRecord, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+def engine_key(fleet_key: bytes) -> dict[str, str]:
+    """The header that opens an engine's HTTP."""
+    return {"Authorization": f"Bearer {engine_http_key(fleet_key)}"}
+
+
+async def post(
+    record: EngineRecord, path: str, body: dict[str, Any], fleet_key: bytes = FLEET_KEY
+) -> tuple[int, Any]:
     """Status and JSON (or text) of one plain HTTP call."""
     async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session,
+        aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=60), headers=engine_key(fleet_key)
+        ) as session,
         session.post(record.url + path, json=body) as response,
     ):
         if response.content_type == "application/json":

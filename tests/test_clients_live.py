@@ -14,8 +14,10 @@ from anthropic import Anthropic
 from openai import AsyncOpenAI, OpenAI
 
 from antiphon.engines.base import EngineRecord
-from tests.conftest import SglangPair
+from antiphon.engines.fleet_secrets import engine_http_key
+from tests.conftest import FLEET_KEY, SglangPair
 from tests.engine_processes import wait_for
+from tests.simulated_helpers import engine_key
 from tests.test_stack import gateway
 
 PAGE = 16
@@ -45,7 +47,12 @@ def client(url: str) -> Iterator[OpenAI]:
 @pytest.fixture(scope="module")
 def plain(plain_engine: EngineRecord) -> Iterator[OpenAI]:
     """The same client, of the engine that no gateway uses."""
-    with OpenAI(base_url=f"{plain_engine.url}/v1", api_key="any", max_retries=0, timeout=DEADLINE_S) as made:
+    with OpenAI(
+        base_url=f"{plain_engine.url}/v1",
+        api_key=engine_http_key(FLEET_KEY),
+        max_retries=0,
+        timeout=DEADLINE_S,
+    ) as made:
         yield made
 
 
@@ -252,7 +259,10 @@ def test_a_client_that_leaves_several_choices_early(
     session_id = f"live-left-{how.replace(' ', '-')}"
 
     def running() -> int:
-        found = [httpx.get(f"{each}/v1/loads?include=core").json()["loads"] for each in engines]
+        found = [
+            httpx.get(f"{each}/v1/loads?include=core", headers=engine_key(FLEET_KEY)).json()["loads"]
+            for each in engines
+        ]
         return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for loads in found for load in loads)
 
     def reserved() -> list[Any]:

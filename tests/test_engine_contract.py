@@ -80,7 +80,7 @@ def test_prefill_generates_nothing(engine_pair: Pair) -> None:
         "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
         "rid": make_rid(),
     }
-    status, reply = asyncio.run(post(engine_pair.prefill, "/generate", body))
+    status, reply = asyncio.run(post(engine_pair.prefill, "/generate", body, engine_pair.fleet_key))
     assert status == 200
     assert reply["output_ids"] == []
     assert reply["meta_info"]["finish_reason"]["type"] == "length"

@@ -25,6 +25,7 @@ from tests.conftest import SglangPair
 from tests.engine_calls import random_prompt
 from tests.move_helpers import MovesEvery
 from tests.option_helpers import CHAT, OPTIONS, Option, compared, differences, folded, gaps
+from tests.simulated_helpers import engine_key
 from tests.test_move_live import replica_over
 from tests.test_stack import gateway
 
@@ -210,7 +211,9 @@ def test_options_on_every_arm(
             front = serving(sglang_pair, valkey_url, tmp_path, tiny_model_dir, policy)
         async with (
             front as (http, settled),
-            httpx.AsyncClient(base_url=plain_engine.url, timeout=DEADLINE_S) as direct,
+            httpx.AsyncClient(
+                base_url=plain_engine.url, timeout=DEADLINE_S, headers=engine_key(fleet_key)
+            ) as direct,
         ):
             run = Compared(
                 http,
