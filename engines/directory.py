@@ -44,6 +44,8 @@ class DirectoryBackend(Protocol):
 
     def lookup(self, request: wire.Lookup) -> wire.Found: ...
 
+    def chain(self, request: wire.Chain) -> wire.ChainPages: ...
+
     def reserve(self, request: wire.Reserve) -> wire.Reserved: ...
 
     def confirm(self, request: wire.Confirm) -> wire.Confirmed: ...
@@ -86,6 +88,7 @@ class DirectoryServer:
         self._handlers: dict[type[wire.Message], Callable[[Any], wire.Frame]] = {
             wire.Touch: backend.touch,
             wire.Lookup: backend.lookup,
+            wire.Chain: backend.chain,
             wire.Reserve: backend.reserve,
             wire.Confirm: backend.confirm,
             wire.Prefetch: backend.prefetch,
@@ -201,6 +204,8 @@ class DirectoryServer:
         handler = self._handlers.get(type(request))
         if handler is None:
             return wire.Failure("bad_request", f"{type(request).__name__} is not a request")
+        if any(len(page_hash) != wire.HASH_BYTES for page_hash in getattr(request, "hashes", ())):
+            return wire.Failure("bad_request", f"a page hash has {wire.HASH_BYTES} bytes")
         try:
             return handler(request)
         except DirectoryError as error:

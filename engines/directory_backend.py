@@ -13,6 +13,7 @@ from antiphon.engines.transfer import Puller
 MAX_PIN_TTL_S = 600.0
 MAX_WAIT_S = 5.0
 MAX_PREFETCH_S = 600.0
+MAX_OPEN_PINS = 65_536
 
 
 class StoreBackend:
@@ -42,6 +43,9 @@ class StoreBackend:
         self._store.learn(request.hashes)
         return wire.Found(self._store.prefix_pages(request.hashes))
 
+    def chain(self, request: wire.Chain) -> wire.ChainPages:
+        return wire.ChainPages(*self._store.chain(request.tip))
+
     def reserve(self, request: wire.Reserve) -> wire.Reserved:
         mine = self._hello.incarnation
         if request.source_incarnation != mine:
@@ -54,6 +58,8 @@ class StoreBackend:
         pin = self._store.pin(request.hashes, ttl_s=request.ttl_s, holder=request.puller)
         with self._lock:
             self._pinned_pages[pin.pin_id] = len(pin.slots)
+            if len(self._pinned_pages) > MAX_OPEN_PINS:  # never given back: they have run out long ago
+                del self._pinned_pages[next(iter(self._pinned_pages))]
         return wire.Reserved(pin.pin_id, pin.slots, pin.checksums)
 
     def confirm(self, request: wire.Confirm) -> wire.Confirmed:

@@ -16,6 +16,10 @@ from antiphon.engines import wire
 MAX_HANDSHAKE_BYTES = 64 * 1024
 """Longest frame before both sides have proved the key: a stranger must not make us allocate much."""
 
+MAX_HELLO_CHARS = 4096
+MAX_HELLO_NUMBER = {"page_size_tokens": 2**20, "page_bytes": 2**31, "rank": 1023, "world_size": 1024}
+"""Of the others 2^40; of an address all 64 bits."""
+
 FLEET_KEY_ENV = "ANTIPHON_FLEET_KEY"
 MIN_KEY_BYTES = 16
 
@@ -87,7 +91,28 @@ def check_welcome(welcome: Any, expected_mac: bytes) -> wire.Hello:
         raise DirectoryError("broken", f"expected a welcome, got {type(welcome).__name__}")
     if not hmac.compare_digest(welcome.mac, expected_mac):
         raise DirectoryError("denied", "the directory does not know the fleet key")
+    check_hello(welcome.hello)
     return welcome.hello
+
+
+def check_hello(hello: wire.Hello) -> None:
+    """Raises DirectoryError(broken) for numbers and texts that no engine has: others calculate with them."""
+    at_least = {
+        "page_size_tokens": 1, "page_bytes": 1, "pool_tokens": 0, "store_pages": 0, "rank": 0,
+        "world_size": 1, "store_address": 0, "context_tokens": 0,
+    }  # fmt: skip
+    for name, lowest in at_least.items():
+        highest = 2**64 if name == "store_address" else MAX_HELLO_NUMBER.get(name, 2**40)
+        if not lowest <= getattr(hello, name) <= highest:
+            raise DirectoryError("broken", f"the directory's hello has a {name} of {getattr(hello, name)}")
+    if hello.rank >= hello.world_size or len(hello.kv_addresses) > MAX_HELLO_NUMBER["world_size"]:
+        raise DirectoryError("broken", f"the directory says it is rank {hello.rank} of {hello.world_size}")
+    texts = (
+        hello.engine_id, hello.incarnation, hello.model_id, hello.model_revision, hello.dtype, hello.layout,
+        hello.transport, hello.agent_name, *hello.kv_addresses,
+    )  # fmt: skip
+    if any(len(text) > MAX_HELLO_CHARS for text in texts):
+        raise DirectoryError("broken", f"the directory's hello has a text over {MAX_HELLO_CHARS} characters")
 
 
 def check_reply(reply: Any, reply_type: type[ReplyT]) -> ReplyT:

@@ -44,7 +44,9 @@ class PageIndex:
     def chain(self, tip: bytes) -> Iterator[Page]:
         """`tip` and the pages before it, tip first, up to the first that is not here."""
         page = self.pages.get(tip)
-        while page is not None:
+        left = len(self.pages)  # peers tell parents: a wrong one must not lead in a circle for ever
+        while page is not None and left:
+            left -= 1
             yield page
             page = self.pages.get(page.parent)
 

@@ -255,7 +255,7 @@ def parse_record(raw: str | bytes) -> EngineRecord:
         raise ValueError(f"it has {len(raw)} bytes or more, over {MAX_RECORD_BYTES}")
     try:
         record = msgspec.json.decode(raw, type=EngineRecord)
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
     if not record.engine_id or len(record.kv_addresses) > MAX_RANKS:
         raise ValueError("it has no engine_id, or too many ranks")

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from antiphon.engines.base import Chunk, EngineError, FailureKind, GenerateRequest, Usage
-from antiphon.engines.prompt import body_with
+from antiphon.engines.prompt import MAX_ID, body_with
 from antiphon.engines.sse import SseEvent
 
 CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
@@ -68,7 +68,8 @@ class AnswerReader:
             if (error := data.get("error")) is not None:
                 raise self._error_event(error, event.data)
             chunk = self._chunk(data)
-        except (msgspec.MsgspecError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (msgspec.MsgspecError, AttributeError, LookupError, ArithmeticError, RecursionError, TypeError,
+                ValueError) as error:  # fmt: skip
             raise self._error(FailureKind.BROKEN, f"cannot read the event {event.data[:200]!r}") from error
         self.started = True
         return chunk
@@ -80,6 +81,8 @@ class AnswerReader:
             raise self._error(FailureKind.REFUSED, "the engine aborted the answer")
         self._unfinished -= len(reasons)
         ids, only_ids = self._take_ids(data)
+        if any(type(token) is not int or not 0 <= token <= MAX_ID for token in ids):
+            raise ValueError("what should be a token id is none")
         return Chunk(
             data=None if only_ids else data,
             token_ids=ids,

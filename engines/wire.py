@@ -23,6 +23,7 @@ import msgspec
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 NONCE_BYTES = 32
+HASH_BYTES = 32
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,6 +99,20 @@ class Lookup(Message, tag="lookup", frozen=True):
 
 class Found(Message, tag="found", frozen=True):
     pages: int
+
+
+class Chain(Message, tag="chain", frozen=True):
+    """Which pages lead up to `tip` in this store?"""
+
+    tip: bytes
+
+
+class ChainPages(Message, tag="chain_pages", frozen=True):
+    """They end in `tip`; none if it is not here."""
+
+    parent: bytes
+    """The digest before the first of them, as far as it is known."""
+    hashes: tuple[bytes, ...]
 
 
 class Reserve(Message, tag="reserve", frozen=True):
@@ -204,10 +219,10 @@ class LinkFaults(Message, tag="link_faults", frozen=True):
 Frame = (
     Challenge | Auth | Welcome | Failure | Touch | Touched | Lookup | Found | Reserve | Reserved
     | Confirm | Confirmed | Prefetch | Prefetched | Stats | StatsReply | Corrupt | Corrupted
-    | LinkFault | LinkFaults
+    | LinkFault | LinkFaults | Chain | ChainPages
 )  # fmt: skip
 
-Request = Touch | Lookup | Reserve | Confirm | Prefetch | Stats | Corrupt | LinkFault
+Request = Touch | Lookup | Chain | Reserve | Confirm | Prefetch | Stats | Corrupt | LinkFault
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Frame)
@@ -237,7 +252,7 @@ def decode(body: bytes | memoryview) -> Any:
     """One frame's struct; raises `WireError` naming what is wrong."""
     try:
         return _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise WireError(f"unreadable frame: {error}") from error
 
 

@@ -184,6 +184,6 @@ def _from_config(key: KeyConfig) -> ApiKey:
 def _decoded(text: str) -> ApiKey | None:
     try:
         return msgspec.json.decode(text, type=ApiKey)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         log.warning("a key of the ledger cannot be read and is ignored: %s", error)
         return None

@@ -14,6 +14,8 @@ percent-encoded in keys, so that no name can reach another's record:
     {antiphon:F}:api_keys, api_key_names   hash   digest -> an API key's record; name -> digest
     {antiphon:F}:limit:NAME, limit_sessions:NAME   what the API key NAME has used; TTL
     {antiphon:F}:own:TENANT, kids:TENANT:ID   a tenant's sessions by age; ids of a session's children; TTL
+    {antiphon:F}:drain              hash   engine id -> incarnation that is to be stopped; drain_seen:ID,
+                                    drain_lead:ID, drain_work:ID: who has seen it, who moves its sessions
     {antiphon:F}:replicas, sessions, receipts, counters
 """
 
@@ -60,6 +62,9 @@ SCRIPTS = {
     "log_fence": ("log_fence",),
     "log_keep": ("log_keep",),
     "log_read": ("log_read",),
+    "drain_lead": ("drain_lead",),
+    "drain_seen": ("drain_seen",),
+    "drain_switch": ("leases", "drain_switch"),
 }
 """Script -> the files of data/ that it is made of, in order."""
 
@@ -76,24 +81,49 @@ class KeyReused(Exception):
     """The call's idempotency key was used for another request."""
 
 
+class Failures:
+    """When the ledger last failed; shared by all connections of a process to the same one."""
+
+    def __init__(self) -> None:
+        self._failed_s: float | None = None
+
+    def failed(self) -> None:
+        self._failed_s = time.monotonic()
+
+    def answered(self) -> None:
+        self._failed_s = None
+
+    def within(self, seconds: float) -> bool:
+        """The last call failed, less than `seconds` ago."""
+        return self._failed_s is not None and time.monotonic() - self._failed_s < seconds
+
+
 class LedgerConnection:
     """Every call ends within `deadline_s` or raises `LedgerUnavailable`. Used from one event loop."""
 
     def __init__(
-        self, url: str, fleet: str, deadline_s: float, max_connections: int, *, binary: bool = False
+        self,
+        url: str,
+        fleet: str,
+        deadline_s: float,
+        max_connections: int,
+        *,
+        binary: bool = False,
+        failures: Failures | None = None,
     ) -> None:
-        """`binary`: answers are bytes, not text."""
+        """`binary`: answers are bytes, not text. `failures`: of another connection to the same ledger."""
         self.where = shown(url)
         self.fleet = fleet
         self.deadline_s = deadline_s
         self.tag = fleet_tag(fleet)
-        self._failed_s: float | None = None
+        self.failures = failures or Failures()
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=max_connections,
             timeout=deadline_s,
             protocol=2,
             decode_responses=not binary,
+            encoding_errors="replace",  # one key that is no text must not make all others unreadable
             # No socket timeouts: `call` has a deadline, and redis-py's go through asyncio.wait_for, which
             # before Python 3.12 swallows a cancellation that comes together with the answer.
             socket_timeout=None,
@@ -125,7 +155,7 @@ class LedgerConnection:
             raise self._failed(f"did not answer in {self.deadline_s:g} s") from error
         except (RedisError, OSError, *GONE) as error:
             raise self._failed(f"is away: {error}") from error
-        self._failed_s = None
+        self.failures.answered()
         return answer
 
     async def command(self, *words: str | int | bytes) -> Any:
@@ -162,14 +192,14 @@ class LedgerConnection:
 
     def failed_within(self, seconds: float) -> bool:
         """The last call failed, less than `seconds` ago."""
-        return self._failed_s is not None and time.monotonic() - self._failed_s < seconds
+        return self.failures.within(seconds)
 
     async def close(self) -> None:
         await self.redis.aclose()
         await self.redis.connection_pool.disconnect()
 
     def _failed(self, what: str) -> LedgerUnavailable:
-        self._failed_s = time.monotonic()
+        self.failures.failed()
         return LedgerUnavailable(f"the ledger at {self.where} {what}")
 
     # ---- names of keys

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from antiphon.scheduler.conversation import Conversation, Entry, Said
-from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, escaped
+from antiphon.scheduler.ledger_connection import Failures, LedgerConnection, LedgerUnavailable, escaped
 
 __all__ = ["FencedOff", "HistoryLost", "LedgerUnavailable", "TokenLogs"]
 
@@ -69,8 +69,10 @@ class TokenLogs:
         fleet: str = "default",
         deadline_s: float = 0.5,
         memory_bytes: int = 256 * 1024 * 1024,
+        failures: Failures | None = None,
     ) -> None:
-        self._connection = LedgerConnection(url, fleet, deadline_s, max_connections=16, binary=True)
+        """`failures`: of the ledger's connection, where both are in one Redis: it is waited for only once."""
+        self._connection = LedgerConnection(url, fleet, deadline_s, 16, binary=True, failures=failures)
         self._fleet = fleet
         self._memory_bytes = memory_bytes
         self._known: OrderedDict[Key, tuple[Conversation, int]] = OrderedDict()
@@ -270,7 +272,7 @@ def _replayed(conversation: Conversation, entries: Sequence[bytes]) -> Conversat
     for raw in entries:
         try:
             conversation = conversation.add(_decoded(_entry_decoder, raw))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HistoryLost(f"its history cannot be read: {error}") from error
     return conversation
 
