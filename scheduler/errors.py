@@ -84,6 +84,17 @@ def no_engine(message: str, retry_after_s: float = 1.0) -> ApiError:
     return ApiError(503, "no_engine_available", message, kind="overloaded_error", retry_after_s=retry_after_s)
 
 
+def gateway_stopping() -> ApiError:
+    """503: another replica, or this one's successor, takes the request."""
+    return ApiError(
+        503,
+        "gateway_stopping",
+        "The gateway is stopping: send the request again.",
+        kind="overloaded_error",
+        retry_after_s=1.0,
+    )
+
+
 def permission_denied(message: str) -> ApiError:
     return ApiError(403, "permission_denied", message, kind="permission_error")
 

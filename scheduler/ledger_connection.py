@@ -129,7 +129,7 @@ class LedgerConnection:
             socket_timeout=None,
             socket_connect_timeout=None,
             # One retry: a server that was restarted leaves dead connections in the pool. Scripts bear it.
-            retry=Retry(NoBackoff(), 1, supported_errors=GONE),
+            retry=Retry(NoBackoff(), 1, supported_errors=GONE),  # type: ignore[arg-type]  # any will do
         )
         self.redis = redis.asyncio.Redis.from_pool(pool)
         folder = resources.files("antiphon.scheduler") / "data"

@@ -198,6 +198,8 @@ class LiveRound:
     call: asyncio.Task[None] | None = None
     finished: bool = False
     """Its usage is known: the core has been told."""
+    sent_away: bool = False
+    """It is being ended for the shutdown: its client is told when its lease is free."""
     deterministic: bool = False
     """The engine that answers says so of itself."""
     prompt: Prompt = field(init=False)

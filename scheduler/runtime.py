@@ -87,7 +87,10 @@ class Runtime:
         self._clock = clock
         self._live: dict[str, LiveRound] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._recording: set[asyncio.Task[None]] = set()
+        self._closed = False
+        """Nothing new is taken any more."""
+        self._recording: dict[asyncio.Task[None], str | None] = {}
+        """Completions on their way to the ledger -> the home that they tell."""
         self._deadline_changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -117,6 +120,12 @@ class Runtime:
                 for live in self._live.values():
                     live.cut_off("the gateway is shutting down")
 
+    def needing(self, engine_id: str) -> int:
+        """Rounds that this engine is at work for, or whose end is still to be recorded as there."""
+        placed = (round for round in self._core.rounds.values() if round.placement is not None)
+        at_work = sum(engine_id in (r.placement.home, r.placement.prefill_engine, r.source) for r in placed)
+        return at_work + sum(home == engine_id for home in self._recording.values())
+
     async def drain(self, deadline_s: float) -> bool:
         """Wait until no round is in flight and the ended ones are recorded.
 
@@ -129,10 +138,27 @@ class Runtime:
             await asyncio.wait(self._recording, timeout=RECORD_GRACE_S)
         return not self._live
 
+    async def send_away(self, why: str, deadline_s: float) -> int:
+        """End all rounds in flight: their leases are given back, or that has taken too long; then their
+        clients are told to send them again. Whatever comes later is refused. How many there were."""
+        self._closed = True
+        left = list(self._live.values())
+        for live in left:
+            live.sent_away = True
+            if live.request.round_id in self._core.rounds:
+                self.post(ClientGone(live.request.round_id))
+        try:
+            if recording := [live.handle.recording for live in left if live.handle.recording is not None]:
+                await asyncio.wait(recording, timeout=deadline_s)
+        finally:
+            for live in left:
+                live.cut_off(why)
+        return len(left)
+
     def submit(self, request: RoundRequest) -> RoundHandle:
         """Accept a round; one that comes after the end is refused."""
         handle = RoundHandle(request, lambda: self._client_gone(request.round_id))
-        if self._tasks is None:
+        if self._tasks is None or self._closed:
             handle.finish(RoundRefused("no_engine_available", "the gateway is shutting down", 1.0))
             return handle
         arrived = self._arrived(request)
@@ -246,7 +272,8 @@ class Runtime:
             lost = ClaimLost(round_id, repr(error))
             event = EngineFailed(round_id, engine_id, "bug", repr(error)) if engine_id else lost
         finally:
-            if round_id not in self._live:  # it ended well before its stream did: nothing is owed any more
+            # It ended well before its stream did: nothing is owed any more.
+            if round_id not in self._live and not live.sent_away:
                 live.handle.finish()
         if live.call is not asyncio.current_task():
             return  # it was aborted, and what it awaited swallowed that
@@ -280,7 +307,7 @@ class Runtime:
     def _complete(self, live: LiveRound, command: Complete) -> None:
         live.handle.receipt = command.receipt
         live.handle.session_id = command.receipt.session_id
-        if not live.handle.ended and live.call is None:
+        if not live.handle.ended and live.call is None and not live.sent_away:
             live.handle.finish()
         self._forget(command.round_id)
         self._on_receipt(command.receipt)
@@ -290,8 +317,8 @@ class Runtime:
             record = partial(self._recorder.record, live.request, command.receipt, entries, live.fence)
             task = self._background(record)
             if task is not None:
-                self._recording.add(task)
-                task.add_done_callback(self._recording.discard)
+                self._recording[task] = command.receipt.home
+                task.add_done_callback(self._recording.pop)
                 live.handle.recording = task if live.claimed else None
 
     def _entries(self, live: LiveRound, command: Complete) -> list[tuple[bytes, int, str, str]]:

@@ -87,7 +87,12 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
     access = Access(keys, CacheSalts(fleet_key, apart=keys.required), limits)
     responses = ResponseStore(ledger, config.gateway.response_ttl_s)
     store = SessionStore(ledger)
-    logs = TokenLogs(ledger_url, fleet=config.ledger.fleet, memory_bytes=config.gateway.history_memory_bytes)
+    logs = TokenLogs(
+        ledger_url,
+        fleet=config.ledger.fleet,
+        memory_bytes=config.gateway.history_memory_bytes,
+        failures=ledger.connection.failures,
+    )
     ttl_s = config.ledger.session_ttl_s
     conversations = Conversations(logs, store if config.session.infer else None, ledger, ttl_s)
     stopping = Stopping()

@@ -20,7 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon.scheduler.answers import Calls
 from antiphon.scheduler.config import Config
-from antiphon.scheduler.errors import ApiError, invalid, model_not_found, permission_denied
+from antiphon.scheduler.errors import (
+    ApiError,
+    gateway_stopping,
+    invalid,
+    model_not_found,
+    permission_denied,
+)
 from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, ExplainRoute
 from antiphon.scheduler.gateway.conversations import Conversations
@@ -35,18 +41,20 @@ from antiphon.scheduler.gateway.rounds_route import ROUNDS_PATH, RoundsRoute
 from antiphon.scheduler.gateway.sessions import PATH as SESSIONS_PATH
 from antiphon.scheduler.gateway.sessions import SessionPages
 from antiphon.scheduler.gateway.surface import surface_routes
-from antiphon.scheduler.gateway.tenants import Access, TenantGate
+from antiphon.scheduler.gateway.tenants import Access, TenantGate, refusal
 from antiphon.scheduler.logs import request_id_var
 from antiphon.scheduler.metrics import CONTENT_TYPE, Metrics
 from antiphon.scheduler.models import Model, Models
 from antiphon.scheduler.response_store import ResponseStore
 from antiphon.scheduler.rounds import RoundRunner
 from antiphon.scheduler.session_store import SessionStore
+from antiphon.scheduler.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
 DEFAULT_LIST_ITEMS = 100
 MAX_LIST_ITEMS = 10_000
+ABOUT_THE_PROCESS = frozenset({"/health", "/ready", "/metrics"})
 CLIENT_CLOSED_STATUS = 499
 """In logs and metrics only: the client went away before there was a status."""
 
@@ -93,16 +101,17 @@ def create_app(
     conversations: Conversations | None = None,
     on_session_ended: Callable[[str, str], None] = lambda tenant, session_id: None,
     calls: Calls | None = None,
+    stopping: Stopping | None = None,
 ) -> ASGIApp:
     """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it.
 
     Without `access` the configured keys and limits are this replica's alone; without `store` conversations
     that name no session are all new, and sessions can only be listed. `on_session_ended` is told (tenant, id)
-    of sessions that are closed here.
+    of sessions that are closed here. Once `stopping` has begun, only pages about the process are answered.
     """
     metrics.watch_engines(lambda: state.readiness().engines_alive)
     access = access or Access.alone(config)
-    pages = _Pages(config, state, metrics)
+    pages = _Pages(config, state, metrics, stopping)
     identifier = Identifier(
         config.session,
         store,
@@ -140,7 +149,7 @@ def create_app(
         },
     )
     gate = TenantGate(app, access.keys, config, metrics)
-    return _RequestScope(gate, metrics, frozenset(route.path for route in routes))
+    return _RequestScope(gate, metrics, frozenset(route.path for route in routes), stopping)
 
 
 def _session_routes(
@@ -159,8 +168,11 @@ def _session_routes(
 class _Pages:
     """Everything that is not a completion."""
 
-    def __init__(self, config: Config, state: GatewayState, metrics: Metrics) -> None:
+    def __init__(
+        self, config: Config, state: GatewayState, metrics: Metrics, stopping: Stopping | None
+    ) -> None:
         self._config = config
+        self._stopping = stopping
         self._state = state
         self._models = Models(config)
         self._metrics = metrics
@@ -171,14 +183,16 @@ class _Pages:
 
     async def ready(self, request: Request) -> Response:
         readiness = self._state.readiness()
+        stops = self._stopping is not None and self._stopping.begun
+        ready = readiness.ready and not stops
         shown = {
-            "ready": readiness.ready,
+            "ready": ready,
             "engines_alive": readiness.engines_alive,
             "ledger": readiness.ledger,
-            "detail": readiness.detail,
+            "detail": "the gateway is stopping" if stops else readiness.detail,
             "policy": self._config.scheduler.policy,
         }
-        return _json(shown, 200 if readiness.ready else 503)
+        return _json(shown, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), media_type=CONTENT_TYPE)
@@ -248,8 +262,11 @@ class _Pages:
 class _RequestScope:
     """Outermost layer: request id in context and answer, one log line and the HTTP metrics per request."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, paths: frozenset[str], stopping: Stopping | None
+    ) -> None:
         self._app = app
+        self._stopping = stopping
         self._metrics = metrics
         self._paths = paths
 
@@ -275,13 +292,25 @@ class _RequestScope:
 
         try:
             with self._metrics.in_flight.track_inprogress():
-                await self._app(scope, receive, send_with_id)
+                await self._serve(scope, receive, send_with_id)
         except Exception:
             log.exception("request failed by a bug")
             raise
         finally:
             self._record(scope, status, time.perf_counter() - began_s, fields)
             request_id_var.reset(token)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """By the app; while the gateway stops, only what is asked about the process."""
+        if self._stopping is None or not self._stopping.begun or scope["path"] in ABOUT_THE_PROCESS:
+            await self._app(scope, receive, send)
+            return
+        error = gateway_stopping()
+        self._metrics.errors.labels(error.code).inc()
+        scope[LOG_FIELDS]["code"] = error.code
+        answer = refusal(scope["path"], error)
+        answer.headers["Connection"] = "close"
+        await answer(scope, receive, send)
 
     def _record(self, scope: Scope, status: int, elapsed_s: float, fields: dict[str, Any]) -> None:
         route = scope["path"] if scope["path"] in self._paths else "other"
