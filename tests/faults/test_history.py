@@ -26,7 +26,8 @@ def receipt(session_id: str = "s", outcome: str = "completed", tokens: int = 3) 
 
 
 def test_answered_at_once_and_after_a_retry_are_clean() -> None:
-    for ends in (["answered"], ["broken", "answered"], ["deadline", "answered"], ["refused", "answered"]):
+    tries: list[list[End]] = [["answered"], ["broken", "answered"], ["deadline", "answered"]]
+    for ends in tries:
         verdict = judge([a_round(*ends)], [receipt(), receipt(outcome="failed")], RIGHT)
         assert verdict.clean and verdict.answered == 1 and verdict.retried == len(ends) - 1
     assert verdict.worst_s == 1.0
@@ -38,7 +39,8 @@ def test_refused_in_time_is_no_loss() -> None:
     assert verdict.clean and (verdict.refused, verdict.answered) == (1, 0)
     late = judge([a_round("error", "refused", answer=None, elapsed_s=11.0)], [], RIGHT)
     assert late.lost and late.hung
-    for end in ("error", "broken", "deadline"):
+    bad: list[End] = ["error", "broken", "deadline"]
+    for end in bad:
         verdict = judge([a_round("refused", end, answer=None)], [], RIGHT)
         assert len(verdict.lost) == 1 and verdict.refused == 0 and not verdict.clean
 
