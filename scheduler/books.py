@@ -64,7 +64,8 @@ class Books:
     def view(self, round: Round, now: float, history: Mapping[str, int] | None = None) -> RoundView:
         """`history`: H(e) as known from before; None = look it up now."""
         arrived, placement = round.arrived, round.placement
-        session = self.sessions.get(round.session_key)
+        session, books = self.sessions.get(round.session_key), self.fleet.books
+        home = session.home if session is not None else None
         predicted = placement.predicted if placement is not None else None
         return RoundView(  # by position, as once per decision: keywords cost five times as much
             round.round_id,
@@ -74,7 +75,7 @@ class Books:
             arrived.max_output_tokens,
             arrived.slo_ttft_s,
             arrived.slo_itl_s,
-            session.home if session is not None and session.home in self.fleet.books else None,
+            home if home in books else round.likely_home if round.likely_home in books else None,
             now - round.arrived_s,
             self.held(round) if history is None else history,
             round.excluded,

@@ -50,7 +50,7 @@ from antiphon.scheduler.states import (
     new_round,
     with_session,
 )
-from antiphon.scheduler.what_if import explain
+from antiphon.scheduler.what_if import explain, guess_home
 
 
 class Scheduler(Attempts):
@@ -160,8 +160,12 @@ class Scheduler(Attempts):
         round.degraded = True
         round.notes.append(f"ledger: {event.reason}")
         session = self.books.sessions.get(round.session_key)
+        arrived = round.arrived
+        self.books.residency.merge(arrived.hashes, arrived.page_size_tokens, event.holdings)
         round.round_number = session.round_number + 1 if session else 1
         self._place(round, now)
+        self.standings.refresh(now)
+        round.notes += guess_home(self.books, self.standings, round, now)
 
     def _on_prefetch_done(self, round: Round, event: PrefetchDone, now: float) -> None:
         elapsed_s = now - round.entered_s

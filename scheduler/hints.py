@@ -63,6 +63,7 @@ class SessionFields(msgspec.Struct, frozen=True):
     priority: Priority | None = None
     append: bool | None = None
     must_exist: bool | None = None
+    after_round: Tokens | None = None
 
 
 class _AgentHints(msgspec.Struct, frozen=True):
@@ -104,6 +105,8 @@ class Hints:
     """The messages are only what is new in the session."""
     must_exist: bool = False
     """Refuse the round if the session is unknown or closed."""
+    after_round: int = 0
+    """Of an append: the last round that the client knows of; refuse if the history ends before it."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
     """What was not understood, for the answer."""
     ttft_from: str = field(default="default", compare=False)
@@ -196,6 +199,7 @@ def _of_session(session: SessionFields) -> dict[str, Any]:
         same_tools=following.same_tools,
         append=session.append,
         must_exist=session.must_exist,
+        after_round=session.after_round,
     )
 
 

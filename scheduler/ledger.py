@@ -87,12 +87,17 @@ class Ledger:
     @property
     def epoch(self) -> str:
         """Names the ledger's data, as last seen; "" before the first answer."""
+        self._lost_s: float | None = None
         return self._epoch
 
     # ---------------------------------------------------------------- rounds
 
     async def claim(
         self,
+    def lost_within(self, seconds: float) -> bool:
+        """We saw it lose its data, less than `seconds` ago."""
+        return self._lost_s is not None and time.monotonic() - self._lost_s < seconds
+
         *,
         replica: str,
         round_id: str,
@@ -335,6 +340,8 @@ class Ledger:
             self._written.clear()
 
 
+            if self._epoch:
+                self._lost_s = time.monotonic()
 def thin(candidates: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
     """A list, longest first, that grows with the logarithm of a history's length.
 

@@ -89,6 +89,8 @@ class Claimed(Struct, frozen=True, gc=False):
     """Where the session's last round ended: the hash of its last whole page, and who holds it up to there."""
     ttl_s: float = 0.0
     """How long the session is kept when idle: for the answer, not for the core."""
+    holdings: tuple[Holding, ...] = ()
+    """Who holds the prompt, by the engines' own word."""
     slo_ttft_s: float = 0.0
     """The session's own targets, where the round names none; 0 = it has none."""
     slo_itl_s: float = 0.0

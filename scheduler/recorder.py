@@ -96,6 +96,11 @@ class Recorder:
     async def claim(
         self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
     ) -> Claimed | ClaimLost:
+    @property
+    def lost_data(self) -> bool:
+        """The ledger did so while sessions that live now may have been in it."""
+        return self._ledger.lost_within(self._config.session_ttl_s)
+
         """`candidates`: (tokens, hash) of the places in the prompt at which residency is asked for.
 
         Raises `RoundTaken` and `KeyReused`: the round must not run, with or without the ledger.

@@ -130,10 +130,10 @@ class Replica:
     def rounds_in_flight(self) -> int:
         return sum(fleet.runtime.rounds_in_flight for fleet in self._fleets.values())
 
-    async def send_away(self, why: str, deadline_s: float) -> int:
+    async def send_away(self, why: str, deadline_s: float) -> None:
         """As `Runtime.send_away`, of all models."""
         ways = (fleet.runtime.send_away(why, deadline_s) for fleet in self._fleets.values())
-        return sum(await asyncio.gather(*ways))
+        await asyncio.gather(*ways)
 
     def hurry(self) -> None:
         """Give rounds in flight no grace on the way out."""

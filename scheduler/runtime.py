@@ -42,6 +42,8 @@ from antiphon.scheduler.messages import (
     RoundArrived,
     SessionEnded,
     Tick,
+from antiphon.scheduler.outcomes import Receipt
+from antiphon.scheduler.rebuilding import Rebuilding
 )
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRefused, RoundRequest, seed_of
@@ -79,6 +81,7 @@ class Runtime:
         """`engines` is read at each call, so discovery may change it. `on_unreachable` gets engine ids."""
         self._core = core
         self._recorder = recorder
+        self._rebuilding = Rebuilding(core, self._calls)
         self._calls = EngineCalls(engines, deadlines or CallDeadlines())
         self._answering = Answering(core, self._calls, self.post)
         self._on_receipt = on_receipt
@@ -88,7 +91,6 @@ class Runtime:
         self._live: dict[str, LiveRound] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._closed = False
-        """Nothing new is taken any more."""
         self._recording: dict[asyncio.Task[None], str | None] = {}
         """Completions on their way to the ledger -> the home that they tell."""
         self._deadline_changed = asyncio.Event()
@@ -138,22 +140,21 @@ class Runtime:
             await asyncio.wait(self._recording, timeout=RECORD_GRACE_S)
         return not self._live
 
-    async def send_away(self, why: str, deadline_s: float) -> int:
+    async def send_away(self, why: str, deadline_s: float) -> None:
         """End all rounds in flight: their leases are given back, or that has taken too long; then their
-        clients are told to send them again. Whatever comes later is refused. How many there were."""
+        clients are told to send them again. Whatever comes later is refused."""
         self._closed = True
         left = list(self._live.values())
         for live in left:
             live.sent_away = True
+        recording = [live.handle.recorded(deadline_s) for live in left]
             if live.request.round_id in self._core.rounds:
                 self.post(ClientGone(live.request.round_id))
         try:
-            if recording := [live.handle.recording for live in left if live.handle.recording is not None]:
-                await asyncio.wait(recording, timeout=deadline_s)
+            await asyncio.gather(*recording)
         finally:
             for live in left:
                 live.cut_off(why)
-        return len(left)
 
     def submit(self, request: RoundRequest) -> RoundHandle:
         """Accept a round; one that comes after the end is refused."""
@@ -361,7 +362,7 @@ class Runtime:
                 self.replaced(answer.replaces)
             live.handle.session_id, live.handle.parent_id = answer.session_id, answer.parent_id
             live.handle.expires_in_s = answer.ttl_s
-        return answer
+        return await self._rebuilding.told(answer, live, lost_data=self._recorder.lost_data)
 
     async def _generate(self, live: LiveRound, command: Generate) -> None:
         history_tokens = self._core.rounds[command.round_id].history_tokens

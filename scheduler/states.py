@@ -114,6 +114,8 @@ class Round(Struct):
     ends: bool = False
     """Its session is over with it."""
     degraded: bool = False
+    likely_home: str | None = None
+    """Where its session probably is at home, of a degraded round whose session has none that we know."""
     tries: list[Try] = field(default_factory=list)
     excluded: frozenset[str] = frozenset()
     all_unreachable: bool = True

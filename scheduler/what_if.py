@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from antiphon.policies.base import ClusterView, EngineView, Placement, Policy, Reject, RoundView
 from antiphon.scheduler.books import Books, claimed_holdings
 from antiphon.scheduler.fleet import NO_TOTALS, EngineBook
+from antiphon.scheduler.likely_home import likely_home
 from antiphon.scheduler.messages import Claimed, RoundArrived, Totals
 from antiphon.scheduler.standing import Standings, decide
 from antiphon.scheduler.states import Round, new_round, with_session
@@ -30,6 +31,7 @@ def explain(
     standings.refresh(now)
     round = new_round(arrived, now, now)
     if claimed is None:
+        guess_home(books, standings, round, now)
         return decide(policy, standings, books.view(round, now), books.cluster(now), now, retry=True)[0]
     with_session(round, claimed)
     held = _held(books, round, claimed)
@@ -37,6 +39,20 @@ def explain(
     view = _round_view(books, round, home, held, now)
     cluster = _cluster(books, round, claimed, home, now)
     return decide(policy, standings, view, cluster, now, retry=True)[0]
+
+
+def guess_home(books: Books, standings: Standings, round: Round, now: float) -> list[str]:
+    """Give a round that no claim tells of a likely home, if its session has none; says why."""
+    if books.home(round) is not None:
+        return []
+    view, silent = books.view(round, now), standings.silent
+    held = {e: tokens for e, tokens in view.history_tokens.items() if e not in silent}
+    view = replace(view, history_tokens=held, excluded=view.excluded | standings.unusable)
+    found = likely_home(round.session_key, view, books.cluster(now))
+    if found is None:
+        return []
+    round.likely_home, why = found
+    return [why]
 
 
 def _held(books: Books, round: Round, claimed: Claimed) -> dict[str, int]:

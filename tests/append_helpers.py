@@ -116,7 +116,8 @@ class Stack:
         async with AsyncExitStack() as stack:
             ledger = Ledger(self.valkey_url, fleet=self.fleet)
             stack.push_async_callback(ledger.close)
-            logs = TokenLogs(logs_url or self.valkey_url, fleet=self.fleet)
+            failures = None if logs_url else ledger.connection.failures
+            logs = TokenLogs(logs_url or self.valkey_url, fleet=self.fleet, failures=failures)
             stack.push_async_callback(logs.close)
             metrics = Metrics()
             replica = Replica(config, ledger, KEY, uuid.uuid4().hex, metrics)

@@ -17,7 +17,11 @@ from antiphon.engines.page_hash import page_hashes
 from antiphon.engines.prompt import Prompt
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.core import Scheduler
-from antiphon.scheduler.messages import Claimed, Receipt, Reserved
+from antiphon.scheduler.messages import (
+    Claimed,
+    Reserved,
+)
+from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.rounds import RoundRequest
 from antiphon.scheduler.runtime import Runtime
 from antiphon.scheduler.simulated_sessions import PageNames
@@ -36,6 +40,7 @@ class InstantLedger:
     """A recorder that takes `claim_s` for a claim and keeps nothing: one replica, as in a simulation."""
 
     epoch = "e"
+    lost_data = False
     session_ttl_s = 3600.0
 
     def __init__(self, claim_s: float) -> None:

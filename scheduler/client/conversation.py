@@ -55,6 +55,8 @@ class Conversation:
         """The server has all of `messages`, and nothing else."""
         self._resumed = resumed
         """What was said before is known to the server alone."""
+        self._round = 0
+        """The last one that was answered; 0 = that is not known."""
         self._busy = False
 
     def begin(self) -> None:
@@ -91,7 +93,8 @@ class Conversation:
         if not held:
             return plan_call(whole, max_retries)
         # A server that has forgotten the session must say so, not begin another one with half a conversation.
-        news = {**body, "session": {**session, "must_exist": True}, "messages": [*new]}
+        known = {"after_round": self._round} if self._round else {}
+        news = {**body, "session": {**session, "must_exist": True, **known}, "messages": [*new]}
         append = Call("POST", session_path(self.id, "rounds"), news, headers, stream)
         if self._resumed:
             return plan_call(append, max_retries, repeatable=False)
@@ -101,6 +104,7 @@ class Conversation:
         """It was said and answered."""
         self.messages += [*new, reply.message]
         self._held = self._resumed or reply.session is None or reply.session.kept
+        self._round = (reply.session.round if reply.session is not None else None) or 0
         if reply.session is not None and reply.session.id != self.id:
             # Somebody else was running a round on this session: the server made this one a fork.
             self.parent_id, self.id = self.id, reply.session.id

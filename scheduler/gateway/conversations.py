@@ -91,7 +91,9 @@ class Conversations:
 
     # ---------------------------------------------------------------- before a round
 
-    async def base(self, tenant: str, session_id: str, *, must_exist: bool, opens: bool) -> Conversation:
+    async def base(
+        self, tenant: str, session_id: str, *, must_exist: bool, opens: bool, after_round: int = 0
+    ) -> Conversation:
         """What an append goes on with; without entries for a first round, which `opens` says it may be.
 
         Raises `ApiError`: 410 if it is gone, 404 if the session must exist and does not, 503 while the ledger
@@ -105,6 +107,8 @@ class Conversations:
             found = await self._logs.load(tenant, session_id)
             if answered > found.round:
                 raise HistoryLost(f"its round {answered} was not kept")
+            if found.parts and found.round < after_round:  # a ledger that was rolled back knows of no loss
+                raise HistoryLost(f"it ends with round {found.round}, the client's with {after_round}")
         except HistoryLost as error:
             raise history_lost(session_id, str(error)) from error
         except LedgerUnavailable as error:

@@ -230,6 +230,7 @@ class Intake:
                 identity.tenant,
                 identity.session_id,
                 must_exist=hints.must_exist,
+                after_round=hints.after_round,
                 opens=body.messages[0]["role"] not in ("assistant", "tool", "function"),
             )
             if again:
