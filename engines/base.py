@@ -171,6 +171,9 @@ class Engine(Protocol):
     async def lookup(self, hashes: Sequence[bytes], *, deadline_s: float) -> int:
         """Pages of `hashes`, from the first on, that every rank's store holds."""
 
+    async def chain(self, tip: bytes, *, deadline_s: float) -> tuple[bytes, tuple[bytes, ...]]:
+        """(digest before the first, hashes) of the pages that rank 0's store holds up to `tip`, in order."""
+
     async def abort(self, rid: str, *, deadline_s: float) -> None: ...
 
     async def load(self, *, deadline_s: float) -> LoadReport: ...

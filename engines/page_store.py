@@ -152,6 +152,12 @@ class PageStore:
                 pages += 1
             return pages
 
+    def chain(self, tip: bytes) -> tuple[bytes, tuple[bytes, ...]]:
+        """(digest before the first, hashes) of the pages up to `tip`, in order; none if `tip` is not here."""
+        with self._changed:
+            pages = list(self._state.index.chain(tip))
+        return pages[-1].parent if pages else b"", tuple(page.page_hash for page in reversed(pages))
+
     # ------------------------------------------------------------ pins
 
     def pin(self, hashes: Sequence[bytes], *, ttl_s: float, holder: str) -> Pin:

@@ -27,6 +27,7 @@ from antiphon.scheduler.messages import (
     LoadReported,
     RoundArrived,
     SessionEnded,
+    SessionMoved,
     Tick,
 )
 from antiphon.scheduler.states import ACCEPTS, Phase
@@ -49,6 +50,7 @@ FLEET_EVENTS = (
     EngineDraining,
     LoadReported,
     SessionEnded,
+    SessionMoved,
     Tick,
 )
 

@@ -25,7 +25,6 @@ from antiphon.scheduler.messages import (
     FirstToken,
     Generate,
     GoesOn,
-    Outcome,
     Prefetch,
     Prefill,
     Refuse,
@@ -35,6 +34,7 @@ from antiphon.scheduler.messages import (
     RoundFinished,
     Totals,
 )
+from antiphon.scheduler.outcomes import Outcome
 
 NOBODY = Totals()
 

@@ -176,8 +176,10 @@ class Episode:
             return self.world.engine_down()
         if chance < 0.65:
             return self.world.session_ended()
-        if chance < 0.75:
+        if chance < 0.73:
             return self.world.standing()
+        if chance < 0.78:
+            return self.world.session_moved()
         return self.world.load_report() if chance < 0.9 else Tick()
 
     def go_on(self) -> None:

@@ -35,6 +35,7 @@ from antiphon.scheduler.messages import (
     RoundArrived,
     RoundFinished,
     SessionEnded,
+    SessionMoved,
     Totals,
 )
 
@@ -170,6 +171,14 @@ class World:
         """One that is at work, idle or unknown."""
         talk = self.rng.choice([*self.talks, Talk("nobody", "t", ())])
         return SessionEnded(talk.tenant, talk.session_id)
+
+    def session_moved(self) -> SessionMoved:
+        """A drain has brought what there is of one to another engine, or says so of nobody."""
+        rng = self.rng
+        talk = rng.choice([*self.talks, Talk("nobody", "t", ())])
+        one, other = rng.choice([*self.engines, "nobody"]), rng.choice([*self.engines, "nobody"])
+        kept = talk.hashes[: rng.randrange(0, len(talk.hashes) + 1)]
+        return SessionMoved(talk.tenant, talk.session_id, one, other, kept, PAGE)
 
     def answer(self, kind: type, round_id: str, call: Command | None) -> Event:
         """The event `kind` of this round; `call` is what is under way, None if that cannot be answered so."""

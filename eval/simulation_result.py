@@ -9,7 +9,7 @@ from antiphon.engines.closed_form import ClosedFormEngine
 from antiphon.engines.cluster import EngineSpec
 from antiphon.engines.decode_run import GapHistogram
 from antiphon.eval.simulation_plan import Prepared
-from antiphon.scheduler.messages import Outcome
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.simulation import RoundEnd, Simulation
 from antiphon.traces.provenance import commit, machine
 from antiphon.traces.result_types import ClusterInfo, Conditions, Distribution, RoundRecord, RunResult

@@ -69,6 +69,8 @@ class RoundView(Struct, frozen=True, gc=False):
     """Of a placed round: predicted seconds from there to the first token's engine."""
     postponed: int = 0
     """Of a waiting round: how often one behind it was started first."""
+    leaving: bool = False
+    """Its home is to be stopped (and is one of `excluded`): what it holds can still be fetched."""
 
     def held(self, engine_id: str) -> int:
         return self.history_tokens.get(engine_id, 0)

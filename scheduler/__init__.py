@@ -1,7 +1,7 @@
 """The scheduler: the core that decides, what drives it, and the doors to it.
 
 Core (no clock, no I/O)
-    messages.py    events in, commands out: the whole vocabulary
+    messages.py    events in, commands out: the whole vocabulary; outcomes.py: how a round ended, its receipt
     states.py      a round's life as tables; the record of a round in flight
     residency.py   which engine is believed to hold which prefix
     fleet.py       one engine's books: reservations, queue, windows -> EngineView
@@ -29,6 +29,8 @@ Drivers and state
     recorder.py    the driver's calls to the ledger: claim, move a home, record, publish reservations
     told.py        of which sessions the ledger knows all already
     explanation.py what would be decided of a round, asked of ledger and core without a trace
+    drainer.py     moves the sessions of an engine that is to be stopped; drain_store.py: what the ledger
+                   knows of that, drain_targets.py: where they go
     discovery.py   engine registry and configuration -> EngineUp / EngineDown
     heartbeat.py   keeps this replica's leases alive
     ledger.py      Redis: claims, completions, residency, totals (data/*.lua)
@@ -60,6 +62,6 @@ Doors
     metrics.py, logs.py, errors.py
     cli.py         the `antiphon` command; doctor.py proves an installation
     cli_evaluation.py      simulate, sweep, report, ...; cli_trace.py: antiphon trace ..
-    cli_keys.py    antiphon keys ..
+    cli_keys.py    antiphon keys ..; cli_drain.py: antiphon drain
     sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

@@ -19,14 +19,13 @@ from antiphon.scheduler.messages import (
     Complete,
     Generate,
     GoesOn,
-    Outcome,
     Prefetch,
     Prefill,
     Refuse,
     Rehome,
     RoundFinished,
-    Try,
 )
+from antiphon.scheduler.outcomes import Outcome, Try
 from antiphon.scheduler.receipts import history_source, is_remote, make_receipt
 from antiphon.scheduler.standing import Standings, decide
 from antiphon.scheduler.states import (
@@ -134,6 +133,7 @@ class Attempts:
             round.enter(PUSHING, now)
             self._prefetch(round, home, source, held(source, 0) // round.arrived.page_size_tokens, now)
         else:
+            self.books.transfer_over(round.round_id, home, source)
             self._moved(round, now)
 
     def _moved(self, round: Round, now: float) -> None:

@@ -23,6 +23,7 @@ from antiphon.scheduler.messages import (
     LoadReported,
     Reserved,
     RoundFinished,
+    SessionMoved,
     Totals,
 )
 from antiphon.scheduler.receipts import is_remote
@@ -197,6 +198,19 @@ class Books:
                 book.touch()
         if known:
             self.fleet.returns.said_so()
+
+    def session_moved(self, event: SessionMoved, now: float, *, in_flight: bool) -> None:
+        """The new home holds its KV. A round in flight has its own say on where the session is."""
+        book, key = self.fleet.books.get(event.to_home), (event.tenant, event.session_id)
+        if book is None:
+            return
+        size = event.page_size_tokens
+        self.residency.record(event.to_home, book.up.incarnation, event.hashes, size)
+        tokens = len(event.hashes) * size
+        if not in_flight and self.sessions.move(key, event.from_home, event.to_home, tokens, now):
+            book.store.use(key, tokens)
+            book.store.leave(key, now)
+        self.touch(event.to_home)
 
     def count_others(self, claimed: Claimed) -> None:
         """Take over what the other replicas have reserved."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from antiphon.scheduler import cli_evaluation
+from antiphon.scheduler import cli_drain, cli_evaluation
 from antiphon.scheduler.cli_keys import app as keys_app
 from antiphon.scheduler.cli_trace import app as trace_app
 from antiphon.scheduler.errors import UserError
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(trace_app)
 app.add_typer(keys_app)
 cli_evaluation.register(app)
+cli_drain.register(app)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 

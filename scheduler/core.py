@@ -31,15 +31,16 @@ from antiphon.scheduler.messages import (
     FirstToken,
     GoesOn,
     LoadReported,
-    Outcome,
     PrefetchDone,
     PrefillDone,
     RoundArrived,
     RoundFinished,
     SessionEnded,
+    SessionMoved,
     Tick,
 )
 from antiphon.scheduler.observer import Observer
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.states import (
     DECODING,
     ENDED,
@@ -159,13 +160,13 @@ class Scheduler(Attempts):
         """The ledger is away: go on with what the core knows."""
         round.degraded = True
         round.notes.append(f"ledger: {event.reason}")
-        session = self.books.sessions.get(round.session_key)
         arrived = round.arrived
         self.books.residency.merge(arrived.hashes, arrived.page_size_tokens, event.holdings)
+        session = self.books.sessions.get(round.session_key)
         round.round_number = session.round_number + 1 if session else 1
-        self._place(round, now)
         self.standings.refresh(now)
         round.notes += guess_home(self.books, self.standings, round, now)
+        self._place(round, now)
 
     def _on_prefetch_done(self, round: Round, event: PrefetchDone, now: float) -> None:
         elapsed_s = now - round.entered_s
@@ -326,6 +327,11 @@ class Scheduler(Attempts):
                 round.ends = True
         self.books.session_over(key)
 
+    def _on_session_moved(self, event: SessionMoved, now: float) -> None:
+        key = (event.tenant, event.session_id)
+        busy = any(round.session_key == key for round in self.rounds.values())
+        self.books.session_moved(event, now, in_flight=busy)
+
     def _on_engine_suspect(self, event: EngineSuspect, now: float) -> None:
         book = self.books.fleet.books.get(event.engine_id)
         if book is not None and book.up.incarnation == event.incarnation:
@@ -371,6 +377,7 @@ class Scheduler(Attempts):
         EngineDraining: _on_engine_draining,
         LoadReported: _on_load_reported,
         SessionEnded: _on_session_ended,
+        SessionMoved: _on_session_moved,
         Tick: _on_tick,
     }
     _round_events: ClassVar[dict[type, Callable[[Scheduler, Round, Any, float], None]]] = {

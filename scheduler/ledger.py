@@ -29,7 +29,11 @@ from antiphon.scheduler.ledger_connection import (
     escaped,
 )
 from antiphon.scheduler.ledger_views import SessionRecord
-from antiphon.scheduler.messages import Claimed, Receipt, Totals
+from antiphon.scheduler.messages import (
+    Claimed,
+    Totals,
+)
+from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.retries import CALL_MEMORY_S, Call
 from antiphon.scheduler.settling import Settling
 
@@ -83,21 +87,21 @@ class Ledger:
         self._claimed: set[tuple[str, str]] = set()
         """(replica, round) of claims that were answered and have not been completed or given back."""
         self._totals: dict[str, bytes] = {}
+        self._lost_s: float | None = None
 
     @property
     def epoch(self) -> str:
         """Names the ledger's data, as last seen; "" before the first answer."""
-        self._lost_s: float | None = None
         return self._epoch
+
+    def lost_within(self, seconds: float) -> bool:
+        """We saw it lose its data, less than `seconds` ago."""
+        return self._lost_s is not None and time.monotonic() - self._lost_s < seconds
 
     # ---------------------------------------------------------------- rounds
 
     async def claim(
         self,
-    def lost_within(self, seconds: float) -> bool:
-        """We saw it lose its data, less than `seconds` ago."""
-        return self._lost_s is not None and time.monotonic() - self._lost_s < seconds
-
         *,
         replica: str,
         round_id: str,
@@ -310,7 +314,7 @@ class Ledger:
         return await ledger_views.sessions(self.connection, limit, cursor, tenant)
 
     async def receipts(self, limit: int = 100, session_id: str | None = None) -> tuple[dict[str, Any], ...]:
-        """Latest first: JSON objects with the fields of `messages.Receipt`, and `tenant`, `recorded_s`."""
+        """Latest first: JSON objects with the fields of `outcomes.Receipt`, and `tenant`, `recorded_s`."""
         return await ledger_views.receipts(self.connection, limit, session_id)
 
     async def counters(self) -> dict[str, int]:
@@ -336,12 +340,12 @@ class Ledger:
 
     def _see_epoch(self, epoch: str) -> None:
         if epoch != self._epoch:
+            if self._epoch:
+                self._lost_s = time.monotonic()
             self._epoch = epoch
             self._written.clear()
 
 
-            if self._epoch:
-                self._lost_s = time.monotonic()
 def thin(candidates: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
     """A list, longest first, that grows with the logarithm of a history's length.
 

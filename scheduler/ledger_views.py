@@ -71,7 +71,7 @@ async def _session_keys(
 async def receipts(
     connection: LedgerConnection, limit: int, session_id: str | None
 ) -> tuple[dict[str, Any], ...]:
-    """Latest first: JSON objects with the fields of `messages.Receipt`, the tenant, and `recorded_s`."""
+    """Latest first: JSON objects with the fields of `outcomes.Receipt`, the tenant, and `recorded_s`."""
     (stream,) = connection.keys("receipts")
     page = limit if session_id is None else RECEIPTS_PER_READ
     found: list[dict[str, Any]] = []

@@ -6,26 +6,12 @@ Times are seconds on the driver's monotonic clock. Page hashes are 32-byte diges
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from types import MappingProxyType
 
 from msgspec import Struct
 
-from antiphon.policies.base import Arm, Placement
 from antiphon.policies.latency import LatencyModel
-
-
-class Outcome(Enum):
-    """How an accepted or refused round ended; few values, for metrics."""
-
-    __hash__ = object.__hash__  # members are single objects; Enum's own hash is Python, and slow
-
-    COMPLETED = "completed"
-    REFUSED = "refused"
-    """Never started: no engine, no room."""
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    """The client went away."""
+from antiphon.scheduler.outcomes import Outcome, Receipt
 
 
 class Holding(Struct, frozen=True, gc=False):
@@ -89,8 +75,6 @@ class Claimed(Struct, frozen=True, gc=False):
     """Where the session's last round ended: the hash of its last whole page, and who holds it up to there."""
     ttl_s: float = 0.0
     """How long the session is kept when idle: for the answer, not for the core."""
-    holdings: tuple[Holding, ...] = ()
-    """Who holds the prompt, by the engines' own word."""
     slo_ttft_s: float = 0.0
     """The session's own targets, where the round names none; 0 = it has none."""
     slo_itl_s: float = 0.0
@@ -105,6 +89,8 @@ class ClaimLost(Struct, frozen=True, gc=False):
 
     round_id: str
     reason: str
+    holdings: tuple[Holding, ...] = ()
+    """Who holds the prompt, by the engines' own word."""
 
 
 class PrefetchDone(Struct, frozen=True, gc=False):
@@ -228,6 +214,18 @@ class SessionEnded(Struct, frozen=True, gc=False):
     session_id: str
 
 
+class SessionMoved(Struct, frozen=True, gc=False):
+    """Between rounds, the session's KV was brought to another home, and the ledger says so."""
+
+    tenant: str
+    session_id: str
+    from_home: str
+    to_home: str
+    hashes: tuple[bytes, ...]
+    """The pages that are at the new home: the first ones of the session's chain."""
+    page_size_tokens: int
+
+
 class Tick(Struct, frozen=True, gc=False):
     """`next_deadline()` has come."""
 
@@ -235,7 +233,7 @@ class Tick(Struct, frozen=True, gc=False):
 Event = (
     RoundArrived | Claimed | ClaimLost | PrefetchDone | PrefillDone | FirstToken | RoundFinished
     | EngineFailed | EngineUp | EngineDown | EngineSuspect | EngineDraining | LoadReported
-    | ClientGone | SessionEnded | Tick
+    | ClientGone | SessionEnded | SessionMoved | Tick
 )  # fmt: skip
 
 
@@ -344,54 +342,3 @@ class Broke(Struct, frozen=True, gc=False):
 
 
 Command = Claim | Prefetch | Prefill | Generate | Abort | Reserved | Rehome | Complete | Refuse | Broke
-
-
-# ---------------------------------------------------------------- receipts
-
-
-class Try(Struct, frozen=True, gc=False):
-    """One attempt at the round and how it ended ("" = it is the one that answered, or the end of it)."""
-
-    placement: Placement
-    failure: str = ""
-    elapsed_s: float = 0.0
-    """How long a failed one took."""
-
-
-class Receipt(Struct, frozen=True, gc=False):
-    """The record of one decision: what was considered, predicted and measured, and why."""
-
-    round_id: str
-    session_id: str
-    round_number: int
-    outcome: Outcome
-    arm: Arm | None
-    home: str | None
-    prefill_engine: str | None
-    reason: str
-    tries: tuple[Try, ...]
-    degraded: bool
-    prompt_tokens: int
-    history_tokens: int
-    """H(home) as believed at the decision."""
-    completion_tokens: int
-    cached_tokens: int
-    """Prompt tokens that no engine computed for this round."""
-    bytes_decode_to_prefill: int
-    bytes_prefill_to_decode: int
-    pulled_tokens: int
-    """History that the prefill engine pulled; of a `move`, the new home."""
-    predicted_ttft_s: float
-    ttft_s: float | None
-    queue_s: float
-    pull_s: float
-    prefill_s: float
-    push_s: float
-    itl_s: float | None
-    notes: tuple[str, ...] = ()
-    """What did not go as planned: pages that did not come, and why."""
-    bytes_home_to_home: int = 0
-    """What a `move` brought to the new home; in neither of the other two."""
-    slo_ttft_s: float = 0.0
-    """The targets that it was placed for: the request's own, else the cluster's. 0 = not told."""
-    slo_itl_s: float = 0.0

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from antiphon.scheduler.messages import Receipt
+from antiphon.scheduler.outcomes import Receipt
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -62,7 +62,13 @@ class Metrics:
         self.failed_tries = self._counter("failed_tries", "Tries of rounds that an engine failed", "arm")
         self.degraded = self._counter("degraded_rounds", "Rounds decided without the ledger")
         self.moves = self._counter("moves", "Homes of sessions that `move` set in the ledger", "result")
+        self.drained = self._counter("drained_sessions", "Sessions that a drain tried to move", "result")
         self.unrecorded = self._counter("unrecorded_rounds", "Rounds that --record could not write down")
+
+    def observe_drained(self, result: str, moved_bytes: int) -> None:
+        """How a move of a session between its rounds ended."""
+        self.drained.labels(result).inc()
+        self.transfer_bytes.labels("drain").inc(moved_bytes)
 
     def watch_engines(self, count: Callable[[], int]) -> None:
         """`count` is asked at every scrape for the engines that are alive."""

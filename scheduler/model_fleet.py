@@ -15,14 +15,19 @@ from antiphon.engines.base import Engine
 from antiphon.engines.wire import Hello
 from antiphon.policies.checked import Checked, CheckedOrdering
 from antiphon.policies.latency import load_latency_model
+from antiphon.policies.leaving import Leaving
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.engine_calls import CallDeadlines
-from antiphon.scheduler.messages import EngineDown, EngineUp, Receipt
+from antiphon.scheduler.messages import (
+    EngineDown,
+    EngineUp,
+)
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.models import ONLY, Model
+from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.recorded_facts import ReplicaFacts
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.round_log import EndedRound, RoundLog
@@ -52,7 +57,7 @@ class ModelFleet:
         settings = config.scheduler
         self._latency = load_latency_model(model.profile)
         self.core = Scheduler(
-            Checked(make_policy(settings.policy, config.policy_parameters())),
+            Leaving(Checked(make_policy(settings.policy, config.policy_parameters()))),
             CheckedOrdering(make_ordering(settings.ordering)),
             self._latency,
             CoreConfig(
@@ -89,6 +94,11 @@ class ModelFleet:
     def engine_ids(self) -> frozenset[str]:
         """Of those that are up."""
         return frozenset(self.core.books.fleet.books)
+
+    def incarnation(self, engine_id: str) -> str:
+        """Of an engine of this model; "" if it is not up."""
+        book = self.core.books.fleet.books.get(engine_id)
+        return book.up.incarnation if book is not None else ""
 
     def engine_changed(self, event: EngineUp | EngineDown, hello: Hello | None) -> None:
         """An engine of this model came or went."""

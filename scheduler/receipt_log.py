@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from antiphon.policies.base import Candidate
-from antiphon.scheduler.messages import Receipt
+from antiphon.scheduler.outcomes import Receipt
 
 DEFAULT_CAPACITY = 10_000
 

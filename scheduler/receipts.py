@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from antiphon.policies.base import MOVE, REMOTE_PULL, REMOTE_RECOMPUTE, Arm, Placement
-from antiphon.scheduler.messages import Outcome, Receipt, RoundFinished
+from antiphon.scheduler.messages import RoundFinished
+from antiphon.scheduler.outcomes import Outcome, Receipt
 from antiphon.scheduler.states import Round
 
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved
-from antiphon.scheduler.messages import Claimed, ClaimLost, Receipt, Rehome, Reserved, Totals
+from antiphon.scheduler.messages import (
+    Claimed,
+    ClaimLost,
+    Rehome,
+    Reserved,
+    Totals,
+)
+from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.rounds import RoundRequest
 
 log = logging.getLogger(__name__)
@@ -90,17 +97,17 @@ class Recorder:
         return self._ledger.epoch
 
     @property
+    def lost_data(self) -> bool:
+        """The ledger did so while sessions that live now may have been in it."""
+        return self._ledger.lost_within(self._config.session_ttl_s)
+
+    @property
     def session_ttl_s(self) -> float:
         return self._config.session_ttl_s
 
     async def claim(
         self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
     ) -> Claimed | ClaimLost:
-    @property
-    def lost_data(self) -> bool:
-        """The ledger did so while sessions that live now may have been in it."""
-        return self._ledger.lost_within(self._config.session_ttl_s)
-
         """`candidates`: (tokens, hash) of the places in the prompt at which residency is asked for.
 
         Raises `RoundTaken` and `KeyReused`: the round must not run, with or without the ledger.

@@ -17,15 +17,23 @@ from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.discovery import Discovery
+from antiphon.scheduler.drain_store import DrainStore
+from antiphon.scheduler.drainer import Drainer
 from antiphon.scheduler.engine_keys import StaticEngineKeys
 from antiphon.scheduler.errors import ledger_unavailable
 from antiphon.scheduler.gateway.app import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
-from antiphon.scheduler.messages import EngineDown, EngineSuspect, EngineUp, LoadReported, Receipt
+from antiphon.scheduler.messages import (
+    EngineDown,
+    EngineSuspect,
+    EngineUp,
+    LoadReported,
+)
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.model_fleet import ModelFleet
 from antiphon.scheduler.models import ONLY, Model, Models
+from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.receipt_log import ReceiptLog
 from antiphon.scheduler.recorder import Recorder, RecorderConfig, Reservations
 from antiphon.scheduler.rounds import LiveRound, RoundHandle, RoundRequest
@@ -70,6 +78,15 @@ class Replica:
         self._fleet_of: dict[str, ModelFleet] = {}
         """Engine id -> whose it is; of engines that are up."""
         metrics.watch_breakers(self._breakers)
+        self.drains = DrainStore(ledger.connection)
+        self._drainer = Drainer(
+            self.drains,
+            name,
+            self._discovery.engines,
+            self._fleet_of.get,
+            session_ttl_s=config.ledger.session_ttl_s,
+            on_moved=metrics.observe_drained,
+        )
 
     def _fleet(self, model: Model, name: str, reservations: Reservations) -> ModelFleet:
         recorder = Recorder(
@@ -114,6 +131,7 @@ class Replica:
             for up in started:
                 await up.wait()
             parts.append(tasks.create_task(self._discovery.run()))
+            parts.append(tasks.create_task(self._drainer.run()))
             try:
                 yield
             finally:
@@ -186,7 +204,7 @@ class Replica:
             for engine in self._engines(key):
                 record = engine.record
                 item: dict[str, Any] = {"engine_id": record.engine_id}
-                item |= {"url": record.url, "incarnation": record.incarnation}
+                item |= {"url": record.url, "incarnation": fleet.incarnation(record.engine_id)}
                 item["deterministic"] = record.deterministic
                 item["standing"] = fleet.core.standings.words(record.engine_id, now)
                 item["links_not_closed"] = fleet.core.standings.links_of(record.engine_id, now)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from antiphon.scheduler.known_prefixes import KnownPrefixes, SaidRound
-from antiphon.scheduler.messages import Outcome, Receipt
+from antiphon.scheduler.outcomes import Outcome, Receipt
 from antiphon.scheduler.receipt_log import receipt_json
 from antiphon.scheduler.recorded_facts import ReplicaFacts
 from antiphon.scheduler.rounds import RoundRequest

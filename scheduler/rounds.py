@@ -20,7 +20,8 @@ from antiphon.engines.base import Chunk, EngineError
 from antiphon.engines.page_hash import namespace_seed
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.hints import NO_HINTS, Hints
-from antiphon.scheduler.messages import Receipt, Refuse
+from antiphon.scheduler.messages import Refuse
+from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.resume import Said
 from antiphon.scheduler.retries import Call
 

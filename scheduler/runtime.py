@@ -35,16 +35,15 @@ from antiphon.scheduler.messages import (
     Generate,
     Prefetch,
     Prefill,
-    Receipt,
     Refuse,
     Rehome,
     Reserved,
     RoundArrived,
     SessionEnded,
     Tick,
+)
 from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.rebuilding import Rebuilding
-)
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.rounds import LiveRound, RoundBroke, RoundHandle, RoundRefused, RoundRequest, seed_of
 from antiphon.scheduler.told import Told
@@ -53,7 +52,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PAGE_TOKENS = 16
 """Until an engine with our linker has told its own; without one, nothing is hashed at all."""
-
 
 RECORD_GRACE_S = 2.0
 """At a shutdown, for the completions of rounds that have ended to reach the ledger."""
@@ -81,9 +79,9 @@ class Runtime:
         """`engines` is read at each call, so discovery may change it. `on_unreachable` gets engine ids."""
         self._core = core
         self._recorder = recorder
-        self._rebuilding = Rebuilding(core, self._calls)
         self._calls = EngineCalls(engines, deadlines or CallDeadlines())
         self._answering = Answering(core, self._calls, self.post)
+        self._rebuilding = Rebuilding(core, self._calls)
         self._on_receipt = on_receipt
         self._on_ended = on_ended
         self._on_unreachable = on_unreachable
@@ -147,9 +145,9 @@ class Runtime:
         left = list(self._live.values())
         for live in left:
             live.sent_away = True
-        recording = [live.handle.recorded(deadline_s) for live in left]
             if live.request.round_id in self._core.rounds:
                 self.post(ClientGone(live.request.round_id))
+        recording = [live.handle.recorded(deadline_s) for live in left]
         try:
             await asyncio.gather(*recording)
         finally:

@@ -109,6 +109,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         replica.session_ended,
         Calls(ledger.connection),
         stopping=stopping,
+        drains=replica.drains,
     )
     grace_s = config.gateway.shutdown_grace_s
     server = _Server(

@@ -70,6 +70,19 @@ class SessionTable:
         self._fleet.books[home].set_session(key, tokens)
         self._trim(now)
 
+    def move(self, key: SessionKey, from_home: str, to_home: str, tokens: int, now: float) -> bool:
+        """Its KV went from one to the other between rounds; False if it is known to be at a third."""
+        session = self._sessions.get(key)
+        if session is None:
+            self.settle(key, to_home, tokens, 0, now)
+            return True
+        if session.home != from_home:
+            return False
+        self._leave_home(key, session)
+        session.home = to_home
+        self._fleet.books[to_home].set_session(key, session.tokens)
+        return True
+
     def answered(self, key: SessionKey, tokens: int, next_tokens: int = 0) -> None:
         """A round of the session has ended with so many tokens of output; the next, it says, will have
         `next_tokens` (0: it says nothing)."""

@@ -34,17 +34,16 @@ from antiphon.scheduler.messages import (
     Event,
     FirstToken,
     Generate,
-    Outcome,
     Prefetch,
     PrefetchDone,
     Prefill,
     PrefillDone,
-    Receipt,
     Refuse,
     RoundArrived,
     RoundFinished,
     Tick,
 )
+from antiphon.scheduler.outcomes import Outcome, Receipt
 from antiphon.scheduler.simulated_sessions import Clients, PageNames, PlannedRound, SessionRun
 from antiphon.traces.schema import SessionTrace
 

@@ -64,6 +64,9 @@ class GatewaySource:
         return items
 
     def _get(self, path: str) -> Any:
+        return self.ask("GET", path)
+
+    def ask(self, method: str, path: str) -> Any:
         """The JSON of an answer, whatever its status: /ready says why it is 503."""
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise UserError(f"--url {self.url!r}: it must begin with http:// or https://")
@@ -71,7 +74,7 @@ class GatewaySource:
         key = os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            asked = urllib.request.Request(where, headers=headers)
+            asked = urllib.request.Request(where, headers=headers, method=method)
             with urllib.request.urlopen(asked, timeout=DEADLINE_S) as answer:
                 raw = answer.read()
         except urllib.error.HTTPError as error:

@@ -154,6 +154,8 @@ def decide(
         view = replace(view, history_tokens=held)
     if unusable:
         view = replace(view, excluded=failed | unusable)
+    if view.home in standings.draining and view.home not in failed:
+        view = replace(view, leaving=True)
     answer = policy.place(view, cluster)
     if isinstance(answer, Reject) and view.excluded:
         less = [failed | silent, failed] if unusable else []

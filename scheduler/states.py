@@ -25,8 +25,8 @@ from antiphon.scheduler.messages import (
     PrefillDone,
     RoundArrived,
     RoundFinished,
-    Try,
 )
+from antiphon.scheduler.outcomes import Try
 from antiphon.scheduler.store_use import SessionKey
 
 

@@ -21,8 +21,8 @@ from antiphon.scheduler.config import Config
 from antiphon.scheduler.gateway.app import Readiness, create_app
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.tenants import Access
-from antiphon.scheduler.messages import Outcome, Receipt, Try
 from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.outcomes import Outcome, Receipt, Try
 from antiphon.scheduler.response_store import ResponseStore
 from antiphon.scheduler.rounds import RoundHandle, RoundRequest
 

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from antiphon.scheduler.ledger import Ledger
-from antiphon.scheduler.messages import Claimed, Outcome, Receipt
+from antiphon.scheduler.messages import Claimed
+from antiphon.scheduler.outcomes import Outcome, Receipt
 
 TTL_S = 60.0
 

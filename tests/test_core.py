@@ -22,7 +22,6 @@ from antiphon.scheduler.messages import (
     Generate,
     HeldChain,
     LoadReported,
-    Outcome,
     Prefetch,
     PrefetchDone,
     Prefill,
@@ -33,6 +32,7 @@ from antiphon.scheduler.messages import (
     Tick,
     Totals,
 )
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.states import ACCEPTS, SUCCESSORS, IllegalEvent, Phase
 from tests.core_helpers import LATENCY, LOCAL, PULL, RECOMPUTE, Bench, arrived, claimed, engine_up
 

@@ -14,7 +14,6 @@ from antiphon.scheduler.messages import (
     FirstToken,
     Generate,
     HeldChain,
-    Outcome,
     Prefetch,
     PrefetchDone,
     Prefill,
@@ -22,6 +21,7 @@ from antiphon.scheduler.messages import (
     Rehome,
     RoundFinished,
 )
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.states import Phase
 from tests.core_helpers import LOCAL, Bench, arrived, engine_up
 

@@ -37,6 +37,7 @@ from antiphon.scheduler.messages import (
     Rehome,
     RoundFinished,
     SessionEnded,
+    SessionMoved,
     Tick,
     Totals,
 )
@@ -205,6 +206,11 @@ class Machine(RuleBasedStateMachine):
     def an_engine_drains_or_misses_a_probe(self, engine: str, on: bool, drains: bool) -> None:
         incarnation = self.incarnations.get(engine, "gone")
         self.send(EngineDraining(engine, on) if drains else EngineSuspect(engine, incarnation, on))
+
+    @rule(session=st.integers(0, 5), engines=st.permutations(sorted(ENGINES)), pages=st.integers(0, 9))
+    def a_session_is_moved_between_rounds(self, session: int, engines: list[str], pages: int) -> None:
+        chain = tuple(bytes([session, page]) * 16 for page in range(pages))
+        self.send(SessionMoved("t", f"s{session}", engines[0], engines[1], chain, 16))
 
     @rule(session=st.integers(0, 5))
     def a_session_ends(self, session: int) -> None:

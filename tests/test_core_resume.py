@@ -14,7 +14,6 @@ from antiphon.scheduler.messages import (
     FirstToken,
     Generate,
     GoesOn,
-    Outcome,
     Prefetch,
     PrefetchDone,
     Prefill,
@@ -22,6 +21,7 @@ from antiphon.scheduler.messages import (
     RoundFinished,
     Tick,
 )
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.states import Phase
 from tests.core_helpers import LOCAL, PAGE, RECOMPUTE, Bench, Choice, engine_up
 

@@ -30,7 +30,7 @@ def test_a_draining_engine_gets_nothing_new_and_is_read_from() -> None:
     bench = Bench()
     bench.run("r0", LOCAL)
     bench.send(EngineDraining("d0", True))
-    (generate,) = bench.place("r1", tokens=120)
+    (generate,) = bench.place("r1", session="t", tokens=120)
     assert isinstance(generate, Generate) and generate.engine_id == "p0"
     assert bench.policy.seen[-1].excluded == {"d0"} and bench.policy.seen[-1].held("d0") == 112
     bench.send(EngineDraining("d0", False))

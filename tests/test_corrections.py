@@ -18,9 +18,9 @@ from antiphon.scheduler.messages import (
     FirstToken,
     Generate,
     RoundFinished,
-    Try,
 )
 from antiphon.scheduler.observer import Observer, passes_s
+from antiphon.scheduler.outcomes import Try
 from antiphon.scheduler.states import Round, new_round
 from tests.core_helpers import LATENCY, Chosen, arrived, claimed, engine_up, scheduler
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from antiphon.scheduler.messages import Outcome
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.rounds import RoundRefused
 from tests.replica_helpers import Cluster, cluster, until
 

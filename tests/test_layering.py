@@ -25,7 +25,8 @@ FUNCTION_LINES = 60
 LEAVES = {
     "policies.latency": set(),
     "policies.base": {"policies.latency"},
-    "scheduler.messages": {"policies.base", "policies.latency"},
+    "scheduler.outcomes": {"policies.base"},
+    "scheduler.messages": {"policies.base", "policies.latency", "scheduler.outcomes"},
     "traces.schema": set(),
     "engines.wire": set(),
     "engines.page_hash": set(),

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from antiphon.scheduler.ledger import Moved, RoundTaken
-from antiphon.scheduler.messages import Claimed, Outcome, Totals
+from antiphon.scheduler.messages import (
+    Claimed,
+    Totals,
+)
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.retries import Call
 from tests.ledger_helpers import TTL_S, claim, complete, ledger_at, receipt, until
 

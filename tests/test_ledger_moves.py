@@ -13,7 +13,12 @@ from msgspec.structs import replace
 
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Moved
-from antiphon.scheduler.messages import Claimed, Outcome, Rehome, Totals
+from antiphon.scheduler.messages import (
+    Claimed,
+    Rehome,
+    Totals,
+)
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.rounds import RoundRequest
 from tests.ledger_helpers import TTL_S, claim, complete, ledger_at, page

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from antiphon.scheduler.ledger import RoundTaken
-from antiphon.scheduler.messages import Claimed, Outcome
+from antiphon.scheduler.messages import Claimed
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.retries import Call
 from tests.faults.lease_model import Op, State, step
 from tests.faults.linearizability import Notes, Recorded

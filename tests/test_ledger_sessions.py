@@ -8,7 +8,8 @@ from typing import Any
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.hints import Hints
 from antiphon.scheduler.ledger import Ledger
-from antiphon.scheduler.messages import Claimed, Outcome
+from antiphon.scheduler.messages import Claimed
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.rounds import RoundRequest
 from antiphon.scheduler.session_store import SessionStore

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from antiphon.engines.prompt import Prompt
 from antiphon.policies.base import Arm, Candidate, Placement
 from antiphon.scheduler.logs import JsonFormatter, request_id_var
-from antiphon.scheduler.messages import Outcome, Try
 from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.outcomes import Outcome, Try
 from antiphon.scheduler.receipt_log import ReceiptLog, receipt_json
 from antiphon.scheduler.rounds import RoundRequest
 from tests.gateway_helpers import make_receipt

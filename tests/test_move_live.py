@@ -14,8 +14,8 @@ import msgspec
 from antiphon.eval.verify import verify_rounds
 from antiphon.scheduler.config import Config, EngineConfig, LedgerConfig, SchedulerConfig
 from antiphon.scheduler.ledger import Ledger
-from antiphon.scheduler.messages import Receipt
 from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.replica import Replica
 from antiphon.traces.results import VerifyRecord
 from tests.conftest import SglangPair

@@ -21,7 +21,11 @@ from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler import round_log
 from antiphon.scheduler.gateway.requests import parse_chat, tool_answered
 from antiphon.scheduler.known_prefixes import KnownPrefixes, SaidRound
-from antiphon.scheduler.messages import EngineDown, EngineUp, Outcome
+from antiphon.scheduler.messages import (
+    EngineDown,
+    EngineUp,
+)
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.recorded_facts import ReplicaFacts, read_facts
 from antiphon.scheduler.round_log import EndedRound, RoundLog
 from antiphon.scheduler.rounds import RoundRequest

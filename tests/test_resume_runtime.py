@@ -14,7 +14,8 @@ import pytest
 from antiphon.engines.simulated_request import expected_tokens
 from antiphon.policies.base import Arm
 from antiphon.scheduler.gateway import relay
-from antiphon.scheduler.messages import EngineDown, Outcome
+from antiphon.scheduler.messages import EngineDown
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.rounds import STREAM_BUFFER_CHUNKS, RoundBroke, RoundHandle, RoundRequest
 from tests.core_helpers import Chosen
 from tests.replica_helpers import Cluster, cluster, collect, until

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from antiphon.scheduler.messages import Outcome
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.rounds import STREAM_BUFFER_CHUNKS, RoundBroke, RoundRefused
 from antiphon.scheduler.states import Phase
 from tests.replica_helpers import Cluster, cluster, until

@@ -20,7 +20,11 @@ from antiphon.policies.checked import Checked, CheckedOrdering
 from antiphon.policies.fcfs import Fcfs
 from antiphon.scheduler.errors import ApiError
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, RoundTaken
-from antiphon.scheduler.messages import Outcome, Reserved, Totals
+from antiphon.scheduler.messages import (
+    Reserved,
+    Totals,
+)
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.recorder import Recorder
 from antiphon.scheduler.rounds import STREAM_BUFFER_CHUNKS, RoundHandle, RoundRefused, RoundRequest
 from antiphon.scheduler.valkey import EmbeddedValkey

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from antiphon.engines.page_hash import page_hashes
-from antiphon.scheduler.messages import Outcome
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.move_helpers import MovesEvery
 from tests.replica_helpers import Cluster, cluster, until

@@ -13,7 +13,7 @@ from antiphon.policies.base import Arm
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.core_config import CoreConfig
-from antiphon.scheduler.messages import Outcome
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.simulated_sessions import PageNames, split_children
 from antiphon.scheduler.simulation import RoundEnd, Simulation, Targets
 from antiphon.traces.arrivals import Arrivals, Start, schedule

@@ -13,6 +13,7 @@ prompts.py     tokenizer and chat template
 templates.py   whether a chat template can be rendered piece by piece, and how
 history.py     prompts that go on with what was said, as the ids that were served
 conversations.py  what was said: looked up before a round, added to after it
+drain_route.py  /v1/engines/{id}/drain
 rounds_route.py   POST /v1/sessions/{id}/rounds: only what is new
 tenants.py     the gate: API key -> tenant; caller.py: who that is, for whoever asks
 salts.py       what keeps tenants' KV apart

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon.scheduler.answers import Calls
 from antiphon.scheduler.config import Config
+from antiphon.scheduler.drain_store import DrainStore
 from antiphon.scheduler.errors import (
     ApiError,
     gateway_stopping,
@@ -30,6 +31,7 @@ from antiphon.scheduler.errors import (
 from antiphon.scheduler.gateway.caller import current_caller
 from antiphon.scheduler.gateway.completions import LOG_FIELDS, ROUND_ID, CompletionRoute, ExplainRoute
 from antiphon.scheduler.gateway.conversations import Conversations
+from antiphon.scheduler.gateway.drain_route import DrainRoute
 from antiphon.scheduler.gateway.error_shapes import error_body
 from antiphon.scheduler.gateway.identity import Identifier, given_request_id
 from antiphon.scheduler.gateway.intake import ClientGone, FleetModel, Intake, served_models
@@ -102,6 +104,7 @@ def create_app(
     on_session_ended: Callable[[str, str], None] = lambda tenant, session_id: None,
     calls: Calls | None = None,
     stopping: Stopping | None = None,
+    drains: DrainStore | None = None,
 ) -> ASGIApp:
     """The ASGI application of one replica. The caller owns all that it is given, and starts and stops it.
 
@@ -132,6 +135,7 @@ def create_app(
         Route("/v1/models", pages.models),
         Route("/v1/models/{model:path}", pages.model),
         Route("/v1/receipts", pages.receipts),
+        *(DrainRoute(drains, state.engines).routes() if drains is not None else ()),
         Route("/v1/engines", pages.engines),
         *_session_routes(pages, intake, store, config, on_session_ended, access.limits),
         Route("/health", pages.health),

@@ -21,7 +21,7 @@ from antiphon.scheduler.gateway import token_bucket
 from antiphon.scheduler.gateway.caller import Caller, current_caller
 from antiphon.scheduler.gateway.token_bucket import MINUTE_S, Bucket
 from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, escaped
-from antiphon.scheduler.messages import Outcome
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.rounds import RoundHandle, RoundRefused, RoundRequest, RoundRunner
 
 MAX_COUNTS = 10_000

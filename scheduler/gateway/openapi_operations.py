@@ -61,6 +61,18 @@ class Operation:
 
 _ROUND = (400, 401, 404, 408, 410, 413, 422, 429, 502, 503, 504)
 _SESSION = (400, 401, 404, 408, 413, 429, 503)
+_DRAIN = (400, 401, 403, 404, 408, 413, 429, 503)
+DRAIN = an_object(
+    object=const("antiphon.drain"),
+    engine_id=TEXT,
+    draining=FLAG,
+    incarnation=TEXT,
+    replicas=COUNT,
+    replicas_seen=COUNT,
+    rounds=COUNT,
+    work=OBJECT,
+    safe=FLAG,
+)
 _LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100}, "At most so many.")
 
 
@@ -224,6 +236,14 @@ OPERATIONS: tuple[Operation, ...] = (
         "The latest decisions",
         a_list(OBJECT),
         query=(_LIMIT, ("session_id", TEXT, "Of this session only.")),
+    ),
+    *(
+        Operation(method, "/v1/engines/{id}/drain", summary, DRAIN, statuses=_DRAIN)
+        for method, summary in (
+            ("get", "How far an engine's drain is"),
+            ("post", "Have an engine emptied: nothing new is placed there, its sessions are moved"),
+            ("delete", "Use an engine again"),
+        )
     ),
     Operation("get", "/v1/engines", "The engines", a_list(OBJECT), statuses=(401, 403, 429)),
     *_of_sessions(),

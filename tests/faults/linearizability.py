@@ -26,7 +26,8 @@ from typing import Any
 
 from antiphon.scheduler.ledger import Ledger, RoundTaken
 from antiphon.scheduler.ledger_answers import read_claim
-from antiphon.scheduler.messages import Claimed, Outcome
+from antiphon.scheduler.messages import Claimed
+from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.retries import Call
 from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.faults.lease_model import Op, linearized
