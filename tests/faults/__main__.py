@@ -40,7 +40,7 @@ def show(result: TrialResult) -> None:
         f"{'ok ' if result.clean else 'BAD'} {result.engines:9} {name}{drawn}: seed {result.seed}, "
         f"{'in' if result.phase_hit else 'NOT in'} phase, {verdict.rounds} rounds, "
         f"{verdict.answered} answered, {verdict.retried} retried, {verdict.refused} refused, "
-        f"worst {verdict.worst_s:.1f} s, took {result.duration_s:.1f} s",
+        f"{result.forks} forks, worst {verdict.worst_s:.1f} s, took {result.duration_s:.1f} s",
         flush=True,
     )
     for kind in ("lost", "doubled", "wrong", "hung"):

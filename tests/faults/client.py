@@ -24,6 +24,8 @@ MIN_ATTEMPT_S = 1.0
 class Request:
     """What a client sends; `whole` is sent instead when the server has lost what an append builds on."""
 
+    session: str
+    """What the client calls its session now: the fork, where an answer said that it became one."""
     path: str
     body: Mapping[str, Any]
     whole: Request | None = None
@@ -36,6 +38,8 @@ class Outcome:
     attempt: Attempt
     token_ids: tuple[int, ...] | None = None
     home: str = ""
+    session: str = ""
+    """As the answer names it."""
     kept: bool = True
     """The answer does not say that the server has not kept this round."""
     retry_after_s: float = 0.0
@@ -81,7 +85,7 @@ class RetryingClient:
         """One request, and the whole conversation if the server says that it has lost it."""
         started = time.monotonic()
         headers = {
-            "X-Session-ID": each.session,
+            "X-Session-ID": request.session,
             "Idempotency-Key": each.name,
             "X-Request-ID": f"{each.name}-{number}",
             "x-stainless-retry-count": str(number),
@@ -126,14 +130,15 @@ class RetryingClient:
 def _answered(replica: int, events: Sequence[Any], *, whole: bool) -> Outcome:
     """The ids of all events, and the home."""
     ids: list[int] = []
-    home, kept = "", True
+    home, name, kept = "", "", True
     for event in events:
         for choice in event.get("choices", ()):
             ids += choice.get("token_ids") or ()
         session = event.get("session") or {}
         home = session.get("worker") or home
+        name = session.get("id") or name
         kept = kept and not any(NOT_KEPT in warning for warning in session.get("warnings", ()))
-    return Outcome(Attempt(replica, "answered", 0.0, 200), tuple(ids), home, kept)
+    return Outcome(Attempt(replica, "answered", 0.0, 200), tuple(ids), home, name, kept)
 
 
 def _error(replica: int, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from antiphon.scheduler.gateway.prompts import PromptTokenizer, TemplateOptions
-from tests.faults.client import Request
+from tests.faults.client import Outcome, Request
 from tests.faults.history import LogicalRound
 
 Kind = Literal["text", "chat", "append"]
@@ -37,6 +37,9 @@ class Conversation:
     draw: random.Random
     tokenizer: PromptTokenizer
     number: int = 0
+    goes_by: str = ""
+    """Its name for the gateway: another one than `session` after an answer that came from a fork."""
+    forks: int = 0
     brings_all: bool = False
     """The server has not kept the last round, or nobody knows: an append would go on from the wrong place."""
     home: str = ""
@@ -48,6 +51,7 @@ class Conversation:
 
     def ask(self, new_tokens: int, max_tokens: int, deadline_s: float) -> tuple[LogicalRound, Request]:
         self.number += 1
+        name = self.goes_by or self.session
         body: dict[str, Any] = {
             "model": MODEL, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
             "return_token_ids": True, "stream": self.stream,
@@ -57,21 +61,24 @@ class Conversation:
         if self.kind == "text":
             self.ids += [self.draw.randrange(FIRST_ID, VOCAB_TOKENS) for _ in range(new_tokens)]
             prompts: tuple[tuple[int, ...], ...] = (tuple(self.ids),)
-            request = Request("/v1/completions", body | {"prompt": list(self.ids)})
+            request = Request(name, "/v1/completions", body | {"prompt": list(self.ids)})
         else:
             message = {"role": "user", "content": self._words(new_tokens)}
             self.messages.append(message)
             prompts = self._possible(self.tokenizer.render(self.messages, PLAIN))
-            request = Request(CHAT, body | {"messages": list(self.messages)})
+            request = Request(name, CHAT, body | {"messages": list(self.messages)})
             if self.kind == "append" and not self.brings_all:
-                path = f"/v1/sessions/{self.session}/rounds"
-                request = Request(path, body | {"messages": [message]}, whole=request)
+                path = f"/v1/sessions/{name}/rounds"
+                request = Request(name, path, body | {"messages": [message]}, whole=request)
         return LogicalRound(self.session, self.number, deadline_s, prompts), request
 
-    def heard(self, each: LogicalRound, home: str, kept: bool) -> None:
+    def heard(self, each: LogicalRound, outcome: Outcome) -> None:
         """The session goes on from the answer; without one, from what it had said itself."""
-        self.home = home or self.home
-        self.brings_all = each.answer is None or not kept
+        self.home = outcome.home or self.home
+        self.brings_all = each.answer is None or not outcome.kept
+        if outcome.session not in ("", self.goes_by or self.session):
+            self.goes_by = outcome.session
+            self.forks += 1
         if each.answer is None:
             if self.kind != "text":
                 self.messages.pop()

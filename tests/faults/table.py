@@ -11,7 +11,7 @@ from tests.faults.cells import matrix
 from tests.faults.trial import TrialResult
 
 COLUMNS = ("cell", "engines", "runs", "phase hit", "rounds", "answered", "retried", "refused", "lost",
-           "doubled", "wrong", "hung", "leaks", "worst s")  # fmt: skip
+           "doubled", "wrong", "hung", "forks", "leaks", "worst s")  # fmt: skip
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
@@ -31,6 +31,7 @@ def row_of(results: Sequence[TrialResult]) -> dict[str, Any]:
         "doubled": sum(len(verdict.doubled) for verdict in verdicts),
         "wrong": sum(len(verdict.wrong) for verdict in verdicts),
         "hung": sum(len(verdict.hung) for verdict in verdicts),
+        "forks": sum(result.forks for result in results),
         "leaks": sum(len(result.leaks) for result in results),
         "worst s": round(max(verdict.worst_s for verdict in verdicts), 1),
     }

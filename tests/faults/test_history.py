@@ -83,15 +83,15 @@ def test_the_matrix_is_whole() -> None:
 def test_the_table_says_what_the_runs_showed() -> None:
     def result(verdict: Verdict, *, hit: bool = True, leaks: tuple[str, ...] = ()) -> TrialResult:
         cell = Cell("redis", "restart", "idle")
-        return TrialResult(cell, "aof", "simulated", 3, hit, verdict, list(leaks), "", 1.0, [])
+        return TrialResult(cell, "aof", "simulated", 3, hit, verdict, list(leaks), "", 0, 1.0, [])
 
     good = result(Verdict(rounds=4, answered=3, refused=1, worst_s=1.26))
     bad = result(Verdict(rounds=2, answered=1, lost=["s/1: .."], worst_s=3.0), hit=False, leaks=("a pin",))
     (row,) = rows_of([good, bad])
     assert row == {
         "cell": "redis.restart.idle", "engines": "simulated", "runs": 2, "phase hit": 1, "rounds": 6,
-        "answered": 4, "retried": 0, "refused": 1, "lost": 1, "doubled": 0, "wrong": 0, "hung": 0, "leaks": 1,
-        "worst s": 3.0,
+        "answered": 4, "retried": 0, "refused": 1, "lost": 1, "doubled": 0, "wrong": 0, "hung": 0, "forks": 0,
+        "leaks": 1, "worst s": 3.0,
     }  # fmt: skip
     (finding,) = findings_of([good, bad])
     assert finding["seed"] == 3 and finding["lost"] == ["s/1: .."] and finding["leaks"] == ["a pin"]

@@ -66,6 +66,8 @@ class TrialResult:
     verdict: Verdict
     leaks: list[str]
     note: str
+    forks: int
+    """Answers that came from a fork, though no session asks two things at once."""
     duration_s: float
     unchecked: list[LogicalRound]
     """Answered rounds whose answers nobody has compared."""
@@ -129,9 +131,18 @@ class Trial:
         verdict = judge(self.rounds, receipts.values(), self._right_answers())
         unchecked = [] if self.scale.checks_answers else [each for each in self.rounds if each.answer]
         return TrialResult(
-            self.cell, self.variant, "simulated" if self.fleet.simulated else "real", self.seed, hit,
-            verdict, leaks, injury.note, time.monotonic() - started, unchecked,
-        )  # fmt: skip
+            cell=self.cell,
+            variant=self.variant,
+            engines="simulated" if self.fleet.simulated else "real",
+            seed=self.seed,
+            phase_hit=hit,
+            verdict=verdict,
+            leaks=leaks,
+            note=injury.note,
+            forks=sum(each.forks for each in (watched, *others)),
+            duration_s=time.monotonic() - started,
+            unchecked=unchecked,
+        )
 
     @property
     def _alone(self) -> bool:
@@ -165,7 +176,7 @@ class Trial:
         each, request = session.ask(new_tokens, output_tokens, self.scale.deadline_s)
         self.rounds.append(each)
         outcome = await client.ask(each, request, replica)
-        session.heard(each, outcome.home, outcome.kept)
+        session.heard(each, outcome)
 
     async def _next(self, client: RetryingClient, session: Conversation) -> None:
         """A round of ordinary size."""
@@ -196,7 +207,7 @@ class Trial:
         for _ in range(PHASE_TRIES):
             hit_before = await hit_reads(self.fleet)
             task = asyncio.create_task(self._ask(client, watched, *sizes, 0))
-            watch = Watch(self.fleet, client, watched.session, task)
+            watch = Watch(self.fleet, client, watched.goes_by or watched.session, task)
             if self.cell.component == "link" and self.cell.phase == "transfer":
                 reached = await watch.hit(hit_before, PHASE_DEADLINE_S)
             else:
