@@ -204,8 +204,8 @@ class DirectoryServer:
         handler = self._handlers.get(type(request))
         if handler is None:
             return wire.Failure("bad_request", f"{type(request).__name__} is not a request")
-        if any(len(page_hash) != wire.HASH_BYTES for page_hash in getattr(request, "hashes", ())):
-            return wire.Failure("bad_request", f"a page hash has {wire.HASH_BYTES} bytes")
+        if any(len(page_hash) > wire.HASH_BYTES for page_hash in getattr(request, "hashes", ())):
+            return wire.Failure("bad_request", f"no page hash has more than {wire.HASH_BYTES} bytes")
         try:
             return handler(request)
         except DirectoryError as error:

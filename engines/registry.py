@@ -9,6 +9,7 @@ Blocking redis-py on the engine's side (its heartbeat is one thread), asyncio on
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections import Counter
@@ -63,8 +64,8 @@ class EngineIdTaken(Exception):
 
 
 def shown(url: str) -> str:
-    """A ledger's URL for logs and errors: without user and password."""
-    scheme, separator, rest = url.partition("://")
+    """A ledger's URL for logs and errors: without user and password, wherever they stand."""
+    scheme, separator, rest = re.sub(r"([?&](?:username|password)=)[^&#]*", r"\1***", url).partition("://")
     return scheme + separator + rest.rpartition("@")[2] if separator else url
 
 

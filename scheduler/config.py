@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -43,12 +44,23 @@ class GatewayConfig:
     """How long a stored response (`/v1/responses`) is kept after it was made or gone on from."""
     history_memory_bytes: int = 256 * 1024 * 1024
     """For what was said in the sessions used last, as ids and messages; the ledger has all of it."""
+    max_rounds: int = 1024
+    """Requests for rounds that may be under way at once, from their first byte to their answer's last."""
+    bodies_memory_bytes: int = 512 * 1024 * 1024
+    """For the bodies of all requests under way; at least one of `body_limit_bytes`."""
+    answers_memory_bytes: int = 256 * 1024 * 1024
+    """For what engines have answered and clients have not read yet."""
+    reader_stall_s: float = 60.0
+    """A client that takes nothing of its answer for so long is cut off."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be 0 to 65535, got {self.port}")
         _positive(self, "body_limit_bytes", "body_deadline_s", "response_ttl_s", "history_memory_bytes")
+        _positive(self, "max_rounds", "bodies_memory_bytes", "answers_memory_bytes", "reader_stall_s")
+        if self.bodies_memory_bytes < self.body_limit_bytes:
+            raise ValueError("bodies_memory_bytes must be at least body_limit_bytes: else some bodies never fit")
         _one_of(self, "log_level", ("debug", "info", "warning", "error"))
 
 
@@ -304,6 +316,7 @@ def masked(text: str) -> str:
         password = parts.password
     except ValueError:
         return text
+    text = re.sub(r"([?&]password=)[^&#]*", r"\1***", text)
     return text.replace(f":{password}@", ":***@") if password else text
 
 

@@ -42,7 +42,9 @@ FRAMES: tuple[wire.Frame, ...] = (
     wire.Challenge(1, HASH), wire.Auth("p", HASH, HASH), wire.Welcome(HASH, HELLO), wire.Touch(HASH),
     wire.Failure("busy", "no"), wire.Lookup((HASH, HASH)), wire.Reserve("p", "i", (HASH,), 1.0, 0.5),
     wire.Reserved(1, (1, 2), (3, 4)), wire.Prefetch("h:1", "i", HASH, (HASH,), 1.0), wire.Confirm(3),
-    wire.Prefetched(1, 1, 4096, 0.1, ""), wire.StatsReply(*range(11)), wire.LinkFault("slow", 0.1),
+    wire.Chain(HASH),
+    wire.ChainPages(b"", (HASH,)), wire.Prefetched(1, 1, 4096, 0.1, ""), wire.StatsReply(*range(11)),
+    wire.LinkFault("slow", 0.1),
 )  # fmt: skip
 CHAT: dict[str, Any] = {
     "model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "n": 2,

@@ -43,6 +43,9 @@ class Backend:
         self.block.wait(10.0)
         return wire.Found(len(request.hashes))
 
+    def chain(self, request: wire.Chain) -> wire.ChainPages:
+        return wire.ChainPages(b"", (request.tip,))
+
     def reserve(self, request: wire.Reserve) -> wire.Reserved:
         raise DirectoryError("void_incarnation", "this is somebody else")
 
