@@ -3,6 +3,7 @@
 The matrix
     cells.py         components, faults and phases; names, patterns, seeds
     trial.py         one run of one cell: sessions, the fault in its phase, the verdict
+    results.py       what a run is given and what it shows
     conversation.py  what a session asks next, and the prompts that its request may rightly become
     client.py        a client with a deadline and one retry, at another replica
     watch.py         waits until the watched round is in the phase

@@ -24,7 +24,8 @@ from tests.faults import real, table
 from tests.faults.cells import Cell, chosen, matrix, real_cells
 from tests.faults.conversation import load_tokenizer
 from tests.faults.fleet import Fleet
-from tests.faults.trial import Scale, Trial, TrialResult
+from tests.faults.results import Scale, TrialResult
+from tests.faults.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "faults.md"

@@ -15,7 +15,7 @@ from antiphon.eval.stack import CPU_ENGINE_FLAGS
 from antiphon.eval.verify import verify_rounds
 from antiphon.traces.results import VerifyRecord
 from tests.faults.fleet import SETTINGS, Fleet
-from tests.faults.trial import Scale, TrialResult
+from tests.faults.results import Scale, TrialResult
 
 START_DEADLINE_S = 300.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.cells import matrix
-from tests.faults.trial import TrialResult
+from tests.faults.results import TrialResult
 
 COLUMNS = ("cell", "engines", "runs", "phase hit", "rounds", "answered", "retried", "refused", "lost",
            "doubled", "wrong", "hung", "forks", "leaks", "worst s")  # fmt: skip

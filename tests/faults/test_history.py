@@ -9,8 +9,8 @@ import pytest
 
 from tests.faults.cells import PHASES, Cell, chosen, matrix, real_cells, seed_of
 from tests.faults.history import Attempt, End, LogicalRound, Verdict, doubled, judge
+from tests.faults.results import TrialResult
 from tests.faults.table import BEGIN, END, findings_of, markdown, merged, rows_of, with_table
-from tests.faults.trial import TrialResult
 
 PROMPT, ANSWER = (1, 2, 3), (7, 8)
 RIGHT = {"s/1": frozenset([ANSWER])}

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.faults.__main__ import run_cells
 from tests.faults.cells import chosen, matrix
 from tests.faults.fleet import Fleet
-from tests.faults.trial import Scale
+from tests.faults.results import Scale
 
 CELLS = ",".join(
     [

@@ -17,64 +17,17 @@ from antiphon.scheduler.ledger import LedgerUnavailable
 from tests.faults import aftermath
 from tests.faults.cells import Cell, seed_of
 from tests.faults.client import RetryingClient
-from tests.faults.conversation import KINDS, VOCAB_TOKENS, Conversation
+from tests.faults.conversation import VOCAB_TOKENS, Conversation
 from tests.faults.fleet import POOLS, Fleet
-from tests.faults.history import LogicalRound, Verdict, judge
+from tests.faults.history import LogicalRound, judge
 from tests.faults.injury import Injury, slow_reads
+from tests.faults.results import Scale, TrialResult
 from tests.faults.watch import Watch, hit_reads
 
 PHASE_DEADLINE_S = 6.0
 PHASE_TRIES = 3
 SLOW_READ_S = 1.0
 ROUNDS_AFTER = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How large rounds are, and how patient clients."""
-
-    first_tokens: int = 300
-    new_tokens: Mapping[str, int] = field(
-        default_factory=lambda: {"idle": 200, "prefill": 1000, "transfer": 300, "decode": 200}
-    )
-    """Of the watched round, by phase."""
-    output_tokens: Mapping[str, int] = field(
-        default_factory=lambda: {"idle": 24, "prefill": 24, "transfer": 24, "decode": 100}
-    )
-    background: int = 3
-    """Other sessions."""
-    background_tokens: int = 60
-    background_output_tokens: int = 16
-    pause_s: float = 0.3
-    deadline_s: float = 30.0
-    """Of a logical round."""
-    attempt_s: float = 6.0
-    kinds: tuple[Any, ...] = KINDS
-    checks_answers: bool = True
-    """Here, as those of simulated engines; else later (`real.py`)."""
-
-
-@dataclass(slots=True)
-class TrialResult:
-    """What a run showed."""
-
-    cell: Cell
-    variant: str
-    engines: str
-    seed: int
-    phase_hit: bool
-    verdict: Verdict
-    leaks: list[str]
-    note: str
-    forks: int
-    """Answers that came from a fork, though no session asks two things at once."""
-    duration_s: float
-    unchecked: list[LogicalRound]
-    """Answered rounds whose answers nobody has compared."""
-
-    @property
-    def clean(self) -> bool:
-        return self.verdict.clean and not self.leaks
 
 
 @dataclass(slots=True)
