@@ -60,7 +60,9 @@ class GatewayConfig:
         _positive(self, "body_limit_bytes", "body_deadline_s", "response_ttl_s", "history_memory_bytes")
         _positive(self, "max_rounds", "bodies_memory_bytes", "answers_memory_bytes", "reader_stall_s")
         if self.bodies_memory_bytes < self.body_limit_bytes:
-            raise ValueError("bodies_memory_bytes must be at least body_limit_bytes: else some bodies never fit")
+            raise ValueError(
+                "bodies_memory_bytes must be at least body_limit_bytes: else some bodies never fit"
+            )
         _one_of(self, "log_level", ("debug", "info", "warning", "error"))
 
 

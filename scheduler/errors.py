@@ -13,6 +13,8 @@ import msgspec
 
 from antiphon.scheduler.rounds import RoundRefused
 
+WOULD_WAIT = "would_wait"
+"""A refusal by the predicted wait: for clients the code is `overloaded`, and the status 429."""
 MAX_UPSTREAM_MESSAGE_CHARS = 2000
 """Of an engine's own error text, what is passed on."""
 
@@ -84,6 +86,11 @@ def no_engine(message: str, retry_after_s: float = 1.0) -> ApiError:
     return ApiError(503, "no_engine_available", message, kind="overloaded_error", retry_after_s=retry_after_s)
 
 
+def overloaded(message: str, retry_after_s: float) -> ApiError:
+    """503: a bound of this replica is hit. Nothing was begun."""
+    return ApiError(503, "overloaded", message, kind="overloaded_error", retry_after_s=retry_after_s)
+
+
 def gateway_stopping() -> ApiError:
     """503: another replica, or this one's successor, takes the request."""
     return ApiError(
@@ -150,6 +157,8 @@ def from_refusal(refusal: RoundRefused) -> ApiError:
     retry_after_s = refusal.retry_after_s if refusal.retry_after_s > 0 else None
     if refusal.code in ("rate_limit_exceeded", "session_limit_exceeded"):
         return ApiError(429, refusal.code, message, kind="rate_limit_error", retry_after_s=retry_after_s)
+    if refusal.code == WOULD_WAIT:
+        return ApiError(429, "overloaded", message, kind="overloaded_error", retry_after_s=retry_after_s)
     if refusal.code == "replaced_by_retry":
         return ApiError(410, refusal.code, message)
     if refusal.code == "idempotency_key_reused":

@@ -42,6 +42,10 @@ class Metrics:
             "client_disconnects", "Clients that went away before their answer ended", "phase"
         )
         self.errors = self._counter("errors", "Error answers and error events, by code", "code")
+        self.overloaded = self._counter("overloaded", "Requests refused at a bound", "bound")
+        self.stalled_readers = self._counter(
+            "stalled_readers", "Clients cut off because they took nothing of their answer"
+        )
         self.identified = self._counter("sessions_identified", "Rounds, by what named their session", "by")
         self.identity_lookups_failed = self._counter(
             "identity_lookups_failed", "Conversations taken for new because the ledger was away"
@@ -69,6 +73,10 @@ class Metrics:
         """How a move of a session between its rounds ended."""
         self.drained.labels(result).inc()
         self.transfer_bytes.labels("drain").inc(moved_bytes)
+
+    def watch(self, name: str, text: str, look: Callable[[], float]) -> None:
+        """A gauge that is asked for at every scrape."""
+        Gauge(f"antiphon_{name}", text, registry=self.registry).set_function(look)
 
     def watch_engines(self, count: Callable[[], int]) -> None:
         """`count` is asked at every scrape for the engines that are alive."""

@@ -159,6 +159,10 @@ def _bind(config: Config) -> socket.socket:
     host, port = config.gateway.host, config.gateway.port
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # what is left for a client that takes nothing goes with it
+            stall_ms = math.ceil(config.gateway.reader_stall_s * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
+        return listener
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error}") from error

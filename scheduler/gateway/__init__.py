@@ -17,6 +17,7 @@ drain_route.py  /v1/engines/{id}/drain
 rounds_route.py   POST /v1/sessions/{id}/rounds: only what is new
 tenants.py     the gate: API key -> tenant; caller.py: who that is, for whoever asks
 salts.py       what keeps tenants' KV apart
+overload.py    what a replica takes on at once; beyond that: 503
 limits.py      how much a key may do; token_bucket.py: tokens per minute, as sums
 message_checks.py  of a chat's messages; error_shapes.py: errors as a route's clients expect them
 relay.py       chunks -> events of a stream, or one answer

@@ -37,6 +37,7 @@ from antiphon.scheduler.gateway.identity import Identifier, given_request_id
 from antiphon.scheduler.gateway.intake import ClientGone, FleetModel, Intake, served_models
 from antiphon.scheduler.gateway.limits import LimitedRunner, Limits
 from antiphon.scheduler.gateway.openapi import openapi_route
+from antiphon.scheduler.gateway.overload import OverloadGate
 from antiphon.scheduler.gateway.prompts import TokenizerSource
 from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE
 from antiphon.scheduler.gateway.rounds_route import ROUNDS_PATH, RoundsRoute
@@ -152,7 +153,7 @@ def create_app(
             Exception: pages.bug,
         },
     )
-    gate = TenantGate(app, access.keys, config, metrics)
+    gate = TenantGate(OverloadGate(app, config.gateway, metrics), access.keys, config, metrics)
     return _RequestScope(gate, metrics, frozenset(route.path for route in routes), stopping)
 
 

@@ -1,0 +1,131 @@
+"""What one replica takes on at once: rounds, and bytes of request bodies. Beyond that: 503, at once.
+
+A refusal costs next to nothing: it comes before the body is read, before tokens are made of it and before any
+claim. Pages about the process are always answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from antiphon.scheduler.config import GatewayConfig
+from antiphon.scheduler.errors import ApiError, overloaded
+from antiphon.scheduler.gateway.completions import LOG_FIELDS
+from antiphon.scheduler.gateway.intake import ClientGone
+from antiphon.scheduler.gateway.messages import MESSAGES_ROUTE
+from antiphon.scheduler.gateway.requests import CHAT_ROUTE, COMPLETION_ROUTE
+from antiphon.scheduler.gateway.responses import RESPONSES_ROUTE
+from antiphon.scheduler.gateway.tenants import refusal
+from antiphon.scheduler.metrics import Metrics
+
+ROUND_ROUTES = frozenset({CHAT_ROUTE, COMPLETION_ROUTE, RESPONSES_ROUTE, MESSAGES_ROUTE})
+ROUNDS_RETRY_S = 1.0
+BODIES_RETRY_S = 0.5
+
+
+class OverloadGate:
+    """ASGI middleware: counts what is under way. For one event loop."""
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig, metrics: Metrics) -> None:
+        self._app = app
+        self._max_rounds = config.max_rounds
+        self._max_bytes = config.bodies_memory_bytes
+        self._body_limit_bytes = config.body_limit_bytes
+        self._stall_s = config.reader_stall_s
+        self._metrics = metrics
+        self.rounds = 0
+        self.body_bytes = 0
+        metrics.watch("gateway_rounds", "Requests for rounds under way", lambda: self.rounds)
+        metrics.watch("request_bodies_bytes", "Request bodies in memory", lambda: self.body_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._app(scope, receive, send)
+            return
+        a_round = is_round(scope["path"])
+        try:
+            if a_round and self.rounds >= self._max_rounds:
+                raise self._refused("rounds")
+            body = _Body(self, self._announced(scope))
+        except ApiError as error:
+            self._metrics.errors.labels(error.code).inc()
+            scope.setdefault(LOG_FIELDS, {})["code"] = error.code
+            await refusal(scope["path"], error)(scope, receive, send)
+            return
+        self.rounds += a_round
+        try:
+            await self._app(scope, body.counting(receive), self._bounded(send))
+        finally:
+            self.rounds -= a_round
+            self.body_bytes -= body.reserved_bytes
+
+    def reserve(self, more_bytes: int) -> None:
+        """Raises `ApiError` (503)."""
+        if more_bytes and self.body_bytes + more_bytes > self._max_bytes:
+            raise self._refused("bodies")
+        self.body_bytes += more_bytes
+
+    def most(self, size_bytes: int) -> int:
+        """What is kept of a body: the rest of one over the limit is dropped as it comes."""
+        return min(size_bytes, self._body_limit_bytes)
+
+    def _bounded(self, send: Send) -> Send:
+        """A send that waits only so long for a client that takes nothing; then that one is gone."""
+
+        async def bounded(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._stall_s) as waiting:
+                    await send(message)
+            except TimeoutError:
+                if not waiting.expired():  # the round's own deadline, or the operating system's
+                    raise
+                self._metrics.stalled_readers.inc()
+                raise ClientGone from None
+
+        return bounded
+
+    def _announced(self, scope: Scope) -> int:
+        announced = Headers(scope=scope).get("content-length", "")[:20]
+        return self.most(int(announced)) if announced.isascii() and announced.isdecimal() else 0
+
+    def _refused(self, bound: str) -> ApiError:
+        self._metrics.overloaded.labels(bound).inc()
+        if bound == "rounds":
+            what = f"This gateway has {self.rounds} rounds under way, as many as it takes."
+            return overloaded(what, ROUNDS_RETRY_S)
+        what = f"This gateway has request bodies of {self.body_bytes} bytes at hand and no room for this one."
+        return overloaded(what, BODIES_RETRY_S)
+
+
+class _Body:
+    """Of one request: reserved as announced, else as it comes; given back when the request is over."""
+
+    def __init__(self, gate: OverloadGate, announced_bytes: int) -> None:
+        """Raises `ApiError` (503)."""
+        self._gate = gate
+        self._read_bytes = 0
+        self.reserved_bytes = 0
+        self._reserve(announced_bytes)
+
+    def counting(self, receive: Receive) -> Receive:
+        async def counted() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                self._read_bytes += len(message.get("body", b""))
+                self._reserve(self._gate.most(self._read_bytes))
+            return message
+
+        return counted
+
+    def _reserve(self, size_bytes: int) -> None:
+        more_bytes = max(0, size_bytes - self.reserved_bytes)
+        self._gate.reserve(more_bytes)
+        self.reserved_bytes += more_bytes
+
+
+def is_round(path: str) -> bool:
+    """Whether a POST there asks for a round."""
+    return path in ROUND_ROUTES or (path.startswith("/v1/sessions/") and path.endswith("/rounds"))
