@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -23,12 +24,20 @@ def incarnation(c: Cluster, engine_id: str) -> str:
     return c.engines[engine_id].record.incarnation
 
 
-async def safe(store: DrainStore, engine_id: str, deadline_s: float = 15.0) -> DrainStatus:
-    """Wait until it is safe to stop the engine."""
-    async with asyncio.timeout(deadline_s):
-        while not (status := await store.status(engine_id)).safe:
-            await asyncio.sleep(0.02)
+async def told(
+    store: DrainStore, engine_id: str, condition: Callable[[DrainStatus], object], deadline_s: float = 15.0
+) -> DrainStatus:
+    """Wait until the ledger tells this of the drain."""
+    end = time.monotonic() + deadline_s
+    while not condition(status := await store.status(engine_id)):
+        assert time.monotonic() < end, f"not within {deadline_s} s: {status}"
+        await asyncio.sleep(0.02)
     return status
+
+
+async def safe(store: DrainStore, engine_id: str) -> DrainStatus:
+    """Wait until it is safe to stop the engine."""
+    return await told(store, engine_id, lambda status: status.safe)
 
 
 @asynccontextmanager
@@ -130,9 +139,7 @@ async def test_a_replica_that_has_not_seen_it_keeps_it_unsafe(valkey_url: str) -
         store = c.replica.drains
         await c.ledger.heartbeat("sleeper", 30.0)
         await store.mark("d0", incarnation(c, "d0"))
-        async with asyncio.timeout(10):
-            while (status := await store.status("d0")).replicas_seen < 1 or not status.work.began_ms:
-                await asyncio.sleep(0.02)
+        status = await told(store, "d0", lambda status: status.replicas_seen and status.work.began_ms)
         assert status.replicas == 2 and not status.safe
         await c.ledger.retire("sleeper")
         await safe(store, "d0")
@@ -145,9 +152,7 @@ async def test_a_home_that_cannot_be_left_is_said(valkey_url: str) -> None:
         await talk(c, prompts)
         store = c.replica.drains
         await store.mark("d0", incarnation(c, "d0"))
-        async with asyncio.timeout(10):
-            while not (work := (await store.status("d0")).work).stuck:
-                await asyncio.sleep(0.02)
+        work = (await told(store, "d0", lambda status: status.work.stuck)).work
         assert "no other engine" in work.stuck and work.left == 1
         assert (await talk(c, prompts))["s"] == "d0"
 
@@ -160,9 +165,10 @@ async def test_one_replica_at_a_time(valkey_url: str) -> None:
         assert await store.lead("d0", "a", 0.3) > 0
         assert await store.lead("d0", "b", 0.3) == 0
         assert await store.lead("d0", "a", 0.01) > 0
-        async with asyncio.timeout(5):
-            while not await store.lead("d0", "b", 0.3):
-                await asyncio.sleep(0.005)
+        end = time.monotonic() + 5
+        while not await store.lead("d0", "b", 0.3):
+            assert time.monotonic() < end
+            await asyncio.sleep(0.005)
         assert await store.work("d0") == Work()
     finally:
         await ledger.close()

@@ -29,9 +29,9 @@ class DrainRoute:
         self._engines = engines
 
     def routes(self) -> list[Route]:
-        return [Route(DRAIN_PATH, self, methods=["GET", "POST", "DELETE"])]
+        return [Route(DRAIN_PATH, self.answer, methods=["GET", "POST", "DELETE"])]
 
-    async def __call__(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         if not current_caller().admin:
             raise permission_denied("Engines are drained with admin keys only.")
         engine_id = request.path_params["id"]
