@@ -18,16 +18,23 @@ from tests.faults.history import family
 
 DEADLINE_S = 10.0
 POLL_S = 0.2
-RECEIPTS = 2000
+RECEIPTS = 500
+"""More than a run makes."""
 
 
 async def receipts_of(fleet: Fleet, sessions: Collection[str] | None = None) -> dict[str, Mapping[str, Any]]:
     """Round id -> receipt, of these sessions and their implicit forks, or of all; the latest ones."""
     ledger = fleet.ledger()
+    deadline = time.monotonic() + DEADLINE_S
     try:
-        found = await ledger.receipts(RECEIPTS)
-    except LedgerUnavailable:
-        return {}
+        while True:
+            try:
+                found = await ledger.receipts(RECEIPTS)
+                break
+            except LedgerUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(POLL_S)
     finally:
         await ledger.close()
     return {

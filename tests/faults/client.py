@@ -15,7 +15,7 @@ import httpx
 from tests.faults.history import Attempt, LogicalRound
 
 REFUSALS = (429, 503)
-HISTORY_LOST = 410
+HISTORY_LOST = (404, 410)
 NOT_KEPT = "the next one must bring the whole history"
 MIN_ATTEMPT_S = 1.0
 
@@ -93,7 +93,7 @@ class RetryingClient:
         try:
             async with asyncio.timeout(limit_s):
                 outcome = await self._send(request, replica, headers)
-                if outcome.attempt.status == HISTORY_LOST and request.whole is not None:
+                if outcome.attempt.status in HISTORY_LOST and request.whole is not None:
                     whole = headers | {"Idempotency-Key": f"{each.name}-whole"}
                     outcome = await self._send(request.whole, replica, whole)
         except TimeoutError:

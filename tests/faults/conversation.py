@@ -69,7 +69,10 @@ class Conversation:
             request = Request(name, CHAT, body | {"messages": list(self.messages)})
             if self.kind == "append" and not self.brings_all:
                 path = f"/v1/sessions/{name}/rounds"
-                request = Request(name, path, body | {"messages": [message]}, whole=request)
+                more: dict[str, Any] = {"messages": [message]}
+                if self.said:  # else a server that has lost all would begin a conversation with half of it
+                    more["session"] = {"must_exist": True}
+                request = Request(name, path, body | more, whole=request)
         return LogicalRound(self.session, self.number, deadline_s, prompts), request
 
     def heard(self, each: LogicalRound, outcome: Outcome) -> None:

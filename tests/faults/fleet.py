@@ -121,7 +121,7 @@ class Fleet:
 
     def ledger(self) -> Ledger:
         """Not through a proxy."""
-        return Ledger(f"redis://127.0.0.1:{self.valkey_port}", fleet=FLEET)
+        return Ledger(f"redis://127.0.0.1:{self.valkey_port}", fleet=FLEET, deadline_s=ASK_DEADLINE_S)
 
     def proxies_of(self, component: str) -> list[Proxy]:
         """Of a process: what leads to it, and from it to the ledger; of the ledger: all that leads to it."""

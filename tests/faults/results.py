@@ -16,7 +16,7 @@ class Scale:
 
     first_tokens: int = 300
     new_tokens: Mapping[str, int] = field(
-        default_factory=lambda: {"idle": 200, "prefill": 1000, "transfer": 300, "decode": 200}
+        default_factory=lambda: {"idle": 200, "prefill": 1000, "transfer": 600, "decode": 200}
     )
     """Of the watched round, by phase."""
     output_tokens: Mapping[str, int] = field(

@@ -26,7 +26,7 @@ from tests.faults.watch import Watch, hit_reads
 
 PHASE_DEADLINE_S = 6.0
 PHASE_TRIES = 3
-SLOW_READ_S = 1.0
+SLOW_READ_S = 1.5
 ROUNDS_AFTER = 2
 
 
