@@ -40,6 +40,7 @@ from antiphon.scheduler.valkey import EmbeddedValkey, ValkeyError
 
 log = logging.getLogger(__name__)
 
+MAX_HEADER_BYTES = 64 * 1024
 KEEP_ALIVE_S = 75
 """For an idle connection: longer than clients keep theirs, so that none writes into one that closes."""
 
@@ -119,6 +120,8 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
             access_log=False,
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_S,
+            http="h11",  # whose limit of headers holds, whatever else is installed
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=math.ceil(grace_s + 2 * CUT_MARGIN_S),  # we end it before that
         )
     )

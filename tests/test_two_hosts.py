@@ -25,6 +25,8 @@ from tests.two_hosts import Host, NoNamespaces, two_hosts
 FLEET_KEY = "two-hosts-fleet-key-0123456789abcdef"
 OTHER_KEY = "another-fleet-s-key-0123456789abcdef"
 PASSWORD = "two-hosts-password"
+USER = ("antiphon", "on", f">{PASSWORD}", "~{antiphon:*", "+@all", "-@dangerous")
+"""As docs/operations.md has it."""
 VALKEY_PORT, GATEWAY_PORT, HTTP_PORT, KV_PORT, ROUND_TOKENS = 6390, 8000, 30000, 20000, 400
 DEADLINE_S = 60.0
 
@@ -66,7 +68,9 @@ def ready(a: Host) -> bool:
 
 def ledger_answers(a: Host) -> bool:
     def ping() -> bool:
-        with redis.Redis(a.address, VALKEY_PORT, password=PASSWORD, socket_timeout=2.0) as client:
+        with redis.Redis(
+            a.address, VALKEY_PORT, username="antiphon", password=PASSWORD, socket_timeout=2.0
+        ) as client:
             return bool(client.ping())
 
     try:
@@ -81,11 +85,11 @@ def test_rounds_between_two_hosts(hosts: tuple[Host, Host], tiny_model_dir: Path
     A third engine with another fleet key is refused by all. Only addresses on the cable are listened on.
     """
     a, b = hosts
-    ledger = f"redis://:{PASSWORD}@{a.address}:{VALKEY_PORT}/0"
+    ledger = f"redis://antiphon:{PASSWORD}@{a.address}:{VALKEY_PORT}/0"
     env = environment(FLEET_KEY, ledger)
     (tmp_path / "data").mkdir()
     a.start(
-        [server_binary(), "--bind", a.address, "--port", str(VALKEY_PORT), "--requirepass", PASSWORD,
+        [server_binary(), "--bind", a.address, "--port", str(VALKEY_PORT), "--user", *USER, "--user", "default", "off",
          "--dir", str(tmp_path / "data"), "--save", ""],
         tmp_path / "valkey.log", env,
     )  # fmt: skip
