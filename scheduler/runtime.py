@@ -122,8 +122,7 @@ class Runtime:
 
     def needing(self, engine_id: str) -> int:
         """Rounds that this engine is at work for, or whose end is still to be recorded as there."""
-        placed = (round for round in self._core.rounds.values() if round.placement is not None)
-        at_work = sum(engine_id in (r.placement.home, r.placement.prefill_engine, r.source) for r in placed)
+        at_work = sum(round.uses(engine_id) for round in self._core.rounds.values())
         return at_work + sum(home == engine_id for home in self._recording.values())
 
     async def drain(self, deadline_s: float) -> bool:

@@ -187,6 +187,11 @@ class Round(Struct):
         """As the client sent it."""
         return self.arrived.prompt_tokens - self.carried_tokens
 
+    def uses(self, engine_id: str) -> bool:
+        """The round is placed there, or history is fetched from there."""
+        placed = self.placement
+        return placed is not None and engine_id in (placed.home, placed.prefill_engine, self.source)
+
     def depends_on(self, engine_id: str) -> bool:
         """The round cannot go on as placed without this engine."""
         if self.placement is None or self.phase in (CLAIMING, ENDED):
