@@ -101,6 +101,9 @@ class Episode:
         self.now = 1000.0 * rng.random()
         config = CoreConfig(
             max_tries=rng.choice([1, 3]),
+            max_queued_rounds=rng.choice([0, 0, 2]),
+            admission=rng.choice([0.0, 0.0, 0.5]),
+            admission_under_way=rng.choice([0.0, 2.0]),
             prefill_in_flight=rng.choice([1, 1, 2]),
             first_token_deadline_s=rng.choice([4.0, 60.0]),
             session_ttl_s=rng.choice([5.0, 3600.0]),

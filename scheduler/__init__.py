@@ -15,7 +15,9 @@ Core (no clock, no I/O)
     core.py        Scheduler.receive(event, now) -> commands; core_config.py is what it can be told
     corrections.py what the predictions for an engine are multiplied by; observer.py learns it from rounds,
                    clean_times.py says which of their times tell something
+    admission.py   whether a round is let in, or refused because it would only wait
     what_if.py     what would be decided for a round, without a trace
+    likely_home.py where a session's home probably is, when nobody can say
     checks.py      check_invariants(): do the books contradict each other
 Drivers and state
     runtime.py     asyncio driver: commands -> engine and ledger calls, results -> events
@@ -37,6 +39,7 @@ Drivers and state
     ledger_connection.py  one connection to it: deadlines, errors, names of keys
     lease_states.py       what may happen to a session's lease, as a table
     settling.py           claims that nobody waited for are given back
+    rebuilding.py         who holds a prompt, asked of the engines where the ledger has lost it
     retries.py            calls that a client makes again are the same round; answers.py: what they were told
     ledger_answers.py     what its scripts answer, as our types
     ledger_views.py       reading it: sessions, receipts, counters
@@ -53,7 +56,7 @@ Doors
     client/, langchain/    they install as antiphon.client and antiphon.langchain
     replica.py     one replica put together: its models, discovery, ledger
     models.py      which models that is; model_fleet.py: core, driver and recording of each
-    serve.py       the process: from configuration to a clean end; uvicorn
+    serve.py       the process: from configuration to a clean end; uvicorn; stopping.py: how it ends
     config.py      antiphon.toml -> frozen config; access_config.py: who may come in, and how much each may do
     session_config.py  [session]
     api_keys.py    API keys, as digests: of the configuration, and of the ledger

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from antiphon.policies.base import MOVE, Ordering, Policy, Reject
 from antiphon.policies.latency import LatencyModel
+from antiphon.scheduler.admission import why_not_admitted
 from antiphon.scheduler.books import Books
 from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.fleet import EngineBook
@@ -70,6 +71,11 @@ class Attempts:
         if isinstance(answer, Reject):
             self._refuse(round, "no_engine_available", answer.reason, now, answer.retry_after_s)
             return
+        if not round.tries:
+            refusal = why_not_admitted(self.books, self.config, round, answer, view)
+            if refusal is not None:
+                self._refuse(round, refusal.code, refusal.reason, now, refusal.retry_after_s)
+                return
         round.placement, round.history = answer, view.history_tokens
         round.source = history_source(answer, view.home)
         round.tried_s = now if round.tries else round.arrived_s

@@ -79,6 +79,12 @@ class SchedulerConfig:
     max_tries: int = 3
     prefill_in_flight: int = 2
     """Rounds that may be at one prefill engine at once; the rest wait in the core, in order."""
+    max_queued_rounds: int = 256
+    """That wait for one prefill engine in the core; one more is refused."""
+    admission: float = 0.0
+    """A session's first round is refused if it would wait for more than so many TTFT targets; 0 = never."""
+    admission_under_way: float = 0.0
+    """The same for rounds of sessions that have begun."""
     request_deadline_s: float = 600.0
     """For a whole round, the client's reading included."""
     first_token_deadline_s: float = 120.0
@@ -86,8 +92,14 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _positive(
             self, "slo_ttft_s", "slo_itl_s", "max_tries", "prefill_in_flight", "request_deadline_s",
-            "first_token_deadline_s",
+            "first_token_deadline_s", "max_queued_rounds",
         )  # fmt: skip
+        if not 0 <= self.admission < float("inf") or not 0 <= self.admission_under_way < float("inf"):
+            raise ValueError("admission and admission_under_way must be 0 (never refuse) or more")
+        if 0 < self.admission_under_way < self.admission:
+            raise ValueError(
+                "admission_under_way must not be below admission: that would waste what has begun"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,7 @@ class Scheduler(Attempts):
 
         `claimed` None: as without a ledger. The round must not have arrived.
         """
-        return explain(self.policy, self.books, self.standings, arrived, claimed, now)
+        return explain(self.policy, self.books, self.standings, self.config, arrived, claimed, now)
 
     def silence_s(self, round_id: str) -> float:
         """How long the round's answer may bring nothing between two tokens, as things are now. Pure.

@@ -12,6 +12,12 @@ class CoreConfig:
     max_tries: int = 3
     prefill_in_flight: int = 2
     """Rounds that pull or prefill on one engine at once, per replica."""
+    max_queued_rounds: int = 0
+    """That wait for one prefill engine, per replica: one more is refused; 0 = no bound."""
+    admission: float = 0.0
+    """A session's first round is refused if it would wait for more than so many of its TTFT targets; 0 = never."""
+    admission_under_way: float = 0.0
+    """The same for rounds of sessions that have begun."""
     first_token_deadline_s: float = 120.0
     """A round without a token by then is refused."""
     transfer_floor_s: float = 0.5

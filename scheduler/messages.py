@@ -104,7 +104,7 @@ class PrefetchDone(Struct, frozen=True, gc=False):
     elapsed_s: float
     reason: str = ""
     link_failed: bool = False
-    """The reason blames the way between the two engines, or the source: not what it has, nor our own room."""
+    """The puller blames the way between the two engines, or the source: not what it has, nor its own room."""
 
 
 class PrefillDone(Struct, frozen=True, gc=False):
@@ -329,7 +329,7 @@ class Refuse(Struct, frozen=True, gc=False):
 
     round_id: str
     code: str
-    """no_engine_available | upstream_failed | bad_upstream_request"""
+    """no_engine_available | upstream_failed | bad_upstream_request | overloaded | would_wait"""
     message: str
     retry_after_s: float
 

@@ -63,6 +63,9 @@ class ModelFleet:
             CoreConfig(
                 max_tries=settings.max_tries,
                 prefill_in_flight=settings.prefill_in_flight,
+                max_queued_rounds=settings.max_queued_rounds,
+                admission=settings.admission,
+                admission_under_way=settings.admission_under_way,
                 first_token_deadline_s=settings.first_token_deadline_s,
                 session_ttl_s=config.ledger.session_ttl_s,
             ),

@@ -11,7 +11,9 @@ from types import MappingProxyType
 from msgspec.structs import replace
 
 from antiphon.policies.base import ClusterView, EngineView, Placement, Policy, Reject, RoundView
+from antiphon.scheduler.admission import why_not_admitted
 from antiphon.scheduler.books import Books, claimed_holdings
+from antiphon.scheduler.core_config import CoreConfig
 from antiphon.scheduler.fleet import NO_TOTALS, EngineBook
 from antiphon.scheduler.likely_home import likely_home
 from antiphon.scheduler.messages import Claimed, RoundArrived, Totals
@@ -23,22 +25,36 @@ def explain(
     policy: Policy,
     books: Books,
     standings: Standings,
+    config: CoreConfig,
     arrived: RoundArrived,
     claimed: Claimed | None,
     now: float,
 ) -> Placement | Reject:
-    """What the policy answers for this round now; `claimed` None = as without a ledger."""
+    """What is decided of this round now; `claimed` None = as without a ledger."""
     standings.refresh(now)
     round = new_round(arrived, now, now)
     if claimed is None:
+        session = books.sessions.get(round.session_key)
+        round.round_number = session.round_number + 1 if session else 1
         guess_home(books, standings, round, now)
-        return decide(policy, standings, books.view(round, now), books.cluster(now), now, retry=True)[0]
+        view, cluster = books.view(round, now), books.cluster(now)
+        return _admitted(books, config, round, *decide(policy, standings, view, cluster, now, retry=True))
     with_session(round, claimed)
     held = _held(books, round, claimed)
     home = books.claimed_home(round, claimed, held)
     view = _round_view(books, round, home, held, now)
     cluster = _cluster(books, round, claimed, home, now)
-    return decide(policy, standings, view, cluster, now, retry=True)[0]
+    return _admitted(books, config, round, *decide(policy, standings, view, cluster, now, retry=True))
+
+
+def _admitted(
+    books: Books, config: CoreConfig, round: Round, answer: Placement | Reject, view: RoundView
+) -> Placement | Reject:
+    """The answer, unless the round would be turned away with it."""
+    if isinstance(answer, Reject):
+        return answer
+    refusal = why_not_admitted(books, config, round, answer, view)
+    return answer if refusal is None else Reject(refusal.reason, refusal.retry_after_s)
 
 
 def guess_home(books: Books, standings: Standings, round: Round, now: float) -> list[str]:
