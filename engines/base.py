@@ -112,6 +112,8 @@ class PrefetchResult:
     pulled_bytes: int
     elapsed_s: float
     reason: str
+    blame: bool = False
+    """Some rank blames the way from the source, or the source. A puller that gives no answer blames itself."""
 
 
 @dataclass(frozen=True, slots=True)

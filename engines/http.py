@@ -173,6 +173,7 @@ class HttpEngine:
             pulled_bytes=sum(reply.pulled_bytes for reply in replies),
             elapsed_s=elapsed_s,
             reason="; ".join(dict.fromkeys(reasons)),
+            blame=any(reply.blame for reply in replies),
         )
 
     async def touch(self, tip: bytes, *, deadline_s: float) -> None:

@@ -52,12 +52,26 @@ class PullTotals:
     """Read but not made visible."""
 
 
-class _Stop(Exception):
-    """Ends a pull, with the reason in words. `blame` = it counts against the peer."""
+_LEFT_ALONE = frozenset({"unreachable", "deadline", "broken", "internal"})
+"""Codes of a directory for which this engine leaves the peer alone for a while."""
+_NO_WAY = _LEFT_ALONE | {"denied", "layout_mismatch"}
+"""Codes for which the scheduler had better not send us there again. Not `busy`, nor what it asked wrongly."""
 
-    def __init__(self, reason: str, *, blame: bool = False) -> None:
+
+class _Stop(Exception):
+    """Ends a pull, with the reason in words.
+
+    `blame` = it counts against the peer; `way` = the way from there is bad, if nothing came by it; `torn` =
+    even if something did.
+    """
+
+    def __init__(
+        self, reason: str, *, blame: bool = False, way: bool | None = None, torn: bool = False
+    ) -> None:
         super().__init__(reason)
         self.blame = blame
+        self.way = blame if way is None else way
+        self.torn = torn
 
 
 @dataclass(slots=True)
@@ -127,11 +141,11 @@ class Puller:
         now = time.monotonic()
         pull = _Pull(request, now, now + request.deadline_s)
         self._store.learn((request.parent, *request.hashes))
-        reason = ""
+        reason, blame = "", False
         try:
             self._pull_missing(pull)
         except _Stop as stop:
-            reason = str(stop)
+            reason, blame = str(stop), stop.torn or (stop.way and not pull.pages)
         except Exception as error:
             logger.exception("pull from %s failed", request.source_address)
             reason = f"internal error: {error!r}"
@@ -144,6 +158,7 @@ class Puller:
             pulled_bytes=pull.bytes,
             elapsed_s=time.monotonic() - pull.started,
             reason=reason,
+            blame=blame,
         )
 
     def close(self) -> None:
@@ -177,7 +192,7 @@ class Puller:
     def _pull_from_source(self, pull: _Pull, have: int) -> None:
         source = pull.request.source_address
         if not self._breaker.allows(source):
-            raise _Stop(f"{source} failed too often lately and is left alone for a while")
+            raise _Stop(f"{source} failed too often lately and is left alone for a while", way=True)
         client = self._connections.take(source) or DirectoryClient(source, self._key, self._hello.incarnation)
         try:
             peer = self._check(client, pull)
@@ -187,10 +202,9 @@ class Puller:
                 parent = hashes[start - 1] if start else pull.request.parent
                 self._pull_segment(pull, client, peer, parent, hashes[start : start + step])
         except DirectoryError as error:
-            blame = error.code in ("unreachable", "deadline", "broken", "internal")
-            if blame:
+            if error.code in _LEFT_ALONE:
                 self._breaker.failed(source)
-            raise _Stop(f"{error.code}: {error}") from error
+            raise _Stop(f"{error.code}: {error}", way=error.code in _NO_WAY) from error
         except _Stop as stop:
             if stop.blame:
                 self._breaker.failed(source)
@@ -238,7 +252,7 @@ class Puller:
         pull.pages += len(good)
         pull.bytes += len(good) * self._hello.page_bytes
         if len(good) < len(slots):
-            raise _Stop(f"page {len(good)} arrived with a wrong checksum and was discarded")
+            raise _Stop(f"page {len(good)} arrived with a wrong checksum and was discarded", torn=True)
         if len(reserved.slots) < len(hashes):
             raise _Stop(f"the source has only {len(reserved.slots)} of {len(hashes)} pages")
         if len(slots) < len(hashes):

@@ -157,7 +157,7 @@ class Prefetch(Message, tag="prefetch", frozen=True):
     deadline_s: float
 
 
-class Prefetched(Message, tag="prefetched", frozen=True):
+class Prefetched(Message, tag="prefetched", frozen=True, omit_defaults=True):
     pages: int
     """Of `hashes`, from the first on, how many are in the puller's store now (already there or pulled)."""
     pulled_pages: int
@@ -165,6 +165,8 @@ class Prefetched(Message, tag="prefetched", frozen=True):
     elapsed_s: float
     reason: str
     """"" when everything came; else why not, in words."""
+    blame: bool = False
+    """The way from the source, or the source itself, failed: not what it holds, nor the puller."""
 
 
 class Stats(Message, tag="stats", frozen=True):

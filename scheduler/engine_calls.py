@@ -11,12 +11,6 @@ from antiphon.engines.base import Engine, EngineError, FailureKind
 from antiphon.scheduler.messages import Prefetch, PrefetchDone, Prefill, PrefillDone
 from antiphon.scheduler.rounds import LiveRound, seed_of
 
-NOT_THE_LINKS_FAULT = (
-    "the source has only", "store has room for only", "has no KV linker", "ranks, the source",
-    "is not connected any more", "the source is gone", "incarnation", "internal error",
-)  # fmt: skip
-"""What the reason of a prefetch says when it blames what the source has, or the puller itself."""
-
 
 @dataclass(frozen=True, slots=True)
 class CallDeadlines:
@@ -49,7 +43,10 @@ class EngineCalls:
         return frozenset(engine_id for engine_id, engine in engines if not engine.record.deterministic)
 
     async def prefetch(self, live: LiveRound, command: Prefetch) -> PrefetchDone:
-        """Pages that do not come are only recomputed, so a failure here is an answer of 0 pages."""
+        """Pages that do not come are only recomputed, so a failure here is an answer of 0 pages.
+
+        A puller that gives no answer says nothing of the link: whether it lives, its other calls tell.
+        """
         started_s = time.monotonic()
         wanted = live.hashes[command.first_page : command.first_page + command.pages]
         parent = live.hashes[command.first_page - 1] if command.first_page else seed_of(live.request)
@@ -66,8 +63,7 @@ class EngineCalls:
         except (EngineError, TimeoutError) as error:
             reason = str(error) or f"no answer within {command.deadline_s:g} s"
             elapsed_s = time.monotonic() - started_s
-            blamed = blames_link(reason, 0)
-            return PrefetchDone(command.round_id, command.engine_id, 0, 0, 0, elapsed_s, reason, blamed)
+            return PrefetchDone(command.round_id, command.engine_id, 0, 0, 0, elapsed_s, reason)
         return PrefetchDone(
             command.round_id,
             command.engine_id,
@@ -76,7 +72,7 @@ class EngineCalls:
             result.pulled_bytes,
             result.elapsed_s,
             result.reason,
-            blames_link(result.reason, result.pulled_pages),
+            result.blame,
         )
 
     async def prefill(self, live: LiveRound, command: Prefill) -> PrefillDone:
@@ -101,13 +97,3 @@ class EngineCalls:
         pages = min(history_tokens // live.page_tokens, len(live.hashes))
         if engine is not None and engine.hello is not None and pages > 0:
             await engine.touch(live.hashes[pages - 1], deadline_s=self.deadlines.touch_s)
-
-
-def blames_link(reason: str, pulled_pages: int) -> bool:
-    """Whether a prefetch that ended so says that the way from the source is bad.
-
-    Some pages that came, and others too late, only say that it is slow. A wrong checksum always counts.
-    """
-    if not reason or (pulled_pages and "checksum" not in reason):
-        return False
-    return not any(words in reason for words in NOT_THE_LINKS_FAULT)
