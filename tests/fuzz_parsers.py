@@ -221,7 +221,8 @@ def _structure(target: Target, raw: bytes, dice: random.Random) -> bytes | None:
     except msgspec.MsgspecError:
         return None
     try:
-        return head + codec.encode(_swapped(tree, dice)) + tail
+        body = bytes(codec.encode(_swapped(tree, dice)))
+        return head + body + tail
     except (msgspec.MsgspecError, OverflowError, TypeError, UnicodeEncodeError):
         return None
 

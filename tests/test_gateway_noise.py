@@ -28,8 +28,8 @@ NOISE = (
 
 
 def test_noise_is_refused_and_good_requests_are_served(tiny_model_dir: Path) -> None:
-    """Bad framing, absurd headers, deep nesting, changed bytes, half requests that stay open: an answer of 4xx
-    or a closed connection, never a 5xx; 60 connections stay open meanwhile."""
+    """Bad framing, absurd headers, deep nesting, changed bytes, half requests that stay open: an answer of
+    4xx or a closed connection, never a 5xx; 60 connections stay open meanwhile."""
     dice = random.Random(5)
 
     async def send(port: int, raw: bytes) -> bytes:

@@ -58,6 +58,10 @@ def ask(path: str, at: str, **more: Any) -> Any:
     return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
 
 
+def says(log: Path, word: str) -> bool:
+    return word in log.read_text()
+
+
 def ready(a: Host) -> bool:
     try:
         found = a.inside(lambda: ask("/v1/engines", a.address))
@@ -89,7 +93,8 @@ def test_rounds_between_two_hosts(hosts: tuple[Host, Host], tiny_model_dir: Path
     env = environment(FLEET_KEY, ledger)
     (tmp_path / "data").mkdir()
     a.start(
-        [server_binary(), "--bind", a.address, "--port", str(VALKEY_PORT), "--user", *USER, "--user", "default", "off",
+        [server_binary(), "--bind", a.address, "--port", str(VALKEY_PORT), "--user", *USER,
+         "--user", "default", "off",
          "--dir", str(tmp_path / "data"), "--save", ""],
         tmp_path / "valkey.log", env,
     )  # fmt: skip
@@ -108,9 +113,8 @@ def test_rounds_between_two_hosts(hosts: tuple[Host, Host], tiny_model_dir: Path
     prompt = list(range(5, 5 + ROUND_TOKENS))
     for _ in range(3):
         body = {"model": "simulated", "prompt": prompt, "max_tokens": 64, "return_token_ids": True}
-        done = a.inside(
-            lambda body=body: ask("/v1/completions", a.address, json=body, headers={"X-Session-ID": "two"})
-        )
+        posted = partial(ask, "/v1/completions", a.address, json=body, headers={"X-Session-ID": "two"})
+        done = a.inside(posted)
         assert "choices" in done, done
         said = done["choices"][0]
         prompt = [*prompt, *said["token_ids"], *range(5, 5 + ROUND_TOKENS)]
@@ -144,16 +148,9 @@ def test_nixl_between_two_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> Non
             "hello": {"kv_addresses": [f"{host.address}:{KV_PORT}"], "incarnation": host.namespace},
         }
         env = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
-        host.start(
-            [sys.executable, "-m", "tests.kv_peer", json.dumps(options)],
-            tmp_path / f"{host.namespace}.log",
-            env,
-        )
-        wait_for(
-            "a page store",
-            lambda host=host: f"{KV_PORT}" in (tmp_path / f"{host.namespace}.log").read_text(),
-            DEADLINE_S,
-        )
+        log = tmp_path / f"{host.namespace}.log"
+        host.start([sys.executable, "-m", "tests.kv_peer", json.dumps(options)], log, env)
+        wait_for("a page store", partial(says, log, f"{KV_PORT}"), DEADLINE_S)
     source = b.processes[0].stdin
     assert source is not None
     source.write(b"put two 20\n")
