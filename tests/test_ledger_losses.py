@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from antiphon.scheduler.heartbeat import Heartbeat
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
 from antiphon.scheduler.messages import Holding, Totals
+from antiphon.scheduler.retries import Call
 from antiphon.scheduler.valkey import EmbeddedValkey
 from tests.ledger_helpers import TTL_S, claim, complete, ledger_at, page, until
 
@@ -42,6 +44,25 @@ def test_fences_grow_through_a_loss_of_all_data(tmp_path: Path) -> None:
 
     with EmbeddedValkey.start(tmp_path) as server:
         run(scenario(server.url))
+
+
+def test_two_degraded_tries_are_one_completion_while_the_session_has_gone_on(valkey_url: str) -> None:
+    """Their session's next round runs when they are told: the first try must be remembered all the same."""
+
+    async def scenario() -> None:
+        async with ledger_at(valkey_url) as ledger:
+            call = Call(secrets.token_hex(16), asks="this", again=True)
+            held = await claim(ledger, "A", "next")
+            for replica, round_id in (("A", "try1"), ("B", "try2")):
+                tried = structs.replace(held, round_id=round_id)
+                assert await complete(ledger, replica, tried, fence=0, call=call)
+            assert await complete(ledger, "A", held)
+            recorded = [receipt["round_id"] for receipt in await ledger.receipts()]
+            assert sorted(recorded) == ["next", "try1"]
+            counters = await ledger.counters()
+            assert (counters["completed"], counters["repeated"]) == (2, 1)
+
+    run(scenario())
 
 
 def test_residency_is_written_again_after_a_loss(tmp_path: Path) -> None:

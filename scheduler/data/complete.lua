@@ -80,8 +80,15 @@ if claimed or not other_runs then
         redis.call('HSET', KEYS[7], 'number', number)
     end
 end
+if try.known and outcome == 'completed' then
+    -- Also of an unclaimed one that changes nothing in its session: else the next try is recorded once more.
+    if not claimed and redis.call('EXISTS', KEYS[7]) == 0 then
+        redis.call('HSET', KEYS[7], 'round', round_id, 'round_key', KEYS[2], 'session_key', KEYS[3], 'session_id',
+            ARGV[5], 'digest', ARGV[18])
+    end
+    redis.call('HSET', KEYS[7], 'completed', '1')
+end
 if try.known and redis.call('EXISTS', KEYS[7]) == 1 then
-    if outcome == 'completed' then redis.call('HSET', KEYS[7], 'completed', '1') end
     redis.call('PEXPIRE', KEYS[7], ARGV[15])
 end
 sweep(KEYS[4], now_ms)
