@@ -126,10 +126,7 @@ class Runtime:
         return at_work + sum(home == engine_id for home in self._recording.values())
 
     async def drain(self, deadline_s: float) -> bool:
-        """Wait until no round is in flight and the ended ones are recorded.
-
-        False when some are in flight after `deadline_s`.
-        """
+        """Wait until no round is in flight and the ended ones are recorded; False after `deadline_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
@@ -146,9 +143,8 @@ class Runtime:
             live.sent_away = True
             if live.request.round_id in self._core.rounds:
                 self.post(ClientGone(live.request.round_id))
-        recording = [live.handle.recorded(deadline_s) for live in left]
         try:
-            await asyncio.gather(*recording)
+            await asyncio.gather(*(live.handle.recorded(deadline_s) for live in left))
         finally:
             for live in left:
                 live.cut_off(why)

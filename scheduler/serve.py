@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from antiphon.scheduler.answers import Calls
 from antiphon.scheduler.api_keys import KeyRing, LedgerKeys
@@ -113,18 +114,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
         drains=replica.drains,
     )
     grace_s = config.gateway.shutdown_grace_s
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_keep_alive=KEEP_ALIVE_S,
-            http="h11",  # whose limit of headers holds, whatever else is installed
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=math.ceil(grace_s + 2 * CUT_MARGIN_S),  # we end it before that
-        )
-    )
+    server = _Server(_settings(app, grace_s))
     _stop_on_signals(stopping)
     host, port = listener.getsockname()[:2]
     try:
@@ -140,6 +130,19 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
     finally:
         await logs.close()
         await ledger.close()
+
+
+def _settings(app: ASGIApp, grace_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        http="h11",  # whose limit of headers holds, whatever else is installed
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=math.ceil(grace_s + 2 * CUT_MARGIN_S),  # we end it before that
+    )
 
 
 def tokenizers_of(config: Config, replica: Replica) -> TokenizerSource:

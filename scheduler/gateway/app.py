@@ -116,12 +116,7 @@ def create_app(
     metrics.watch_engines(lambda: state.readiness().engines_alive)
     access = access or Access.alone(config)
     pages = _Pages(config, state, metrics, stopping)
-    identifier = Identifier(
-        config.session,
-        store,
-        on_identified=lambda kind: metrics.identified.labels(kind).inc(),
-        on_failed=metrics.identity_lookups_failed.inc,
-    )
+    identifier = _identifier(config, store, metrics)
     intake = Intake(tokenizers, config, state, access.salts, identifier, conversations, calls)
     runner = LimitedRunner(runner, access.limits)
     chat, completion = (
@@ -155,6 +150,15 @@ def create_app(
     )
     gate = TenantGate(OverloadGate(app, config.gateway, metrics), access.keys, config, metrics)
     return _RequestScope(gate, metrics, frozenset(route.path for route in routes), stopping)
+
+
+def _identifier(config: Config, store: SessionStore | None, metrics: Metrics) -> Identifier:
+    return Identifier(
+        config.session,
+        store,
+        on_identified=lambda kind: metrics.identified.labels(kind).inc(),
+        on_failed=metrics.identity_lookups_failed.inc,
+    )
 
 
 def _session_routes(
