@@ -6,11 +6,13 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from msgspec import structs
 
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved
+from antiphon.scheduler.ledger_connection import RETRY_AFTER_S
 from antiphon.scheduler.messages import (
     Claimed,
     ClaimLost,
@@ -27,9 +29,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class RecorderConfig:
     session_ttl_s: float = 3600.0
-    retry_s: float = 1.0
-    tries: int = 60
-    """A completion is offered to a ledger that is away this often before it is given up."""
+    retry_s: float = 0.2
+    tries: int = 300
+    """A completion is offered to a ledger that is away this often before it is given up.
+
+    In quick order: the others' claims must not come before it when the ledger is back.
+    """
+    pending_s: float = 1.0
+    """A claim waits so long for the end of the session's last round to be recorded."""
 
 
 class Reservations:
@@ -90,6 +97,8 @@ class Recorder:
         self._reservations = reservations or Reservations(ledger, replica)
         self.note = self._reservations.note
         self.publish = self._reservations.publish
+        self._pending: dict[tuple[str, str], asyncio.Event] = {}
+        """Sessions whose last round has ended here and is not recorded -> set when it is, or given up."""
 
     @property
     def epoch(self) -> str:
@@ -112,6 +121,7 @@ class Recorder:
 
         Raises `RoundTaken` and `KeyReused`: the round must not run, with or without the ledger.
         """
+        await self._last_one_recorded((request.tenant, request.session_id))
         try:
             claimed = await self._ledger.claim(
                 replica=self._replica,
@@ -130,6 +140,14 @@ class Recorder:
         except LedgerUnavailable as error:
             return ClaimLost(request.round_id, str(error))
         return _asked(request, self._own(claimed))
+
+    async def _last_one_recorded(self, session: tuple[str, str]) -> None:
+        """Its lease is still there before that: the next round would find it held, and be a fork."""
+        over = self._pending.get(session)
+        if over is not None and not self._ledger.connection.failed_within(RETRY_AFTER_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._config.pending_s):
+                    await over.wait()
 
     async def look(
         self, request: RoundRequest, candidates: Sequence[tuple[int, bytes]]
@@ -189,6 +207,22 @@ class Recorder:
         `holdings`: (page hash, tokens up to its end, engine id, incarnation). `fence` is the claim's, 0 for a
         round that ran degraded.
         """
+        key, over = (request.tenant, receipt.session_id), asyncio.Event()
+        self._pending[key] = over
+        try:
+            await self._record(request, receipt, holdings, fence)
+        finally:
+            over.set()
+            if self._pending.get(key) is over:
+                del self._pending[key]
+
+    async def _record(
+        self,
+        request: RoundRequest,
+        receipt: Receipt,
+        holdings: Sequence[tuple[bytes, int, str, str]],
+        fence: int,
+    ) -> None:
         for attempt in range(self._config.tries):
             if attempt:
                 await asyncio.sleep(self._config.retry_s)
@@ -204,7 +238,8 @@ class Recorder:
                     call=request.call,
                 )
             except LedgerUnavailable as error:
-                log.warning("round %s is not recorded yet: %s", receipt.round_id, error)
+                if not attempt:
+                    log.warning("round %s is not recorded yet: %s", receipt.round_id, error)
                 continue
             if not recorded:
                 log.warning("round %s was fenced off: a newer claim has its session", receipt.round_id)
