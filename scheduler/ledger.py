@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +43,8 @@ __all__ = [
 
 DENSE_CANDIDATES = 24
 RECEIPTS_KEPT = 10_000
+RECORDED = 1
+"""The answer of complete.lua, if nothing else is said."""
 ROUND_MEMORY_S = CALL_MEMORY_S
 """How long a recorded round is remembered, so that a repeated completion is known as such."""
 MAX_ID_CHARS = 255
@@ -88,6 +90,8 @@ class Ledger:
         """(replica, round) of claims that were answered and have not been completed or given back."""
         self._totals: dict[str, bytes] = {}
         self._lost_s: float | None = None
+        self.doubles = Counter[str]()
+        """Rounds that ran twice and were recorded once: how -> how many of ours were the other one."""
 
     @property
     def epoch(self) -> str:
@@ -245,6 +249,8 @@ class Ledger:
         self._see_epoch(epoch)
         if recorded:
             self._remember(tenant, fresh, now)
+        if recorded != RECORDED:
+            self.doubles["repeated" if recorded else "fenced"] += 1
         return bool(recorded)
 
     async def release(self, replica: str, round_id: str) -> bool:

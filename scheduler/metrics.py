@@ -89,7 +89,13 @@ class Metrics:
 
     def watch_records(self, look: Callable[[], Mapping[str, int]]) -> None:
         """`look` is asked at every scrape: reason -> looks at engine records that were refused."""
-        self.registry.register(_RefusedRecords(look))
+        name, text = "engine_records_refused", "Looks at engine records that were refused"
+        self.registry.register(_Watched(name, text, "reason", look))
+
+    def watch_doubles(self, look: Callable[[], Mapping[str, int]]) -> None:
+        """`look` is asked at every scrape: how -> rounds that ran twice and were recorded once."""
+        name, text = "double_rounds", "Rounds that ran twice and were recorded once"
+        self.registry.register(_Watched(name, text, "result", look))
 
     def observe_receipt(self, receipt: Receipt) -> None:
         """Count a round that ended; call it once per receipt."""
@@ -159,16 +165,15 @@ class _Breakers(Collector):
         return now, opened
 
 
-class _RefusedRecords(Collector):
-    """Engine records of the ledger that were not believed: counted where they are read."""
+class _Watched(Collector):
+    """A counter that is kept elsewhere and read at a scrape."""
 
-    def __init__(self, look: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, name: str, text: str, label: str, look: Callable[[], Mapping[str, int]]) -> None:
+        self._name, self._text, self._label = f"antiphon_{name}", text, label
         self._look = look
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        refused = CounterMetricFamily(
-            "antiphon_engine_records_refused", "Looks at engine records that were refused", labels=["reason"]
-        )
-        for reason, times in self._look().items():
-            refused.add_metric([reason], times)
-        return (refused,)
+        counter = CounterMetricFamily(self._name, self._text, labels=[self._label])
+        for value, times in self._look().items():
+            counter.add_metric([value], times)
+        return (counter,)

@@ -79,6 +79,7 @@ async def _serve(config: Config, ledger_url: str, fleet_key: bytes, listener: so
     lease_ttl_s = max(900.0, 2 * config.scheduler.request_deadline_s)  # longer than any round
     ledger = Ledger(ledger_url, fleet=config.ledger.fleet, lease_ttl_s=lease_ttl_s, fleet_key=fleet_key)
     metrics.watch_records(lambda: ledger.records.refused)
+    metrics.watch_doubles(lambda: ledger.doubles)
     try:
         replica = Replica(config, ledger, fleet_key, uuid.uuid4().hex, metrics)
     except ValueError as error:

@@ -128,6 +128,8 @@ def test_every_round_is_answered_and_recorded_once(
             completed = [r for r in receipts if r["outcome"] == "completed"]
             recorded = Counter(r["session_id"].partition("~")[0] for r in completed)
             lossless = injury in (stop, flap)
+            doubles = a.ledger.doubles + b.ledger.doubles
+            assert doubles["repeated"] or injury is not stop, "both replicas ran the same rounds"
             for name in (f"s{number}" for number in range(SESSIONS)):
                 assert recorded[name] == ROUNDS or (not lossless and recorded[name] < ROUNDS)
 

@@ -6,7 +6,7 @@
 --       7 home or '', 8 outcome, 9 session TTL ms, 10 prompt, 11 completion, 12 cached tokens, 13 receipt JSON,
 --       14 receipts kept, 15 ms to remember round and call, 16 tip or '', 17 call as for a claim,
 --       18 digest of what it asks, 19.. engine and value for each residency key
--- Answers {1 recorded | 0 fenced off, epoch}.
+-- Answers {1 recorded | 2 so was another try of its call before | 0 fenced off, epoch}.
 local round_id, fence, ttl_ms, outcome = ARGV[3], ARGV[4], tonumber(ARGV[9]), ARGV[8]
 local now_text = text(now_ms)
 local epoch = redis.call('HGET', KEYS[1], 'epoch') or ''
@@ -106,4 +106,4 @@ for i = 8, #KEYS do
     redis.call('HSET', KEYS[i], ARGV[at], ARGV[at + 1])
     redis.call('PEXPIRE', KEYS[i], ttl_ms)
 end
-return {1, epoch}
+return {repeated and 2 or 1, epoch}
