@@ -40,6 +40,8 @@ POOLS = {"p0": "prefill", "d0": "decode", "d1": "decode"}
 FLEET = "faults"
 ASK_DEADLINE_S = 3.0
 POLL_S = 0.05
+BREAKERS_S = 8.0
+"""Waited for breakers to close; one of a link that nobody uses stays as it is."""
 PORTS = 24
 VALKEY_OPTIONS = (
     "--bind", "127.0.0.1", "--appendonly", "yes", "--appendfsync", "everysec", "--save", "",
@@ -207,6 +209,9 @@ class Fleet:
         for number in range(len(GATEWAYS)):
             what = f"{GATEWAYS[number]} sends nothing by the prefill engine"
             await self.until(partial(readiness.transfers, self, number), what)
+            deadline = time.monotonic() + BREAKERS_S
+            while time.monotonic() < deadline and not await readiness.breakers_closed(self, number):  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)
 
     async def ready(self) -> None:
         """Until both gateways see the ledger and every engine's present life."""

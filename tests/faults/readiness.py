@@ -58,20 +58,26 @@ async def incarnation(fleet: Fleet, engine_id: str) -> str:
 
 
 async def transfers(fleet: Fleet, number: int) -> bool:
-    """A small round by this gateway is prefilled remotely and transferred, and no circuit breaker is open.
-
-    Asked again and again, these rounds are also what closes breakers: one round tries an engine or a link.
-    """
+    """A small round by this gateway is prefilled remotely and transferred."""
     url, session = fleet.gateway_url(number), f"warm-{secrets.token_hex(4)}"
     prompt = [8 + secrets.randbelow(256) for _ in range(PROMPT_TOKENS)]
     body = {"model": "model", "prompt": prompt, "max_tokens": 2}
     try:
         answer = await fleet.http.post(f"{url}/v1/completions", json=body, headers={"X-Session-ID": session})
         listed = await fleet.http.get(f"{url}/v1/receipts", params={"session_id": session, "limit": 1})
-        engines = (await fleet.http.get(f"{url}/v1/engines")).json().get("data", [])
     except httpx.HTTPError:
-        return False
-    if any(each.get("standing") or each.get("links_not_closed") for each in engines):
         return False
     receipts = listed.json().get("data", []) if answer.status_code == listed.status_code == 200 else []
     return any(each["bytes_prefill_to_decode"] > 0 for each in receipts)
+
+
+async def breakers_closed(fleet: Fleet, number: int) -> bool:
+    """This gateway counts on every engine, and on links that small rounds can try. Sends one."""
+    await transfers(fleet, number)
+    try:
+        answer = await fleet.http.get(f"{fleet.gateway_url(number)}/v1/engines")
+    except httpx.HTTPError:
+        return False
+    engines = answer.json().get("data", [])
+    links = [link for each in engines for link in each.get("links_not_closed") or ()]
+    return not links and not any(each.get("standing") for each in engines)
