@@ -6,6 +6,7 @@ teacher-forced forward of transformers on the same checkpoint (`eval/verify.py`)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SCALE = Scale(
     new_tokens={"idle": 200, "prefill": 600, "transfer": 300, "decode": 200},
     output_tokens={"idle": 16, "prefill": 16, "transfer": 16, "decode": 150},
     background=2,
-    pause_s=2.0,
+    pause_s=5.0,
     deadline_s=45.0,
     attempt_s=10.0,
     kinds=("text",),
@@ -46,16 +47,20 @@ def fleet(directory: Path, model: Path) -> Fleet:
 
 
 def check_answers(model: Path, results: Sequence[TrialResult], directory: Path) -> None:
-    """Fill in `wrong` of the results on real engines."""
+    """Fill in `wrong` of the results on real engines.
+
+    Prompts of a session extend each other, so one forward checks all of its rounds.
+    """
     log = directory / "verify.jsonl"
-    records, owner = [], {}
+    records: list[VerifyRecord] = []
+    owner: dict[str, TrialResult] = {}
     for result in results:
-        for each in result.unchecked:
-            owner[each.name] = result
+        numbers: Counter[str] = Counter()
+        for each in sorted(result.unchecked, key=lambda each: (each.session, each.number)):
+            owner[each.session] = result
+            numbers[each.session] += 1
             prompt, output = list(each.expected[0]), list(each.answer or ())
-            records.append(
-                VerifyRecord(session=each.name, round=1, prompt_ids=prompt, output_ids=output, kept_tokens=0)
-            )
+            records.append(VerifyRecord(each.session, numbers[each.session], 0, prompt, output))
     if not records:
         return
     log.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
