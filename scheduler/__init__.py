@@ -15,6 +15,7 @@ Core (no clock, no I/O)
     core.py        Scheduler.receive(event, now) -> commands; core_config.py is what it can be told
     corrections.py what the predictions for an engine are multiplied by; observer.py learns it from rounds,
                    clean_times.py says which of their times tell something
+    answer_buffer.py  what was answered and is not read yet: a budget for all answers
     admission.py   whether a round is let in, or refused because it would only wait
     what_if.py     what would be decided for a round, without a trace
     likely_home.py where a session's home probably is, when nobody can say

@@ -1,8 +1,9 @@
 """Whether a round is let in where it would be placed, or refused at once because it would only wait. Pure.
 
-Two bounds: rounds that wait in one prefill engine's queue, and the predicted wait, as a multiple of the round's
-TTFT target. The wait is what stands before the round, never its own work: on an idle fleet nothing is refused,
-however long it is. Rounds of sessions under way are let in longer: who refuses one wastes all of its session.
+Two bounds: rounds that wait in one prefill engine's queue, and the predicted wait, as a multiple of the
+round's TTFT target. The wait is what stands before the round, never its own work: on an idle fleet nothing is
+refused, however long it is. Rounds of sessions under way are let in longer: who refuses one wastes all of its
+session.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ def why_refused(
     most_s = factor * target_s
     if factor <= 0 or wait_s <= most_s:
         return None
-    what = (
-        f"it would wait {wait_s:.1f} s for {engine}, over {factor:g} times its TTFT target of {target_s:g} s"
-    )
+    over = f"over {factor:g} times its TTFT target of {target_s:g} s"
+    what = f"it would wait {wait_s:.1f} s for {engine}, {over}"
     return Refusal(WOULD_WAIT, what, _bounded(wait_s - most_s))
 
 

@@ -97,9 +97,7 @@ class SchedulerConfig:
         if not 0 <= self.admission < float("inf") or not 0 <= self.admission_under_way < float("inf"):
             raise ValueError("admission and admission_under_way must be 0 (never refuse) or more")
         if 0 < self.admission_under_way < self.admission:
-            raise ValueError(
-                "admission_under_way must not be below admission: that would waste what has begun"
-            )
+            raise ValueError("admission_under_way must not be below admission: that wastes what has begun")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ class CoreConfig:
     max_queued_rounds: int = 0
     """That wait for one prefill engine, per replica: one more is refused; 0 = no bound."""
     admission: float = 0.0
-    """A session's first round is refused if it would wait for more than so many of its TTFT targets; 0 = never."""
+    """A session's first round is refused if it would wait for over so many TTFT targets; 0 = never."""
     admission_under_way: float = 0.0
     """The same for rounds of sessions that have begun."""
     first_token_deadline_s: float = 120.0

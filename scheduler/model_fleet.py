@@ -17,6 +17,7 @@ from antiphon.policies.checked import Checked, CheckedOrdering
 from antiphon.policies.latency import load_latency_model
 from antiphon.policies.leaving import Leaving
 from antiphon.policies.registry import make_ordering, make_policy
+from antiphon.scheduler.answer_buffer import AnswerBudget
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.core_config import CoreConfig
@@ -49,6 +50,7 @@ class ModelFleet:
         engines: Mapping[str, Engine],
         metrics: Metrics,
         *,
+        budget: AnswerBudget | None = None,
         on_ended: Callable[[LiveRound, Receipt], None],
         on_unreachable: Callable[[str], None],
     ) -> None:
@@ -77,6 +79,7 @@ class ModelFleet:
             recorder,
             engines,
             deadlines=CallDeadlines(event_s=try_s),
+            budget=budget,
             on_receipt=metrics.observe_receipt,
             on_ended=self._on_ended,
             on_unreachable=on_unreachable,

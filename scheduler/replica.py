@@ -14,6 +14,7 @@ from msgspec import structs
 from antiphon.engines.base import Engine, EngineRecord, LoadReport
 from antiphon.engines.http import HttpEngine
 from antiphon.policies.latency import load_latency_model
+from antiphon.scheduler.answer_buffer import AnswerBudget
 from antiphon.scheduler.config import Config
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.discovery import Discovery
@@ -58,6 +59,9 @@ class Replica:
         self._receipts = ReceiptLog()
         self._heartbeat = Heartbeat(ledger, name, on_replaced=self._on_replaced)
         self._drain_s = config.gateway.shutdown_grace_s
+        self._answers = AnswerBudget(config.gateway.answers_memory_bytes)
+        answers = self._answers
+        metrics.watch("answers_buffered_bytes", "Answers that were not read yet", lambda: answers.used_bytes)
         self._models = Models(config)
         profiles, keys = config.scheduler.profiles, StaticEngineKeys(config.engines)
         self._discovery = Discovery(
@@ -104,6 +108,7 @@ class Replica:
             recorder,
             self._discovery.engines,
             self._metrics,
+            budget=self._answers,
             on_ended=self._on_ended,
             on_unreachable=self._discovery.report_failure,
         )

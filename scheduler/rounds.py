@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 from antiphon.engines.base import Chunk, EngineError
 from antiphon.engines.page_hash import namespace_seed
 from antiphon.engines.prompt import Prompt
+from antiphon.scheduler.answer_buffer import AnswerBudget, size_of
 from antiphon.scheduler.hints import NO_HINTS, Hints
 from antiphon.scheduler.messages import Refuse
 from antiphon.scheduler.outcomes import Receipt
@@ -26,7 +27,7 @@ from antiphon.scheduler.resume import Said
 from antiphon.scheduler.retries import Call
 
 STREAM_BUFFER_CHUNKS = 256
-"""A reader that lags further behind holds back the engine's stream, not our memory."""
+"""A reader that lags further behind takes from the replica's budget; when that is out, the engine waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,13 @@ class RoundBroke(Exception):
 class RoundHandle:
     """One round as the gateway sees it: filled by the driver, read by one gateway task."""
 
-    def __init__(self, request: RoundRequest, on_gone: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        request: RoundRequest,
+        on_gone: Callable[[], None] | None = None,
+        budget: AnswerBudget | None = None,
+    ) -> None:
+        """Without a `budget` there is none left."""
         self.request = request
         self.session_id = request.session_id
         """The session that the round really ran in: another than asked for when it became a fork."""
@@ -105,13 +112,17 @@ class RoundHandle:
         self.recording: asyncio.Task[None] | None = None
         """Tells the ledger of the end; None = there is nothing to tell. Set when `receipt` is."""
         self.lagged = False
-        """The reader has held the stream back."""
+        """The reader has held the engine back."""
         self.pushed_chunks = 0
         self._on_gone = on_gone
         self._started = asyncio.Event()
         self._error: Exception | None = None
         self._ended = False
-        self._chunks: deque[Chunk] = deque()
+        self._left = False
+        """Nobody reads any more."""
+        self._chunks: deque[tuple[Chunk, int]] = deque()
+        """With what each takes of the budget."""
+        self._budget = budget or AnswerBudget(0)
         self._changed = asyncio.Event()
 
     @property
@@ -139,7 +150,8 @@ class RoundHandle:
         """Chunks in order; raises `RoundBroke` after the last one when the stream broke."""
         while True:
             while self._chunks:
-                chunk = self._chunks.popleft()
+                chunk, taken_bytes = self._chunks.popleft()
+                self._budget.give_back(taken_bytes)
                 self._changed.set()
                 yield chunk
             if self._ended:
@@ -158,17 +170,26 @@ class RoundHandle:
         if not self._ended and self._on_gone is not None:
             self._on_gone()
         self._ended = True  # a driver that still pushes must not wait for a reader that left
+        self._left = True
+        while self._chunks:
+            self._budget.give_back(self._chunks.popleft()[1])
         self._changed.set()
 
     # ---- the driver's side
 
     async def push(self, chunk: Chunk) -> None:
-        """Add a chunk; waits while the reader lags by STREAM_BUFFER_CHUNKS."""
+        """Add a chunk; waits while the reader lags by STREAM_BUFFER_CHUNKS and the budget has no room."""
+        taken_bytes = 0
         while len(self._chunks) >= STREAM_BUFFER_CHUNKS and not self._ended:
+            size_bytes = size_of(chunk)
+            if self._budget.take(size_bytes):
+                taken_bytes = size_bytes
+                break
             self.lagged = True
             self._changed.clear()
             await self._changed.wait()
-        self._chunks.append(chunk)
+        if not self._left:
+            self._chunks.append((chunk, taken_bytes))
         self.pushed_chunks += 1
         self._started.set()
         self._changed.set()

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 
 from antiphon.engines.base import Engine, EngineError, FailureKind
+from antiphon.scheduler.answer_buffer import AnswerBudget
 from antiphon.scheduler.answering import Answering
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.engine_calls import CallDeadlines, EngineCalls
@@ -71,6 +72,7 @@ class Runtime:
         engines: Mapping[str, Engine],
         *,
         deadlines: CallDeadlines | None = None,
+        budget: AnswerBudget | None = None,
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
         on_ended: Callable[[LiveRound, Receipt], None] = lambda live, receipt: None,
         on_unreachable: Callable[[str], None] = lambda engine_id: None,
@@ -82,6 +84,7 @@ class Runtime:
         self._calls = EngineCalls(engines, deadlines or CallDeadlines())
         self._answering = Answering(core, self._calls, self.post)
         self._rebuilding = Rebuilding(core, self._calls)
+        self._budget = budget
         self._on_receipt = on_receipt
         self._on_ended = on_ended
         self._on_unreachable = on_unreachable
@@ -151,7 +154,7 @@ class Runtime:
 
     def submit(self, request: RoundRequest) -> RoundHandle:
         """Accept a round; one that comes after the end is refused."""
-        handle = RoundHandle(request, lambda: self._client_gone(request.round_id))
+        handle = RoundHandle(request, lambda: self._client_gone(request.round_id), self._budget)
         if self._tasks is None or self._closed:
             handle.finish(RoundRefused("no_engine_available", "the gateway is shutting down", 1.0))
             return handle
