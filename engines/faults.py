@@ -3,8 +3,8 @@
 Only with fault injection switched on. The body is one JSON object; "fault" names it:
 
     {"fault": "refuse", "count": 2}               the next 2 requests get HTTP 503
-    {"fault": "hang", "count": 1, "seconds": 5}   the next one waits before its first token; without seconds,
-                                                  until it is aborted or the faults are cleared
+    {"fault": "hang", "count": 1, "seconds": 5}   the next one, a prefill too, waits before it is computed;
+                                                  without seconds, until it is aborted or they are cleared
     {"fault": "break_stream", "after_tokens": 3}  the next stream's connection is cut after 3 tokens
     {"fault": "abort", "count": 1}                the next request ends as SGLang's do when a KV load fails:
                                                   finish_reason abort, status 503

@@ -122,7 +122,7 @@ class BatchLoop:
         else:
             # As SGLang: an answer is cut where the pool ends.
             request.max_new_tokens = min(request.max_new_tokens, self.pool_tokens - request.prompt_tokens)
-            hang = self._faults.take_hang() if request.max_new_tokens else None
+            hang = self._faults.take_hang()
             request.hung = hang is not None
             if hang is not None and hang.seconds is not None:
                 asyncio.get_running_loop().call_later(hang.seconds, self._unhang, request)

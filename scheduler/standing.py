@@ -159,7 +159,9 @@ def decide(
     answer = policy.place(view, cluster)
     if isinstance(answer, Reject) and view.excluded:
         less = [failed | silent, failed] if unusable else []
-        for excluded in (*less, NOBODY) if retry else less:
+        if retry:  # who failed this round may only be slow: before whoever brings nothing to anybody
+            less += [unusable, silent, NOBODY] if unusable else [NOBODY]
+        for excluded in less:
             if excluded != view.excluded:
                 view = replace(view, excluded=excluded)
                 answer = policy.place(view, cluster)

@@ -73,6 +73,25 @@ def test_better_an_unusable_engine_than_none() -> None:
     assert isinstance(generate, Generate) and generate.engine_id == "p0"
 
 
+def test_of_two_that_failed_the_round_the_one_that_still_speaks_has_the_last_try() -> None:
+    """The one that is suspect hangs, and would take all that is left of the round's time."""
+    bench = Bench()
+    (first,) = bench.place("r0")
+    assert isinstance(first, Generate) and first.engine_id == "d0"
+    (second,) = [
+        c for c in bench.send(EngineFailed("r0", "d0", "deadline", "late")) if isinstance(c, Generate)
+    ]
+    assert second.engine_id == "p0"
+    bench.send(EngineSuspect("d0", "one", True))
+    bench.now += 1.0
+    bench.place("r1", session="t")
+    bench.send(FirstToken("r1"))  # p0 lives: it is only slow
+    (third,) = [
+        c for c in bench.send(EngineFailed("r0", "p0", "deadline", "late")) if isinstance(c, Generate)
+    ]
+    assert third.engine_id == "p0"
+
+
 def test_explained_as_decided_whoever_drains() -> None:
     """`explain` sees the same engines as the decision."""
     bench = Bench()

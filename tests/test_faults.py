@@ -123,6 +123,22 @@ def test_hang_until_aborted(path: str) -> None:
     asyncio.run(main())
 
 
+def test_a_prefill_hangs_too() -> None:
+    async def main() -> None:
+        async with engine() as (simulated, adapter):
+            await arm(simulated, "hang")
+            rid = make_rid()
+            with pytest.raises(EngineError) as caught:
+                await adapter.prefill(
+                    make_prompt("hang", 40), rid, session_id=rid, cache_salt=None, deadline_s=0.2
+                )
+            assert caught.value.kind is FailureKind.DEADLINE
+            await until(lambda: is_idle(adapter))
+            await prefilled(adapter, make_prompt("hang", 40))
+
+    asyncio.run(main())
+
+
 def test_hang_ends_by_time_or_by_clear() -> None:
     """With seconds the request goes on by itself, without when the faults are cleared."""
 

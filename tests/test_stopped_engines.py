@@ -1,0 +1,80 @@
+"""Engine processes that are stopped with rounds in flight, and go on: no round waits, none stays there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from antiphon.engines.simulated_request import expected_tokens
+from antiphon.scheduler.outcomes import Outcome
+from antiphon.scheduler.rounds import RoundHandle
+from antiphon.scheduler.states import Phase
+from tests.replica_helpers import Cluster, until
+from tests.simulated_helpers import make_prompt
+from tests.stopped_engines import Fleet, processes
+
+DEADLINE_S = 6.0
+"""For a first token: each of three tries has a third. So long an answer may be silent, too."""
+WELL_BEFORE_S = 5.0
+QUICK = {"first_token_deadline_s": DEADLINE_S}
+VOCABULARY = 512
+
+
+async def greedy(c: Cluster, session: str, prompt: list[int], tokens: int) -> tuple[RoundHandle, list[int]]:
+    async with c.replica.submit(c.request(session, prompt, tokens, temperature=0)) as handle:
+        await handle.start()
+        return handle, [t async for chunk in handle for t in chunk.token_ids]
+
+
+def phases(c: Cluster, engine_id: str) -> list[Phase]:
+    """Of the rounds that the engine is at work for now."""
+    return [round.phase for round in c.replica.core.rounds.values() if round.engine_id == engine_id]
+
+
+def right(prompt: list[int], output: list[int]) -> bool:
+    return tuple(output) == expected_tokens(prompt, len(output), VOCABULARY)
+
+
+async def stopped_while(
+    c: Cluster, fleet: Fleet, engine_id: str, phase: Phase, prompts: dict[str, list[int]], tokens: int
+) -> list[RoundHandle]:
+    """Stop the engine with rounds in that phase there; all end elsewhere, right. Then it goes on, idle."""
+    tasks = [asyncio.create_task(greedy(c, session, prompt, tokens)) for session, prompt in prompts.items()]
+    await until(lambda: phase in phases(c, engine_id))
+    fleet.stop(engine_id)
+    stopped_s = time.monotonic()
+    ended = await asyncio.wait_for(asyncio.gather(*tasks), 30.0)
+    assert time.monotonic() - stopped_s < WELL_BEFORE_S
+    for (handle, output), prompt in zip(ended, prompts.values(), strict=True):
+        assert handle.receipt is not None and handle.receipt.outcome is Outcome.COMPLETED
+        assert len(output) == tokens and right(prompt, output)
+    fleet.go_on(engine_id)
+    await fleet.idle(engine_id)
+    handles = [handle for handle, _ in ended]
+    assert any(try_.failure.startswith(engine_id) for handle in handles for try_ in handle.receipt.tries)  # type: ignore[union-attr]
+    return handles
+
+
+def test_a_decode_engine_that_is_stopped_before_and_after_first_tokens(valkey_url: str) -> None:
+    async def scenario() -> None:
+        async with processes(valkey_url, "local", "d0 d1", scheduler=QUICK) as (c, fleet):
+            prompts = {f"s{n}": make_prompt(f"before {n}", 200) for n in range(4)}
+            await stopped_while(c, fleet, "d0", Phase.GENERATING, prompts, 8)
+            # Shunned for a moment, then tried again: what comes now may go to either.
+            refused = c.replica.core.standings.engines.refused
+            await until(lambda: not refused(c.replica.runtime.now()))
+            await until(lambda: not c.replica.core.standings.suspect)
+            prompts = {f"t{n}": make_prompt(f"after {n}", 100) for n in range(4)}
+            handles = await stopped_while(c, fleet, "d0", Phase.DECODING, prompts, 100)
+            assert any("tokens)" in try_.failure for h in handles for try_ in h.receipt.tries)  # type: ignore[union-attr]
+
+    asyncio.run(scenario())
+
+
+def test_a_prefill_engine_that_is_stopped(valkey_url: str) -> None:
+    async def scenario() -> None:
+        async with processes(valkey_url, "ampd", "p0 d0", scheduler=QUICK) as (c, fleet):
+            prompts = {f"s{n}": make_prompt(f"prefill {n}", 400) for n in range(3)}
+            await stopped_while(c, fleet, "p0", Phase.PREFILLING, prompts, 8)
+
+    asyncio.run(scenario())
