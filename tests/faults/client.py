@@ -40,6 +40,7 @@ class Outcome:
     home: str = ""
     session: str = ""
     """As the answer names it."""
+    prompt_tokens: int = 0
     kept: bool = True
     """The answer does not say that the server has not kept this round."""
     retry_after_s: float = 0.0
@@ -75,7 +76,7 @@ class RetryingClient:
             other = (replica + 1) % len(self._urls)
             outcome = await self._attempt(each, request, other, 1, left_s())
             each.attempts.append(outcome.attempt)
-        each.answer = outcome.token_ids
+        each.answer, each.prompt_tokens = outcome.token_ids, outcome.prompt_tokens
         each.elapsed_s = time.monotonic() - started
         return outcome
 
@@ -130,15 +131,17 @@ class RetryingClient:
 def _answered(replica: int, events: Sequence[Any], *, whole: bool) -> Outcome:
     """The ids of all events, and the home."""
     ids: list[int] = []
-    home, name, kept = "", "", True
+    home, name, kept, prompt_tokens = "", "", True, 0
     for event in events:
         for choice in event.get("choices", ()):
             ids += choice.get("token_ids") or ()
         session = event.get("session") or {}
         home = session.get("worker") or home
         name = session.get("id") or name
+        prompt_tokens = (event.get("usage") or {}).get("prompt_tokens") or prompt_tokens
         kept = kept and not any(NOT_KEPT in warning for warning in session.get("warnings", ()))
-    return Outcome(Attempt(replica, "answered", 0.0, 200), tuple(ids), home, name, kept)
+    attempt = Attempt(replica, "answered", 0.0, 200)
+    return Outcome(attempt, tuple(ids), home, name, prompt_tokens, kept)
 
 
 def _error(replica: int, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:

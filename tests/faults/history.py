@@ -42,6 +42,8 @@ class LogicalRound:
     """Prompts that the client's request may have become; more than one where text is split into tokens."""
     attempts: list[Attempt] = field(default_factory=list)
     answer: tuple[int, ...] | None = None
+    prompt_tokens: int = 0
+    """As the answer's usage says."""
     elapsed_s: float = 0.0
     """To its answer, or to where the client gave up."""
 
@@ -102,7 +104,9 @@ def judge(
         if each.hung:
             verdict.hung.append(f"{each.name}: {each.elapsed_s:.1f} s of {each.deadline_s:g}; {told}")
         if each.answer is not None and each.answer not in answers_to[each.name]:
-            verdict.wrong.append(f"{each.name}: {len(each.answer)} tokens; {told}")
+            lengths = ", ".join(str(len(prompt)) for prompt in each.expected)
+            prompt = f"prompt of {each.prompt_tokens} tokens, sent as {lengths}"
+            verdict.wrong.append(f"{each.name}: {len(each.answer)} tokens; {prompt}; {told}")
     verdict.doubled = doubled(rounds, receipts)
     return verdict
 
