@@ -18,7 +18,7 @@ RIGHT = {"s/1": frozenset([ANSWER])}
 
 def a_round(*ends: End, answer: tuple[int, ...] | None = ANSWER, elapsed_s: float = 1.0) -> LogicalRound:
     attempts = [Attempt(number % 2, end, elapsed_s / len(ends)) for number, end in enumerate(ends)]
-    return LogicalRound("s", 1, 10.0, [PROMPT], attempts, answer, elapsed_s)
+    return LogicalRound("s", 1, 10.0, [PROMPT], attempts, answer, elapsed_s=elapsed_s)
 
 
 def receipt(session_id: str = "s", outcome: str = "completed", tokens: int = 3) -> Mapping[str, Any]:
