@@ -18,6 +18,7 @@ from antiphon.engines.simulated import SimulatedEngine
 from antiphon.policies.base import Arm, ClusterView, Placement, Reject, RoundView
 from antiphon.policies.checked import Checked, CheckedOrdering
 from antiphon.policies.fcfs import Fcfs
+from antiphon.policies.leaving import Leaving
 from antiphon.scheduler.errors import ApiError
 from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, RoundTaken
 from antiphon.scheduler.messages import (
@@ -63,8 +64,9 @@ def test_a_policy_that_fails_costs_its_choice_only(valkey_url: str) -> None:
     async def scenario() -> None:
         async with cluster(valkey_url, "ampd") as c:
             core = c.replica.core
-            assert isinstance(core.policy, Checked) and isinstance(core.ordering, CheckedOrdering)
-            core.policy = Checked(Broken())
+            assert isinstance(core.policy, Leaving) and isinstance(core.policy.policy, Checked)
+            assert isinstance(core.ordering, CheckedOrdering)
+            core.policy = Leaving(Checked(Broken()))
             handle, output = await c.run("s", PROMPT)
             assert len(output) == 8 and handle.arm == "local" and handle.receipt is not None
             assert "a policy's bug" in handle.receipt.reason
@@ -110,9 +112,8 @@ def test_an_ordering_that_fails_leaves_arrival_order() -> None:
     assert CheckedOrdering(Fcfs()).order(queue, cluster_view) == queue
 
 
-@pytest.mark.parametrize("error", [ValueError("unreadable"), RoundTaken("ended already")])
 def test_a_claim_that_fails_by_a_bug_degrades_one_round(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the ledger's client raises: this round runs degraded, the next as ever."""
 
@@ -121,13 +122,33 @@ def test_a_claim_that_fails_by_a_bug_degrades_one_round(
             with monkeypatch.context() as patch:
 
                 async def claim(self: Ledger, **arguments: Any) -> None:
-                    raise error
+                    raise ValueError("unreadable")
 
                 patch.setattr(Ledger, "claim", claim)
                 handle, output = await c.run("s", PROMPT)
             assert len(output) == 8 and handle.receipt is not None and handle.receipt.degraded
             handle, output = await c.run("s2", PROMPT)
             assert len(output) == 8 and handle.receipt is not None and not handle.receipt.degraded
+
+    asyncio.run(scenario())
+
+
+def test_a_round_that_another_has_does_not_run(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger says that its place is taken: it is refused before any engine hears of it."""
+
+    async def scenario() -> None:
+        async with cluster(valkey_url, "local", engines="d0") as c:
+            with monkeypatch.context() as patch:
+
+                async def claim(self: Ledger, **arguments: Any) -> None:
+                    raise RoundTaken("ended already")
+
+                patch.setattr(Ledger, "claim", claim)
+                with pytest.raises(RoundRefused, match="ended already"):
+                    await c.run("s", PROMPT)
+            assert not c.replica.core.rounds and not c.replica.runtime.rounds_in_flight
+            _, output = await c.run("s2", PROMPT)
+            assert len(output) == 8
 
     asyncio.run(scenario())
 
