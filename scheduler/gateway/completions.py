@@ -36,6 +36,8 @@ ROUND_ID = "antiphon.round_id"
 one: a client's id may come twice, a round's must not."""
 LOG_FIELDS = "antiphon.log"
 """Key in the ASGI scope: a dict whose entries end up in the request's log line."""
+BOUNDS = {"overloaded": "queue", "would_wait": "wait"}
+"""Code of a refusal by the core -> the bound that was hit."""
 CLOSING_DEADLINE_S = 5.0
 """For telling a client that its stream failed."""
 
@@ -105,6 +107,8 @@ class CompletionRoute:
                 events, about = self._events(handle, checked), _round_headers(handle)
                 await self._send(events, checked, send, progress, about)
         except RoundRefused as refusal:
+            if refusal.code in BOUNDS:
+                self._metrics.overloaded.labels(BOUNDS[refusal.code]).inc()
             raise from_refusal(refusal) from refusal
         except RoundBroke as broke:
             await self._fail(stream_broke(str(broke)), send, progress)
