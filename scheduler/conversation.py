@@ -113,13 +113,17 @@ class Conversation:
     def before(self, messages: Sequence[Message]) -> Conversation:
         """Before its last round, if that is what brought these messages; else as it is.
 
-        A client that did not get its answer asks again: the round takes the place of the first try.
+        A client that did not get its answer asks again: the round takes the place of the first try. Where
+        that tokenised the reply before it again, no part ends with that reply any more.
         """
         count = len(self.messages) - 1 - len(messages)
         if len(self.parts) < 2 or count < 0 or self.parts[-1].messages != len(self.messages):
             return self
         earlier = self.parts[-3].messages if len(self.parts) > 2 else 0
-        if earlier != count or list(self.messages[count:-1]) != list(messages):
+        after_reply = count > 0 and self.messages[count - 1].get("role") == "assistant"
+        if earlier > count or not (earlier == count or after_reply):
+            return self
+        if list(self.messages[count:-1]) != list(messages):
             return self
         return replace(self, parts=self.parts[:-2], messages=self.messages[:count], notes={})
 

@@ -130,7 +130,7 @@ class Conversations:
         """The prompt of a chat; `base` is what an append goes on with. Raises `ApiError` (400)."""
         key = history.options_key(asked.tools, asked.options)
         appended = base is not None
-        if base is not None and base.parts:
+        if base is not None and base.messages:
             same_options, kept = key == base.options, len(base.messages)
             plan = await _off_loop(
                 content_chars(asked.messages) + (0 if same_options else INLINE_CHARS),
