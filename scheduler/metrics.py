@@ -74,8 +74,16 @@ class Metrics:
         self.drained.labels(result).inc()
         self.transfer_bytes.labels("drain").inc(moved_bytes)
 
-    def watch(self, name: str, text: str, look: Callable[[], float]) -> None:
-        """A gauge that is asked for at every scrape."""
+    def watch_load(self, rounds: Callable[[], float], body_bytes: Callable[[], float]) -> None:
+        """Asked at every scrape: requests for rounds under way, bytes of bodies in memory."""
+        self._watch("gateway_rounds", "Requests for rounds under way", rounds)
+        self._watch("request_bodies_bytes", "Request bodies in memory", body_bytes)
+
+    def watch_answers(self, unread_bytes: Callable[[], float]) -> None:
+        """Asked at every scrape: bytes of answers that were not read yet."""
+        self._watch("answers_buffered_bytes", "Answers that were not read yet", unread_bytes)
+
+    def _watch(self, name: str, text: str, look: Callable[[], float]) -> None:
         Gauge(f"antiphon_{name}", text, registry=self.registry).set_function(look)
 
     def watch_engines(self, count: Callable[[], int]) -> None:

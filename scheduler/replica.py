@@ -61,7 +61,7 @@ class Replica:
         self._drain_s = config.gateway.shutdown_grace_s
         self._answers = AnswerBudget(config.gateway.answers_memory_bytes)
         answers = self._answers
-        metrics.watch("answers_buffered_bytes", "Answers that were not read yet", lambda: answers.used_bytes)
+        metrics.watch_answers(lambda: answers.used_bytes)
         self._models = Models(config)
         profiles, keys = config.scheduler.profiles, StaticEngineKeys(config.engines)
         self._discovery = Discovery(

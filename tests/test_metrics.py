@@ -82,6 +82,8 @@ def test_every_metric_is_documented() -> None:
     metrics.watch_breakers(lambda: {"engine": (1, 2), "link": (0, 3)})
     metrics.watch_records(lambda: {"unsigned": 2})
     metrics.watch_doubles(lambda: {"repeated": 1})
+    metrics.watch_load(lambda: 3, lambda: 4096)
+    metrics.watch_answers(lambda: 1024)
     exported = {
         family.name
         for family in text_string_to_metric_families(metrics.render().decode())

@@ -38,8 +38,7 @@ class OverloadGate:
         self._metrics = metrics
         self.rounds = 0
         self.body_bytes = 0
-        metrics.watch("gateway_rounds", "Requests for rounds under way", lambda: self.rounds)
-        metrics.watch("request_bodies_bytes", "Request bodies in memory", lambda: self.body_bytes)
+        metrics.watch_load(lambda: self.rounds, lambda: self.body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
