@@ -29,7 +29,7 @@ from antiphon.scheduler.session_store import SessionStore
 from tests.gateway_helpers import FakeState, ScriptedRunner, three_words
 from tests.live_stack import LiveStack, live_stack
 
-EXAMPLES = 15
+EXAMPLES = 6
 """Per operation, beside those that schemathesis makes of the boundaries of every field."""
 MOST_TOKENS = 1
 """Of an answer: a client that sets no limit would get a window full."""
