@@ -19,6 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from antiphon.scheduler.config import Config
+from antiphon.scheduler.drain_store import DrainStore
 from antiphon.scheduler.gateway.app import create_app
 from antiphon.scheduler.gateway.openapi import document
 from antiphon.scheduler.gateway.openapi_operations import OPENAPI_PATH, OPERATIONS
@@ -63,6 +64,7 @@ def test_every_route_is_described() -> None:
         FakeState(),
         Metrics(),
         store=SessionStore(ledger),
+        drains=DrainStore(ledger.connection),
     )
     routes = {path.replace(":path}", "}") for path in app._paths}
     assert routes == {operation.path for operation in OPERATIONS}
