@@ -54,6 +54,7 @@ class Calls:
 
     async def keep(self, digest: str, round_id: str, answer: KeptAnswer) -> bool:
         """For CALL_MEMORY_S, if the round is the call's latest try."""
+        self._connection.not_if_it_failed()
         keys = self._connection.call_keys(digest)
         arguments = [round_id, msgspec.json.encode(answer), round(CALL_MEMORY_S * 1000)]
         return bool(await self._connection.script("answer_keep", keys, arguments))

@@ -207,6 +207,7 @@ class SessionStore:
         return closed
 
     async def _close(self, tenant: str, session_id: str) -> str:
+        self._ledger.not_if_it_failed()
         c = self._connection
         answer = await c.script("session_close", [c.session_key(tenant, session_id)], [c.tag, ""])
         return str(answer[0])
@@ -220,6 +221,7 @@ class SessionStore:
         parent_id: str | None,
         fields: Mapping[str, Any],
     ) -> bool:
+        self._ledger.not_if_it_failed()
         c = self._connection
         arguments: list[str | int] = [
             session_id, tenant, round(default_ttl_s * 1000), mode, parent_id or "",
@@ -233,6 +235,7 @@ class SessionStore:
 
     async def _read(self, keys: Sequence[str], default_ttl_s: float) -> list[SessionDocument]:
         """Of those that are there."""
+        self._ledger.not_if_it_failed()
         commands = [(word, key) for key in keys for word in ("HGETALL", "PTTL")]
         answers = await self._connection.commands(commands)
         now_s = time.time()

@@ -98,7 +98,7 @@ async def flap(server: EmbeddedValkey, proxy: Proxy, traffic: Traffic, files: Pa
     """Away and back with every other round."""
     while traffic.going:
         for how in ("reset", "silent", "close"):
-            proxy.cut(how)  # type: ignore[arg-type]  # one of its words
+            proxy.cut(how)
             await traffic.after(1)
             proxy.heal()
             await traffic.after(1)
