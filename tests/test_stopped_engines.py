@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 
+import pytest
+
+from antiphon.engines.base import EngineError, FailureKind
 from antiphon.engines.simulated_request import expected_tokens
 from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.rounds import RoundHandle
 from antiphon.scheduler.states import Phase
 from tests.replica_helpers import Cluster, until
-from tests.simulated_helpers import make_prompt
+from tests.simulated_helpers import make_prompt, make_request, post
 from tests.stopped_engines import Fleet, processes
 
 DEADLINE_S = 6.0
@@ -76,5 +83,55 @@ def test_a_prefill_engine_that_is_stopped(valkey_url: str) -> None:
         async with processes(valkey_url, "ampd", "p0 d0", scheduler=QUICK) as (c, fleet):
             prompts = {f"s{n}": make_prompt(f"prefill {n}", 400) for n in range(3)}
             await stopped_while(c, fleet, "p0", Phase.PREFILLING, prompts, 8)
+
+    asyncio.run(scenario())
+
+
+# ---------------------------------------------------------------- an abort that comes too late
+
+
+async def abandoned(fleet: Fleet, engine_id: str, begin: Callable[[str], Awaitable[object]]) -> None:
+    """What was begun is given up while the engine is stopped, and its abort fails: when it goes on, it ends."""
+    rid = make_request([1], 1).rid
+    async with asyncio.timeout(20.0):
+        await begin(rid)
+    adapter = fleet.adapters[engine_id]
+    with pytest.raises(EngineError) as late:
+        await adapter.abort(rid, deadline_s=0.2)
+    assert late.value.kind is FailureKind.DEADLINE
+    fleet.go_on(engine_id)
+    await fleet.idle(engine_id)
+
+
+def test_an_abort_that_failed_leaves_no_work_behind(valkey_url: str) -> None:
+    """A decode that takes minutes, before and after its first token, and a prefill that hangs."""
+
+    async def scenario() -> None:
+        async with processes(valkey_url, "local", "d0", scheduler=QUICK, speed=0.3) as (_, fleet):
+            adapter = fleet.adapters["d0"]
+            request = make_request(make_prompt("late", 100), 4000)
+
+            async def decode(rid: str, *, stop_first: bool) -> None:
+                if stop_first:
+                    fleet.stop("d0")
+                answer = adapter.generate(replace(request, rid=rid), deadline_s=0.3 if stop_first else 20.0)
+                with contextlib.suppress(EngineError):
+                    async with contextlib.aclosing(answer) as chunks:
+                        async for _ in chunks:
+                            fleet.stop("d0")
+                            return
+                assert stop_first, "no token came"
+
+            async def prefill(rid: str) -> None:
+                await post(adapter.record, "/antiphon/faults", {"fault": "hang"})
+                fleet.stop("d0")
+                with pytest.raises(EngineError):
+                    await adapter.prefill(
+                        make_prompt("prefill", 100), rid, session_id=rid, cache_salt=None, deadline_s=0.3
+                    )
+
+            await abandoned(fleet, "d0", partial(decode, stop_first=True))
+            await abandoned(fleet, "d0", partial(decode, stop_first=False))
+            await abandoned(fleet, "d0", prefill)
 
     asyncio.run(scenario())
