@@ -113,7 +113,7 @@ class PrefetchResult:
     elapsed_s: float
     reason: str
     blame: bool = False
-    """Some rank blames the way from the source, or the source. A puller that gives no answer blames itself."""
+    """Some rank blames the way from the source, or the source. A puller without an answer blames itself."""
 
 
 @dataclass(frozen=True, slots=True)

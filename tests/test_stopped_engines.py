@@ -91,7 +91,7 @@ def test_a_prefill_engine_that_is_stopped(valkey_url: str) -> None:
 
 
 async def abandoned(fleet: Fleet, engine_id: str, begin: Callable[[str], Awaitable[object]]) -> None:
-    """What was begun is given up while the engine is stopped, and its abort fails: when it goes on, it ends."""
+    """What was begun is given up while the engine is stopped, and its abort fails: it ends all the same."""
     rid = make_request([1], 1).rid
     async with asyncio.timeout(20.0):
         await begin(rid)
