@@ -33,7 +33,7 @@ Drivers and state
     told.py        of which sessions the ledger knows all already
     explanation.py what would be decided of a round, asked of ledger and core without a trace
     drainer.py     moves the sessions of an engine that is to be stopped; drain_store.py: what the ledger
-                   knows of that, drain_targets.py: where they go
+                   knows of that, drain_targets.py: where they go, drain_copy.py: their KV
     discovery.py   engine registry and configuration -> EngineUp / EngineDown
     heartbeat.py   keeps this replica's leases alive
     ledger.py      Redis: claims, completions, residency, totals (data/*.lua)

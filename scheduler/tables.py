@@ -36,9 +36,14 @@ def yes_no(value: Any) -> str:
     return "yes" if value else "no"
 
 
+def words(value: Any) -> str:
+    return ", ".join(value)
+
+
 ENGINE_COLUMNS = (
     Column("engine", "engine_id"),
     Column("pool", "pool"),
+    Column("standing", "standing", words),
     Column("linker", "can_transfer", yes_no),
     Column("batch", "batch", count, right=True),
     Column("queued", "queued_rounds", count, right=True),

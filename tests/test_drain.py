@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Generic, TypeVar
 
 import pytest
 
+from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
 from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, SchedulerConfig
 from antiphon.scheduler.drain_store import DrainStatus, DrainStore, Work
 from antiphon.scheduler.ledger import Ledger
@@ -17,6 +19,7 @@ from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.replica import Replica
 from tests.replica_helpers import KEY, Cluster, cluster, until
 
+T = TypeVar("T")
 SESSIONS = 6
 
 
@@ -133,11 +136,78 @@ async def test_it_is_taken_back_and_ends_with_the_incarnation(valkey_url: str) -
         assert not (await store.status("d1")).draining
 
 
+async def test_an_engine_that_was_started_again_is_used(valkey_url: str) -> None:
+    """Also if it was away for a while; the same incarnation comes back as one that drains."""
+    async with cluster(valkey_url, "local", engines="d0") as c:
+        draining = c.replica.core.standings
+        options = SimulatedOptions(
+            engine_id="d1", pool="decode", ledger=valkey_url, fleet=c.ledger.connection.fleet, speed=20.0
+        )
+        async with SimulatedEngine(options, fleet_key=KEY) as first:
+            await until(lambda: c.replica.readiness().engines_alive == 2)
+            await c.replica.drains.mark("d1", first.record.incarnation)
+            await until(lambda: draining.draining == {"d1"})
+        await until(lambda: c.replica.readiness().engines_alive == 1)
+        looked = (await c.replica.drains.work("d1")).stuck
+        assert looked == "" and draining.draining == {"d1"}
+        async with SimulatedEngine(options, fleet_key=KEY):
+            await until(lambda: c.replica.readiness().engines_alive == 2)
+            await until(lambda: not draining.draining)
+            assert set((await talk(c, some_sessions())).values()) == {"d0", "d1"}
+
+
+async def test_a_move_that_is_cancelled_anywhere_leaves_nothing_behind(valkey_url: str) -> None:
+    """At each of its awaits in turn: the session is whole at one of its two homes, and its rounds go on."""
+    async with cluster(valkey_url, "local", engines="d0 d1") as c:
+        drains, moved, cut = c.replica.drains, list[str](), 0
+        while not moved:
+            name = f"s{cut}"
+            prompts = {name: [cut * 300 + 1000 + i for i in range(200)]}
+            before, home = (await talk(c, prompts))[name], ""
+            (session,) = [each for each in await drains.at_home(before) if each.session_id == name]
+            moving = c.replica._drainer._move(before, incarnation(c, before), session)
+            with suppress(asyncio.CancelledError):
+                moved.append((await CutOff(moving, at=cut))[0])
+            tokens = len(prompts[name])
+            for engine_id in c.engines:
+                if name in [each.session_id for each in await drains.at_home(engine_id)]:
+                    home = engine_id
+            assert (await talk(c, prompts))[name] == home
+            (receipt,) = await c.replica.receipts(1, name)
+            assert receipt["cached_tokens"] >= (tokens - 3) // 16 * 16 - 16, (cut, before, receipt)
+            cut += 1
+        assert moved == ["whole"] and home != before and cut >= 4
+        for engine in c.engines.values():
+            await until(lambda store=engine.kv.store: store.counts().pins == 0)  # type: ignore[misc]
+
+
+class CutOff(Generic[T]):
+    """Cancels what it awaits when that waits for the n-th time."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], *, at: int) -> None:
+        self._coroutine = coroutine
+        self._at = at
+
+    def __await__(self) -> Generator[Any, None, T]:
+        steps, awaited = self._coroutine.__await__(), 0
+        try:
+            waiting = next(steps)
+            while awaited < self._at:
+                yield waiting
+                waiting = next(steps)
+                awaited += 1
+            steps.throw(asyncio.CancelledError())
+            raise AssertionError("it went on although it was cancelled")
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
 async def test_a_replica_that_has_not_seen_it_keeps_it_unsafe(valkey_url: str) -> None:
     """It may place a round there at any moment; when it is dead it does not count."""
     async with cluster(valkey_url, "local", engines="d0 d1") as c:
         store = c.replica.drains
         await c.ledger.heartbeat("sleeper", 30.0)
+        assert await store.lead("d0", "sleeper", 0.5), "it dies with it"
         await store.mark("d0", incarnation(c, "d0"))
         status = await told(store, "d0", lambda status: status.replicas_seen and status.work.began_ms)
         assert status.replicas == 2 and not status.safe
