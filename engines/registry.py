@@ -21,7 +21,7 @@ import msgspec
 import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from antiphon.engines.base import EngineRecord
@@ -220,9 +220,18 @@ class RecordReader:
         async with client.pipeline(transaction=False) as pipeline:
             for engine_id in ids:
                 pipeline.hmget(record_key(self._fleet, engine_id), "record", "signature")
-            found: list[Any] = await pipeline.execute() if ids else []
-        records = (self._accepted(engine_id, *fields) for engine_id, fields in zip(ids, found, strict=True))
+            found: list[Any] = await pipeline.execute(raise_on_error=False) if ids else []
+        records = (self._looked_at(engine_id, fields) for engine_id, fields in zip(ids, found, strict=True))
         return tuple(record for record in records if record is not None)
+
+    def _looked_at(self, engine_id: str, fields: Any) -> EngineRecord | None:
+        """Raises what the ledger said, unless that is about this one key."""
+        if isinstance(fields, ResponseError):
+            self._refuse(engine_id, "unreadable", f"engine record {engine_id!r} is no record: {fields}")
+            return None
+        if isinstance(fields, Exception):
+            raise fields
+        return self._accepted(engine_id, *fields)
 
     def _accepted(self, engine_id: str, raw: str | None, signature: str | None) -> EngineRecord | None:
         if raw is None:

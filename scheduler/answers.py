@@ -29,6 +29,8 @@ class KnownCall:
     asks: str
     session_id: str
     answer: KeptAnswer | None
+    number: int = 0
+    """Of its round, once a try of it has ended; 0 = none has."""
 
 
 class Calls:
@@ -41,8 +43,8 @@ class Calls:
         """None if no try of it is known."""
         self._connection.not_if_it_failed()
         call_key, answer_key = self._connection.call_keys(digest)
-        (asks, session_id), kept = await self._connection.commands(
-            [("HMGET", call_key, "digest", "session_id"), ("GET", answer_key)]
+        (asks, session_id, number), kept = await self._connection.commands(
+            [("HMGET", call_key, "digest", "session_id", "number"), ("GET", answer_key)]
         )
         if session_id is None:
             return None
@@ -50,7 +52,7 @@ class Calls:
             answer = msgspec.json.decode(kept, type=KeptAnswer) if kept is not None else None
         except msgspec.MsgspecError:  # of another version: it is answered anew
             answer = None
-        return KnownCall(asks or "", session_id, answer)
+        return KnownCall(asks or "", session_id, answer, int(number or 0))
 
     async def keep(self, digest: str, round_id: str, answer: KeptAnswer) -> bool:
         """For CALL_MEMORY_S, if the round is the call's latest try."""

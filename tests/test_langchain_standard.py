@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import vcr  # noqa: F401  # when a test first asks for it, CPython 3.11 may fail to parse it (gh-106905)
 from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests

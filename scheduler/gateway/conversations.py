@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,14 @@ class Conversations:
     # ---------------------------------------------------------------- before a round
 
     async def base(
-        self, tenant: str, session_id: str, *, must_exist: bool, opens: bool, after_round: int = 0
+        self,
+        tenant: str,
+        session_id: str,
+        *,
+        must_exist: bool,
+        opens: bool,
+        after_round: int = 0,
+        before: Callable[[Conversation, int], Conversation] = lambda found, answered: found,
     ) -> Conversation:
         """What an append goes on with; without entries for a first round, which `opens` says it may be.
 
@@ -119,7 +126,7 @@ class Conversations:
             raise session_not_found(session_id)
         if not found.parts and not opens:
             raise history_lost(session_id, "nothing is known of what these messages answer")
-        return found
+        return before(found, answered)
 
     async def _rounds_answered(self, tenant: str, session_id: str) -> int:
         return await self._ledger.rounds_answered(tenant, session_id) if self._ledger is not None else 0
@@ -191,7 +198,7 @@ class Conversations:
         self, spoken: Spoken, handle: RoundHandle, message: dict[str, Any], ttl_s: float | None
     ) -> tuple[str, ...]:
         """Remember a round that ended well; warnings for the client. Never raises."""
-        if handle.answered is None or self._logs is None:
+        if handle.answered is None or self._logs is None or _is_late(spoken, handle):
             return ()
         begun = message.get("content") or ""
         reply = reply_message(message)
@@ -273,6 +280,13 @@ class Conversations:
             # The former tip is an inner value now: that makes one more than there are new messages.
             inner = end.own[1:] if fresh is None else end.own[1 : fresh + 1]
             await self._store.remember_chain(scope, end.value, inner, session_id, ttl_s, end.turn)
+
+
+def _is_late(spoken: Spoken, handle: RoundHandle) -> bool:
+    """The round repeats one that others came after: the session's history is theirs."""
+    call, base = handle.request.call, spoken.base
+    repeats = call is not None and call.again and base.session_id == handle.session_id
+    return repeats and 0 < handle.round_number < base.round
 
 
 async def _off_loop(chars: int, work: Any) -> history.Plan:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -43,14 +44,21 @@ class DrainRoute:
             status = await self._store.status(engine_id)
         except LedgerUnavailable as error:
             raise ledger_unavailable(f"Drains are kept in the ledger: {error}.") from error
-        if request.method == "GET" and not status.draining:
-            await self._incarnation(engine_id)  # 404 for one that nobody knows
+        if request.method == "GET":
+            now = await self._incarnation(engine_id, lenient=status.draining)
+            if now and now != status.incarnation:  # it was started again: the mark is of its last life
+                status = structs.replace(status, draining=False, safe=False)
         return Response(msgspec.json.encode(_shown(status)), media_type="application/json")
 
-    async def _incarnation(self, engine_id: str) -> str:
-        """Of an engine that is up and not alone; raises `ApiError` (404, or 400)."""
+    async def _incarnation(self, engine_id: str, *, lenient: bool = False) -> str:
+        """Of an engine that is up and not alone; raises `ApiError` (404, or 400).
+
+        `lenient`: "" for one that is not up; it may be alone.
+        """
         engines = {str(item["engine_id"]): item for item in await self._engines()}
         engine = engines.get(engine_id)
+        if lenient:
+            return str(engine["incarnation"]) if engine is not None else ""
         if engine is None:
             known = ", ".join(sorted(engines)) or "none"
             raise ApiError(404, "engine_not_found", f"No engine {engine_id!r} is up; up are: {known}.")

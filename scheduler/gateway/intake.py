@@ -22,6 +22,7 @@ from antiphon.scheduler.errors import (
     ApiError,
     UserError,
     body_too_large,
+    history_lost,
     invalid,
     no_engine,
 )
@@ -45,7 +46,7 @@ from antiphon.scheduler.gateway.requests import (
     ChatBody,
     CompletionBody,
 )
-from antiphon.scheduler.gateway.retried import Retries
+from antiphon.scheduler.gateway.retried import Retries, Tried
 from antiphon.scheduler.gateway.salts import CacheSalts
 from antiphon.scheduler.gateway.session_fields import read_said
 from antiphon.scheduler.hints import Hints, Slos, targets
@@ -163,13 +164,13 @@ class Intake:
         )
         tried = await self.retries.tried(said.headers, tenant)
         identity = tried.identity(identity)
-        if hints.must_exist and not append:
+        if hints.must_exist and not append and tried.known is None:
             await self._identifier.must_be_open(identity)
         tokenizer = await self.tokenizer(model)
         spoken = None
         if isinstance(body, ChatBody):
             body, spoken = await self._speak(
-                tokenizer, body, identity, hints, model, append=append, again=tried.again
+                tokenizer, body, identity, hints, model, append=append, tried=tried
             )
             ids = spoken.prompt
         else:
@@ -179,7 +180,10 @@ class Intake:
         slos = targets(hints, Slos(scheduler.slo_ttft_s, scheduler.slo_itl_s))
         fields = requests.engine_fields(body, limit)
         form = _form(body, round_id, identity.identified_by, hints.warnings)
-        call = tried.call(route, model.key, identity, body, ids, form, fields)
+        call = tried.call(route, model.key, identity, body, ids, form, fields, append=append)
+        answer = tried.answer(call)
+        if append and answer is None and spoken is not None and tried.is_late(spoken.base):
+            raise history_lost(identity.session_id, "it has gone on since this call was answered")
         request = RoundRequest(
             round_id=round_id,
             session_id=identity.session_id,
@@ -201,7 +205,7 @@ class Intake:
         )
         if isinstance(body, CompletionBody) and body.echo and isinstance(prompt, str):
             form = replace(form, echo=await _echo(tokenizer, ids, prompt))
-        return Checked(request, form, slos, spoken, tried.answer(call))
+        return Checked(request, form, slos, spoken, answer)
 
     async def keep(self, checked: Checked, handle: RoundHandle, message: dict[str, Any]) -> tuple[str, ...]:
         """Remember a chat's round that ended with this message; warnings for the client."""
@@ -218,11 +222,11 @@ class Intake:
         model: Model,
         *,
         append: bool,
-        again: bool,
+        tried: Tried,
     ) -> tuple[ChatBody, Spoken]:
         """The prompt of a chat; an append's body gets the tools of the round before, if it brings none.
 
-        `again`: the client says that it has asked this before.
+        `tried`: what is known of tries before this one.
         """
         base = None
         if append:
@@ -231,10 +235,9 @@ class Intake:
                 identity.session_id,
                 must_exist=hints.must_exist,
                 after_round=hints.after_round,
+                before=partial(tried.base, messages=body.messages, after_round=hints.after_round),
                 opens=body.messages[0]["role"] not in ("assistant", "tool", "function"),
             )
-            if again:
-                base = base.before(body.messages)
             if body.tools is None and (tools := tools_of(base.options)):
                 body = msgspec.structs.replace(body, tools=tools)
             requests.check_tool_choice(body)

@@ -7,7 +7,7 @@ that counts its retries (`x-stainless-retry-count`) is known by that.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import msgspec
 
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.answers import KEPT_ANSWER_BYTES, Calls, KeptAnswer, KnownCall
+from antiphon.scheduler.conversation import Conversation, Message
 from antiphon.scheduler.errors import invalid, key_reused
 from antiphon.scheduler.gateway.identity import Identity
 from antiphon.scheduler.gateway.relay import AnswerForm
@@ -58,8 +59,31 @@ class Tried:
             return identity
         return Identity(self.known.session_id, "retry", self.tenant, final=identity.final)
 
+    def base(
+        self, found: Conversation, answered: int, messages: Sequence[Message], after_round: int
+    ) -> Conversation:
+        """What an append goes on with: before the round that a try of this call has put there, if it has.
+
+        Equal messages alone say little: "go on" may be said twice. `answered`: rounds that the ledger knows
+        to have ended; `after_round`: where the client says that it goes on, 0 = it does not.
+        """
+        number = self.known.number if self.known is not None else 0
+        if not self.again:
+            ours = False
+        elif after_round:
+            ours = found.round == after_round + 1
+        elif self.key:
+            ours = found.round == number if number else found.round > answered
+        else:
+            ours = True
+        return found.before(messages) if ours else found
+
+    def is_late(self, base: Conversation) -> bool:
+        """The session has had rounds since this call's."""
+        return self.known is not None and 0 < self.known.number < base.round
+
     def call(self, route: str, model: str, identity: Identity, body: Body, prompt: Prompt, form: AnswerForm,
-             engine_fields: Mapping[str, Any]) -> Call:  # fmt: skip
+             engine_fields: Mapping[str, Any], *, append: bool = False) -> Call:  # fmt: skip
         """Raises `ApiError` (422) if the key was used for something else."""
         unnamed = _is_unnamed(identity) or identity.identified_by == "retry"
         fields = {name: value for name, value in engine_fields.items() if name not in _OF_THE_PROMPT}
@@ -74,6 +98,8 @@ class Tried:
         if self.known is not None and self.known.asks != loosely:
             raise key_reused()
         shape = [form.stream, form.include_usage, form.token_ids, engine_fields.get("tools")]
+        if append and isinstance(body, ChatBody):  # to whatever the session was then
+            ids = _encoder.encode(body.messages)
         exactly = digest_of([loosely.encode(), ids, _encoder.encode(shape)])
         # Every request with the key is a try of the same call, whatever the client counts.
         return Call(self.key, loosely, again=True, unnamed=unnamed, exactly=exactly)
