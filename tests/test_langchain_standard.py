@@ -13,13 +13,13 @@ What the suite skips, and why that is right:
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import vcr  # noqa: F401  # when a test first asks for it, CPython 3.11 may fail to parse it (gh-106905)
 from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
@@ -32,6 +32,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Received a Pydantic BaseModel V1 schema:UserWarning"),
     pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
 ]
+
+# Now and not when a test first asks for it: CPython 3.11 may fail to parse it then (gh-106905).
+importlib.import_module("vcr")
 
 JOKE: Line = {"text": msgspec.json.encode({"setup": "Why?", "punchline": "Cats."}).decode()}
 JOKE_BY_TOOL: Line = {"tool_calls": [tool_call("Joke", setup="Why?", punchline="Cats.")]}

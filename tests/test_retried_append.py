@@ -42,7 +42,7 @@ def test_an_append_asked_again_is_not_said_twice(
 
 
 def test_the_same_message_twice_is_two_rounds(valkey_url: str, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """ "Go on", twice: the second one's retry, whose first try never ran, is not taken for the first one's."""
+    """The retry of the second one, whose first try never ran, is not taken for the first one's."""
 
     async def scenario() -> None:
         async with stack(valkey_url, tiny_model_dir, None) as made, made.gateway() as gateway:
@@ -84,12 +84,12 @@ def test_a_late_copy_is_answered_as_then_and_changes_nothing(
             assert await append("one", "hello") == first
             assert len(gateway.prompts) == asked
             await append("three", "third")
-            whole = {"messages": [user("begin")], **form, "session_id": "w"}
+            said: list[dict[str, Any]] = [user("begin")]
             for named in ({"idempotency_key": "w1"}, {"idempotency_key": "w2"}):
+                whole = {"messages": said, **form, "session_id": "w"}
                 status, answer = await gateway.post("/v1/chat/completions", whole, **named)
                 assert status == 200, answer
-                reply = answer["choices"][0]["message"]
-                whole = whole | {"messages": [*whole["messages"], reply, user("on")]}
+                said = [*said, answer["choices"][0]["message"], user("on")]
             late = {"messages": [user("begin")], **form, "session_id": "w", "return_token_ids": True}
             status, answer = await gateway.post("/v1/chat/completions", late, idempotency_key="w1")
             assert status == 200, answer

@@ -22,7 +22,6 @@ from antiphon.scheduler.errors import (
     ApiError,
     UserError,
     body_too_large,
-    history_lost,
     invalid,
     no_engine,
 )
@@ -181,9 +180,7 @@ class Intake:
         fields = requests.engine_fields(body, limit)
         form = _form(body, round_id, identity.identified_by, hints.warnings)
         call = tried.call(route, model.key, identity, body, ids, form, fields, append=append)
-        answer = tried.answer(call)
-        if append and answer is None and spoken is not None and tried.is_late(spoken.base):
-            raise history_lost(identity.session_id, "it has gone on since this call was answered")
+        answer = tried.answer(call, spoken.base if append and spoken is not None else None)
         request = RoundRequest(
             round_id=round_id,
             session_id=identity.session_id,

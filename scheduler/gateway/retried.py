@@ -17,7 +17,7 @@ import msgspec
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.answers import KEPT_ANSWER_BYTES, Calls, KeptAnswer, KnownCall
 from antiphon.scheduler.conversation import Conversation, Message
-from antiphon.scheduler.errors import invalid, key_reused
+from antiphon.scheduler.errors import history_lost, invalid, key_reused
 from antiphon.scheduler.gateway.identity import Identity
 from antiphon.scheduler.gateway.relay import AnswerForm
 from antiphon.scheduler.gateway.requests import Body, ChatBody
@@ -78,10 +78,6 @@ class Tried:
             ours = True
         return found.before(messages) if ours else found
 
-    def is_late(self, base: Conversation) -> bool:
-        """The session has had rounds since this call's."""
-        return self.known is not None and 0 < self.known.number < base.round
-
     def call(self, route: str, model: str, identity: Identity, body: Body, prompt: Prompt, form: AnswerForm,
              engine_fields: Mapping[str, Any], *, append: bool = False) -> Call:  # fmt: skip
         """Raises `ApiError` (422) if the key was used for something else."""
@@ -104,10 +100,19 @@ class Tried:
         # Every request with the key is a try of the same call, whatever the client counts.
         return Call(self.key, loosely, again=True, unnamed=unnamed, exactly=exactly)
 
-    def answer(self, call: Call) -> KeptAnswer | None:
-        """What the same request was answered before."""
-        kept = self.known.answer if self.known is not None else None
-        return kept if kept is not None and kept.exactly == call.exactly else None
+    def answer(self, call: Call, base: Conversation | None) -> KeptAnswer | None:
+        """What the same request was answered before. `base`: what an append goes on with.
+
+        Raises `ApiError` (410) where it is not kept, and the session of an append has had rounds since.
+        """
+        if self.known is None:
+            return None
+        kept = self.known.answer
+        if kept is not None and kept.exactly == call.exactly:
+            return kept
+        if base is not None and 0 < self.known.number < base.round:
+            raise history_lost(self.known.session_id, "it has gone on since this call was answered")
+        return None
 
 
 class Retries:
