@@ -66,8 +66,8 @@ ANSWERS: dict[str, list[Line]] = {
 
 @pytest.fixture
 def vcr() -> None:
-    """Nothing is recorded here. The plugin's own fixture imports itself in the middle of a run, and CPython 3.11
-    then fails now and then (gh-106905: an AST is made while another one is)."""
+    """Nothing is recorded here. The plugin imports itself in the middle of a run, and CPython 3.11 then fails
+    now and then (gh-106905: an AST is made while another one is)."""
 
 
 @pytest.fixture(scope="class")
