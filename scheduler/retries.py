@@ -32,6 +32,8 @@ class Call:
     """It names no session, so that two clients may ask the same."""
     exactly: str = ""
     """Digest of all that decides its answer, form included; "" = its answer is not kept."""
+    number: int = 0
+    """Of its round, where a try of it has ended before."""
 
     @property
     def word(self) -> str:

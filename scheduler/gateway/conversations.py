@@ -285,8 +285,7 @@ class Conversations:
 def _is_late(spoken: Spoken, handle: RoundHandle) -> bool:
     """The round repeats one that others came after: the session's history is theirs."""
     call, base = handle.request.call, spoken.base
-    repeats = call is not None and call.again and base.session_id == handle.session_id
-    return repeats and 0 < handle.round_number < base.round
+    return call is not None and base.session_id == handle.session_id and 0 < call.number < base.round
 
 
 async def _off_loop(chars: int, work: Any) -> history.Plan:

@@ -98,7 +98,8 @@ class Tried:
             ids = _encoder.encode(body.messages)
         exactly = digest_of([loosely.encode(), ids, _encoder.encode(shape)])
         # Every request with the key is a try of the same call, whatever the client counts.
-        return Call(self.key, loosely, again=True, unnamed=unnamed, exactly=exactly)
+        number = self.known.number if self.known is not None else 0
+        return Call(self.key, loosely, again=True, unnamed=unnamed, exactly=exactly, number=number)
 
     def answer(self, call: Call, base: Conversation | None) -> KeptAnswer | None:
         """What the same request was answered before. `base`: what an append goes on with.
