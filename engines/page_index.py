@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+MAX_EXPECTED = 65536
+"""Pages that are not here whose parent is remembered: those of offloads under way."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +37,8 @@ class PageIndex:
     """Parent hash -> number of pages that follow it, whether or not the parent itself is here."""
     leaves: list[tuple[int, int, Page]] = field(default_factory=list)
     """Heap of (last use when queued, slot, page); entries are checked when popped."""
+    expected: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+    """Page that was not here when its parent was told -> that parent."""
 
     def prefix(self, hashes: Sequence[bytes]) -> int:
         """How many of `hashes`, from the first on, are here."""
@@ -51,6 +57,8 @@ class PageIndex:
             page = self.pages.get(page.parent)
 
     def add(self, page: Page) -> None:
+        parent = self.expected.pop(page.page_hash, b"")
+        page.parent = page.parent or parent
         self.pages[page.page_hash] = page
         self._link(page)
         self._queue_if_evictable(page)
@@ -61,13 +69,20 @@ class PageIndex:
         self._unlink(page)
 
     def learn(self, parent: bytes, hashes: Sequence[bytes]) -> None:
-        """Take note that `hashes` is a chain after `parent`: fills in parents that were not known."""
+        """Take note that `hashes` is a chain after `parent`: fills in parents that were not known.
+
+        Of pages that are not here it is kept for when they come: they may be on their way from the device.
+        """
         for page_hash in hashes:
             page = self.pages.get(page_hash)
             if page is not None and parent and not page.parent:
                 self._unlink(page)
                 page.parent = parent
                 self._link(page)
+            elif page is None and parent:
+                self.expected[page_hash] = parent
+                if len(self.expected) > MAX_EXPECTED:
+                    self.expected.popitem(last=False)
             parent = page_hash
 
     def hold(self, page: Page) -> None:

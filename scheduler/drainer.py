@@ -175,6 +175,8 @@ class Drainer:
         except LedgerUnavailable as error:  # it may have been switched: the next look tells
             return "stuck", replace(copy, reason=str(error))
         self._failed.pop(attempt, None)
+        if not copy.whole:
+            log.warning("%s leaves %s in part: %s", session.session_id, engine_id, copy.reason)
         if answer != "moved":
             return answer, replace(copy, pulled_bytes=0)
         fleet.runtime.post(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from antiphon.engines.base import Engine, EngineError, FailureKind
@@ -97,3 +97,10 @@ class EngineCalls:
         pages = min(history_tokens // live.page_tokens, len(live.hashes))
         if engine is not None and engine.hello is not None and pages > 0:
             await engine.touch(live.hashes[pages - 1], deadline_s=self.deadlines.touch_s)
+
+    async def link(self, engine_id: str, hashes: Sequence[bytes]) -> None:
+        """Tell the engine's store that these pages follow each other. SGLang offloads pieces of a chain and
+        does not say where they belong; a drain asks the store for whole chains."""
+        engine = self._engines.get(engine_id)
+        if engine is not None and engine.hello is not None and hashes:
+            await engine.lookup(hashes, deadline_s=self.deadlines.touch_s)

@@ -21,7 +21,7 @@ from antiphon.engines.page_hash import namespace_seed
 from antiphon.engines.prompt import Prompt
 from antiphon.scheduler.answer_buffer import AnswerBudget, size_of
 from antiphon.scheduler.hints import NO_HINTS, Hints
-from antiphon.scheduler.messages import Refuse
+from antiphon.scheduler.messages import HeldChain, Holding, Refuse
 from antiphon.scheduler.outcomes import Receipt
 from antiphon.scheduler.resume import Said
 from antiphon.scheduler.retries import Call
@@ -217,6 +217,8 @@ class LiveRound:
     """Once the round is finished: those of prompt and output."""
     fence: int = 0
     claimed: bool = False
+    tip: tuple[bytes, Holding] | None = None
+    """Where the session's KV ended before this round, as the ledger knows."""
     call: asyncio.Task[None] | None = None
     finished: bool = False
     """Its usage is known: the core has been told."""
@@ -247,6 +249,16 @@ class LiveRound:
     def served_pages(self) -> int:
         """Whole pages of the prompt that the session's rounds before had."""
         return min(self.request.served_tokens // self.page_tokens, len(self.hashes))
+
+    def new_pages(self, chain: HeldChain) -> tuple[bytes, ...]:
+        """What its holder has not been told of: all, or what comes after the session's end there."""
+        if self.tip is None:
+            return chain.hashes
+        page_hash, held = self.tip
+        pages = held.tokens // self.page_tokens
+        theirs = (held.engine_id, held.incarnation) == (chain.engine_id, chain.incarnation)
+        known = theirs and 0 < pages <= len(chain.hashes) and chain.hashes[pages - 1] == page_hash
+        return chain.hashes[pages - 1 :] if known else chain.hashes
 
     def refuse(self, command: Refuse) -> None:
         """Answer with an error; the engine's own, if the last call ended in one."""

@@ -307,6 +307,9 @@ class Runtime:
         if not live.handle.ended and live.call is None and not live.sent_away:
             live.handle.finish()
         self._forget(command.round_id)
+        for chain in command.holdings:
+            if chain.engine_id == command.home:
+                self._background(partial(self._calls.link, chain.engine_id, live.new_pages(chain)))
         self._on_receipt(command.receipt)
         self._on_ended(live, command.receipt)
         if live.claimed or command.receipt.degraded:
@@ -352,7 +355,7 @@ class Runtime:
             self._turn_away(live, RoundRefused(code, str(error), 0.0))
             return None
         if isinstance(answer, Claimed):
-            live.fence, live.claimed = answer.fence, True
+            live.fence, live.claimed, live.tip = answer.fence, True, answer.tip
             live.handle.fence = answer.fence
             if answer.replaces:
                 self.replaced(answer.replaces)

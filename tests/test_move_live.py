@@ -21,6 +21,7 @@ from antiphon.traces.results import VerifyRecord
 from tests.conftest import SglangPair
 from tests.move_helpers import MovesEvery
 from tests.replica_helpers import Cluster, until
+from tests.test_drain import safe
 
 PAGE, OUTPUT = 16, 20
 
@@ -123,3 +124,47 @@ def test_a_move_computes_only_what_is_new(sglang_pair: SglangPair, valkey_url: s
         pull_s = statistics.median(receipt.pull_s for receipt in receipts)
         first = receipts[0]
         print(f"\n{name}: TTFT {ttft_s:.3f} s, of it pull {pull_s:.3f} s; {first.bytes_home_to_home} bytes")
+
+
+def test_sessions_leave_an_engine_that_drains(
+    sglang_pair: SglangPair, valkey_url: str, fleet_key: bytes, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Between their rounds, whole: the next rounds find all of the history at the new home."""
+    home, other = sglang_pair.decode.engine_id, sglang_pair.prefill.engine_id
+    records: list[VerifyRecord] = []
+    moved_bytes = 0
+
+    async def run() -> list[tuple[int, Receipt]]:
+        nonlocal moved_bytes
+        second = []
+        async with replica_over(sglang_pair, valkey_url, fleet_key) as c:
+            c.replica.core.policy = MovesEvery((home, other), every=1000)
+            drains, prompts = c.replica.drains, dict[str, list[int]]()
+            for n in range(3):
+                prompt = [(n * 67 + i * 11 + i * i) % 400 + 40 for i in range(500 + 37 * n)]
+                output, receipt = await played(c, f"drained-{n}", prompt)
+                assert receipt.home == home
+                records.append(VerifyRecord(f"drained-{n}", 1, 0, prompt, output, ""))
+                prompts[f"drained-{n}"] = [*prompt, *output]
+            (engine,) = [e for e in await c.replica.engines() if e["engine_id"] == home]
+            await drains.mark(home, engine["incarnation"])
+            status = await safe(drains, home)
+            assert (status.work.moved, status.work.moved_partly, status.work.stuck) == (3, 0, "")
+            moved_bytes = status.work.moved_bytes
+            for name, told in prompts.items():
+                prompt = [*told, *range(40, 110)]
+                output, receipt = await played(c, name, prompt)
+                records.append(VerifyRecord(name, 2, len(told), prompt, output, ""))
+                second.append((len(told), receipt))
+        return second
+
+    second = asyncio.run(run())
+    for history, receipt in second:
+        assert receipt.home == other and receipt.arm is not None and receipt.arm.value == "local"
+        assert receipt.cached_tokens >= (history - 1) // PAGE * PAGE, receipt
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+    report = verify_rounds(tiny_model_dir, log)
+    assert report.rounds_checked == 6 and report.ok, report.mismatches
+    assert moved_bytes > 0
+    print(f"\n3 sessions moved, {moved_bytes} bytes")

@@ -108,6 +108,24 @@ def test_a_head_is_as_young_as_its_tail_was() -> None:
     assert store.prefix_pages(chain) == 2 and store.prefix_pages(other) == 0
 
 
+def test_a_chain_is_found_from_its_end_whenever_it_was_learned() -> None:
+    """SGLang offloads pieces of a chain without their parents, some after the round has ended."""
+    chain = make_chain("a", 6)
+    for before in range(4):
+        store = make_store(8)
+        for number, start in enumerate((0, 2, 4)):
+            if number == before:
+                store.learn(chain[:3])
+                store.learn(chain[2:])
+            fill_store(store, chain[start : start + 2])
+        if before == 3:
+            assert store.chain(chain[-1]) == (b"", chain[4:])
+            store.learn(chain)
+        assert store.chain(chain[-1]) == (b"", chain)
+        assert store.chain(make_chain("b", 1)[0]) == (b"", ())
+        store.check_invariants()
+
+
 def test_learned_links_join_pieces_of_a_chain() -> None:
     """Pieces stored without a parent are one chain after `learn`: touched and shortened as one."""
     store = make_store(6)
