@@ -30,10 +30,11 @@ check: $(STAMP) ## ruff, mypy --strict, layering, wheel
 test: $(STAMP) ## the whole test suite, with real engines, real NIXL and a real Valkey
 	$(VENV)/bin/pytest -q
 
-fuzz: $(STAMP) ## 1,000,000 random events through the core, closed-form engines, parsers; SEED=n, EXAMPLES=n
+fuzz: $(STAMP) ## 1,000,000 random events through the core, closed-form engines, parsers, the API; SEED=n, EXAMPLES=n
 	$(PY) -m antiphon.eval.fuzz --events $(or $(EVENTS),1000000) --seed $(or $(SEED),1)
 	$(PY) -m tests.closed_form_pair --scenarios $(or $(SCENARIOS),4000) --seed $(or $(SEED),1)
 	$(PY) -m tests.fuzz_parsers --examples $(or $(EXAMPLES),20000) --seed $(or $(SEED),1)
+	ANTIPHON_OPENAPI_ALL=1 $(VENV)/bin/pytest -q --hypothesis-seed=$(or $(SEED),1) tests/test_openapi.py
 
 demo: $(STAMP) ## real engines serve a small agent trace; checked token by token
 	$(PY) -m antiphon.eval.demo
