@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from antiphon.engines.base import Engine, EngineError, FailureKind
-from antiphon.scheduler.messages import Prefetch, PrefetchDone, Prefill, PrefillDone
+from antiphon.scheduler.messages import Complete, Prefetch, PrefetchDone, Prefill, PrefillDone
 from antiphon.scheduler.rounds import LiveRound, seed_of
 
 
@@ -98,9 +98,10 @@ class EngineCalls:
         if engine is not None and engine.hello is not None and pages > 0:
             await engine.touch(live.hashes[pages - 1], deadline_s=self.deadlines.touch_s)
 
-    async def link(self, engine_id: str, hashes: Sequence[bytes]) -> None:
-        """Tell the engine's store that these pages follow each other. SGLang offloads pieces of a chain and
+    async def link(self, live: LiveRound, command: Complete) -> None:
+        """Tell the home's store which of its pages follow each other. SGLang offloads pieces of a chain and
         does not say where they belong; a drain asks the store for whole chains."""
-        engine = self._engines.get(engine_id)
-        if engine is not None and engine.hello is not None and hashes:
-            await engine.lookup(hashes, deadline_s=self.deadlines.touch_s)
+        for chain in command.holdings:
+            engine = self._engines.get(chain.engine_id)
+            if chain.engine_id == command.home and engine is not None and engine.hello is not None:
+                await engine.lookup(live.new_pages(chain), deadline_s=self.deadlines.touch_s)

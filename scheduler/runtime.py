@@ -307,9 +307,7 @@ class Runtime:
         if not live.handle.ended and live.call is None and not live.sent_away:
             live.handle.finish()
         self._forget(command.round_id)
-        for chain in command.holdings:
-            if chain.engine_id == command.home:
-                self._background(partial(self._calls.link, chain.engine_id, live.new_pages(chain)))
+        self._background(partial(self._calls.link, live, command))
         self._on_receipt(command.receipt)
         self._on_ended(live, command.receipt)
         if live.claimed or command.receipt.degraded:
