@@ -19,7 +19,7 @@ from tests.ledger_helpers import claim, ledger_at, until
 from tests.test_token_log import said
 
 AGAIN = {"X_Stainless_Retry_Count": "1"}
-SLOW = {"max_tokens": 4000, "ignore_eos": True}
+SLOW = {"max_tokens": 100_000, "ignore_eos": True}
 """A round that runs until it is aborted."""
 
 
