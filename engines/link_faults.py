@@ -102,7 +102,7 @@ class FaultyAgent:
             left_s = started + timeout_s - time.monotonic()
             cleared.wait(max(0.0, min(due_s, left_s)))
             if due_s > left_s and not cleared.is_set():
-                return _late(peer, timeout_s, on_late, on_late_end)
+                return late_at_once(peer, timeout_s, on_late, on_late_end)
             return end, why
         finally:
             with self._lock:
@@ -137,10 +137,10 @@ class FaultyAgent:
             cleared.wait(fault.seconds)
             return ReadEnd.FAILED, f"peer {peer.engine} disconnected: cut on command"
         cleared.wait(max(0.0, timeout_s))
-        return _late(peer, timeout_s, on_late, on_late_end)
+        return late_at_once(peer, timeout_s, on_late, on_late_end)
 
 
-def _late(
+def late_at_once(
     peer: PeerMemory, timeout_s: float, on_late: Callable[[], None], on_late_end: Callable[[], None]
 ) -> tuple[ReadEnd, str]:
     """Nothing is really under way, so it ends at once."""

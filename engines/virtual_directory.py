@@ -15,7 +15,7 @@ import msgspec
 from antiphon.engines import wire
 from antiphon.engines.directory_backend import StoreBackend
 from antiphon.engines.faults import Faults
-from antiphon.engines.link_faults import FaultyAgent
+from antiphon.engines.link_faults import FaultyAgent, late_at_once
 from antiphon.engines.nixl_agent import PeerMemory, ReadEnd, Span
 from antiphon.engines.transfer import Puller
 from antiphon.engines.virtual_kv import RIGHT_CONTENT, VirtualStore
@@ -56,9 +56,7 @@ class VirtualAgent:
         self._closing.wait(max(0.0, min(duration_s, timeout_s)))
         self._faults.reach("prefetch")
         if duration_s > timeout_s:
-            on_late()
-            on_late_end()
-            return ReadEnd.LATE, f"READ of {peer.engine} not finished within {timeout_s:.3g} s"
+            return late_at_once(peer, timeout_s, on_late, on_late_end)
         for span in spans:
             self._store.content.view(span.local_offset // self._hello.page_bytes)[:] = RIGHT_CONTENT
         return ReadEnd.DONE, ""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from antiphon.engines.base import Engine, EngineError
 from antiphon.scheduler.drain_store import AtHome
+from antiphon.scheduler.ledger_answers import read_tip, tip_text
+from antiphon.scheduler.messages import Holding
 from antiphon.scheduler.model_fleet import ModelFleet
 
 
@@ -54,7 +56,7 @@ class Copy:
         if not self.hashes:
             return self.elsewhere
         tokens = len(self.hashes) * self.page_tokens
-        return f"{self.hashes[-1].hex()}|{tokens}|{self.incarnation}|{self.to_home}"
+        return tip_text(self.hashes[-1], Holding(self.to_home, self.incarnation, tokens))
 
 
 async def bring(
@@ -69,19 +71,22 @@ async def bring(
 ) -> Copy:
     """Bring the session's KV to the target. What fails is told, not raised."""
     nothing = Copy(target, fleet.incarnation(target))
-    page_hash, tokens, held_by, holder = (session.tip.split("|") + [""] * 4)[:4]
-    if (holder, held_by) != (engine_id, incarnation):  # what is to be stopped holds nothing of it
-        return replace(nothing, elsewhere=session.tip if holder != engine_id else "")
+    tip = read_tip(session.tip)
+    if tip is None:
+        return nothing
+    page_hash, held = tip
+    if (held.engine_id, held.incarnation) != (engine_id, incarnation):  # what is to be stopped has none of it
+        return replace(nothing, elsewhere=session.tip if held.engine_id != engine_id else "")
     source, puller = engines.get(engine_id), engines.get(target)
     if source is None or source.hello is None or puller is None or puller.hello is None:
         return replace(nothing, wanted=1, reason=f"{engine_id} or {target} is not up")
     page_tokens = puller.hello.page_size_tokens
-    wanted = int(tokens) // page_tokens
+    wanted = held.tokens // page_tokens
     nothing = replace(nothing, page_tokens=page_tokens, wanted=wanted)
-    predicted_s = fleet.core.books.transfer_s(target, engine_id, int(tokens))
+    predicted_s = fleet.core.books.transfer_s(target, engine_id, held.tokens)
     deadline_s = max(times.transfer_floor_s, times.transfer_slack * predicted_s)
     try:
-        parent, hashes = await source.chain(bytes.fromhex(page_hash), deadline_s=times.directory_s)
+        parent, hashes = await source.chain(page_hash, deadline_s=times.directory_s)
         if len(hashes) != wanted:  # its end was evicted, and with it the way to the rest
             return replace(nothing, reason=f"{engine_id} has {len(hashes)} of {wanted} pages")
         async with asyncio.timeout(deadline_s + times.directory_s):

@@ -19,7 +19,7 @@ import msgspec
 from antiphon.engines.base import EngineRecord
 from antiphon.engines.registry import RecordReader
 from antiphon.scheduler import ledger_views
-from antiphon.scheduler.ledger_answers import Look, Moved, read_claim, read_look
+from antiphon.scheduler.ledger_answers import Look, Moved, read_claim, read_look, tip_text
 from antiphon.scheduler.ledger_connection import (
     RETRY_AFTER_S,
     KeyReused,
@@ -31,6 +31,7 @@ from antiphon.scheduler.ledger_connection import (
 from antiphon.scheduler.ledger_views import SessionRecord
 from antiphon.scheduler.messages import (
     Claimed,
+    Holding,
     Totals,
 )
 from antiphon.scheduler.outcomes import Receipt
@@ -369,10 +370,10 @@ def thin(candidates: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
 def _tip(home: str | None, holdings: Sequence[tuple[bytes, int, str, str]]) -> str:
     """Where the round ended, of what its home holds; "" if it holds nothing."""
     ends = [(tokens, page_hash, inc) for page_hash, tokens, engine_id, inc in holdings if engine_id == home]
-    if not ends:
+    if home is None or not ends:
         return ""
     tokens, page_hash, incarnation = max(ends)
-    return f"{page_hash.hex()}|{tokens}|{incarnation}|{home}"
+    return tip_text(page_hash, Holding(home, incarnation, tokens))
 
 
 def _milliseconds(seconds: float) -> int:

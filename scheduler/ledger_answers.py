@@ -55,7 +55,7 @@ def read_claim(round_id: str, answer: Sequence[Any]) -> Claimed:
         home=home or None,
         holdings=_read_holdings(holdings),
         others=_summed(totals),
-        tip=_read_tip(tip),
+        tip=read_tip(tip),
         ttl_s=int(ttl_ms) / 1000,
         slo_ttft_s=float(ttft_s or 0.0),
         slo_itl_s=float(itl_s or 0.0),
@@ -76,7 +76,7 @@ def read_look(session_id: str, answer: Sequence[Any]) -> Look:
         home=home or None,
         holdings=_read_holdings(holdings),
         others=_summed(totals),
-        tip=_read_tip(tip),
+        tip=read_tip(tip),
         slo_ttft_s=float(ttft_s or 0.0),
         slo_itl_s=float(itl_s or 0.0),
         expected_rounds=0 if busy else int(expected or 0),
@@ -88,7 +88,12 @@ def _read_holdings(flat: Sequence[str]) -> tuple[Holding, ...]:
     return tuple(_holding(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
 
 
-def _read_tip(text: str) -> tuple[bytes, Holding] | None:
+def tip_text(page_hash: bytes, holding: Holding) -> str:
+    """Where a session's KV ends and who holds it up to there, as its record has it."""
+    return f"{page_hash.hex()}|{holding.tokens}|{holding.incarnation}|{holding.engine_id}"
+
+
+def read_tip(text: str) -> tuple[bytes, Holding] | None:
     if not text:
         return None
     page_hash, tokens, incarnation, engine_id = text.split("|", 3)

@@ -53,6 +53,11 @@ class Tried:
     def again(self) -> bool:
         return self.counted or self.known is not None
 
+    @property
+    def number(self) -> int:
+        """Of its round, where a try of it has ended; 0 = none has, as far as is known."""
+        return self.known.number if self.known is not None else 0
+
     def identity(self, identity: Identity) -> Identity:
         """That of a request that names no session is the first try's."""
         if self.known is None or not _is_unnamed(identity):
@@ -67,13 +72,12 @@ class Tried:
         Equal messages alone say little: "go on" may be said twice. `answered`: rounds that the ledger knows
         to have ended; `after_round`: where the client says that it goes on, 0 = it does not.
         """
-        number = self.known.number if self.known is not None else 0
         if not self.again:
             ours = False
         elif after_round:
             ours = found.round == after_round + 1
         elif self.key:
-            ours = found.round == number if number else found.round > answered
+            ours = found.round == self.number if self.number else found.round > answered
         else:
             ours = True
         return found.before(messages) if ours else found
@@ -85,21 +89,20 @@ class Tried:
         fields = {name: value for name, value in engine_fields.items() if name not in _OF_THE_PROMPT}
         wanted = getattr(body, "max_completion_tokens", None), body.max_tokens
         asks = [route, "" if unnamed else identity.session_id, model, fields, wanted]
-        ids = prompt_digest(prompt)
         if not self.key:
-            named = [b"chain", self.tenant.encode(), _encoder.encode(asks), ids]
+            named = [b"chain", self.tenant.encode(), _encoder.encode(asks), prompt_digest(prompt)]
             return Call(digest_of(named), again=self.counted, unnamed=unnamed)
-        last = _encoder.encode(body.messages[-1]) if isinstance(body, ChatBody) else ids
+        chat = body if isinstance(body, ChatBody) else None
+        # An append is the same whatever its session has come to since.
+        said = _encoder.encode(chat.messages) if append and chat is not None else prompt_digest(prompt)
+        last = _encoder.encode(chat.messages[-1]) if chat is not None else said
         loosely = digest_of([_encoder.encode(asks), last])
         if self.known is not None and self.known.asks != loosely:
             raise key_reused()
         shape = [form.stream, form.include_usage, form.token_ids, engine_fields.get("tools")]
-        if append and isinstance(body, ChatBody):  # to whatever the session was then
-            ids = _encoder.encode(body.messages)
-        exactly = digest_of([loosely.encode(), ids, _encoder.encode(shape)])
+        exactly = digest_of([loosely.encode(), said, _encoder.encode(shape)])
         # Every request with the key is a try of the same call, whatever the client counts.
-        number = self.known.number if self.known is not None else 0
-        return Call(self.key, loosely, again=True, unnamed=unnamed, exactly=exactly, number=number)
+        return Call(self.key, loosely, again=True, unnamed=unnamed, exactly=exactly, number=self.number)
 
     def answer(self, call: Call, base: Conversation | None) -> KeptAnswer | None:
         """What the same request was answered before. `base`: what an append goes on with.
@@ -111,7 +114,7 @@ class Tried:
         kept = self.known.answer
         if kept is not None and kept.exactly == call.exactly:
             return kept
-        if base is not None and 0 < self.known.number < base.round:
+        if base is not None and 0 < self.number < base.round:
             raise history_lost(self.known.session_id, "it has gone on since this call was answered")
         return None
 
