@@ -67,6 +67,10 @@ class Leases(RuleBasedStateMachine):
         """Of every session that the ledger has a record of."""
         self.completed: dict[str, int] = {}
         """Session -> fence of its last recorded completion."""
+        self.latest: dict[str, Running] = {}
+        """Round -> its last claim that this ledger knows."""
+        self.gone: set[str] = set()
+        """Rounds that were given back or fenced off: none of their claims is recorded any more."""
 
     async def _connect(self) -> None:
         self.ledger = Ledger(self.url, fleet=secrets.token_hex(6), deadline_s=10.0)
@@ -128,7 +132,7 @@ class Leases(RuleBasedStateMachine):
         return self._hold(Running(replica, taken))
 
     def _hold(self, running: Running) -> Running:
-        self.holders[running.claimed.session_id] = running
+        self.holders[running.claimed.session_id] = self.latest[running.claimed.round_id] = running
         self.last_fences[running.claimed.session_id] = running.claimed.fence
         return running
 
@@ -167,8 +171,10 @@ class Leases(RuleBasedStateMachine):
         if round_id in self.done:
             expected = self.done[round_id] == fence
         else:
-            expected = self.last_fences.get(session_id, 0) <= fence
+            expected = round_id not in self.gone and self.last_fences.get(session_id, 0) <= fence
             self.recorded += expected
+            if not expected and self.latest.get(round_id) is running:
+                self.gone.add(round_id)
         self.fenced += not expected
         assert self.runner.run(complete(self.ledger, running.replica, claimed, home=home)) == expected
         if not expected or round_id in self.done:
@@ -182,8 +188,10 @@ class Leases(RuleBasedStateMachine):
     @rule(running=consumes(rounds))
     def release(self, running: Running) -> None:
         """Only the round that holds the session can give it back."""
-        session_id = running.claimed.session_id
+        session_id, round_id = running.claimed.session_id, running.claimed.round_id
         holds = self.holders.get(session_id) is running
+        if round_id not in self.done and self.latest.get(round_id, running).replica == running.replica:
+            self.gone.add(round_id)
         released = self.runner.run(self.ledger.release(running.replica, running.claimed.round_id))
         assert released == holds
         if holds:
@@ -206,6 +214,8 @@ class Leases(RuleBasedStateMachine):
         self.done.clear()
         self.homes.clear()
         self.completed.clear()
+        self.latest.clear()
+        self.gone.clear()
 
     # ---- always
 
@@ -241,7 +251,7 @@ def test_leases_under_any_order_of_events(own_url: str) -> None:
     class Here(Leases):
         url = own_url
 
-    run_state_machine_as_test(Here, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(Here, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
 
 
 names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=255)
