@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections import deque
 
+from msgspec.structs import replace
+
 from antiphon.engines.chains import Chain
 from antiphon.engines.closed_form_kv import ClosedFormKv
 from antiphon.engines.closed_form_request import NEVER, EngineRequest, EngineTotals, Milestone, Stage
 from antiphon.engines.cluster import EngineSpec
 from antiphon.engines.decode_batch import DecodeBatch, promise
-from antiphon.engines.decode_run import GapHistogram
 from antiphon.engines.simulated_loop import MAX_PREFILL_TOKENS
+from antiphon.policies.latency import LatencyModel
 
 __all__ = ["ClosedFormEngine", "EngineRequest", "EngineTotals", "Milestone"]
 
@@ -50,6 +52,7 @@ class ClosedFormEngine:
         self.kv = ClosedFormKv(*pages, page_tokens)
         self.device = self.kv.device
         self.store = self.kv.store
+        self.pool_tokens = pages[0] * page_tokens
         self.totals = EngineTotals()
         self.next_event_s = NEVER
         """When `advance` is due; inf when idle."""
@@ -70,16 +73,13 @@ class ClosedFormEngine:
         self._pass: list[tuple[EngineRequest, int]] = []
         """The prefill pass under way: request, new tokens."""
         self._batch = DecodeBatch(self._latency.decode, page_tokens)
+        self.gaps = self._batch.gaps
+        """Seconds between two tokens of an answer."""
         self._out: list[tuple[Milestone, EngineRequest]] = []
         self._end_s = NEVER
         """Of the pass or run under way."""
 
     # ------------------------------------------------------------ for the driver
-
-    @property
-    def gaps(self) -> GapHistogram:
-        """Seconds between two tokens of an answer."""
-        return self._batch.gaps
 
     @property
     def running_requests(self) -> int:
@@ -95,10 +95,6 @@ class ClosedFormEngine:
     def used_tokens(self) -> int:
         """KV of requests in flight, as of the last event."""
         return self.device.used_pages * self.page_tokens
-
-    @property
-    def pool_tokens(self) -> int:
-        return self.device.capacity_pages * self.page_tokens
 
     def submit(self, request: EngineRequest, now: float) -> None:
         """The batch loop sees it `request_fixed_s` from now."""
@@ -160,6 +156,14 @@ class ClosedFormEngine:
         if self._refused:
             self.next_event_s = min(self.next_event_s, self._refused[0].visible_s)
         return out
+
+    def recost(self, latency: LatencyModel) -> None:
+        """From now on work takes as long as `latency` says. Raises RuntimeError unless it is idle."""
+        if self.next_event_s != NEVER:
+            raise RuntimeError(f"{self.engine_id} is at work: what that costs cannot change now")
+        self.spec = replace(self.spec, latency=latency)
+        self._latency = latency
+        self._batch.recost(latency.decode)
 
     # ------------------------------------------------------------ the loop
 
@@ -282,14 +286,9 @@ class ClosedFormEngine:
 
     def _start_pass(self, now: float) -> None:
         cost = self._latency.prefill
-        cached_s, squared_s = cost.per_token_cached_s, cost.per_token_squared_s
         seconds, tokens = cost.fixed_s, 0
         for request, take in self._pass:
-            seconds += take * (cost.per_token_s + request.computed * cached_s + take * squared_s)
-            if cost.cached_token_s or cost.cached_squared_s:
-                seconds += request.computed * (cost.cached_token_s + request.computed * cost.cached_squared_s)
-            seconds += request.load_s
-            request.load_s = 0.0
+            seconds = request.after_prefill_s(seconds, cost, take)
             tokens += take
         totals = self.totals
         totals.prefill_busy_s += seconds

@@ -8,6 +8,7 @@ from typing import Any
 
 from antiphon.engines.chains import Chain
 from antiphon.engines.held import Held
+from antiphon.policies.latency import PrefillCost
 
 NEVER = float("inf")
 _NOT_YET = float("nan")
@@ -115,6 +116,16 @@ class EngineRequest:
         """The engine's step count when it is finished."""
         self.due = 0
         self.last_token_s = 0.0
+
+    def after_prefill_s(self, seconds: float, cost: PrefillCost, take: int) -> float:
+        """`seconds` plus those of its next `take` tokens in a pass, which pay what it owes for loading."""
+        cached_s, squared_s = cost.per_token_cached_s, cost.per_token_squared_s
+        seconds += take * (cost.per_token_s + self.computed * cached_s + take * squared_s)
+        if cost.cached_token_s or cost.cached_squared_s:
+            seconds += self.computed * (cost.cached_token_s + self.computed * cost.cached_squared_s)
+        seconds += self.load_s
+        self.load_s = 0.0
+        return seconds
 
     def __repr__(self) -> str:
         return f"EngineRequest({self.tag!r}, {self.stage.name}, {self.emitted}/{self.limit})"

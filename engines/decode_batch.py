@@ -52,6 +52,10 @@ class DecodeBatch:
         self._last_tokens: list[tuple[float, int]] = []
         """(when they got their last token, how many requests), for all of them."""
 
+    def recost(self, cost: DecodeCost) -> None:
+        """What steps cost from now on; nobody is in it."""
+        self._times = StepTimes(cost)
+
     # ------------------------------------------------------------ who is in it
 
     def join(self, request: EngineRequest, now: float) -> None:

@@ -21,6 +21,8 @@ Simulating
                    report_page.py makes the HTML of data/report.html.j2
     counterfactual.py      `antiphon counterfactual`; recorded_fleet.py makes a cluster of a recording
     cluster_toml.py        cluster files written
+Planning
+    planner/       `antiphon plan`: how many engines of which GPUs for which phase; its map is there
 Fidelity
     calibrate.py   `antiphon calibrate`; probe.py times an engine, calibration.py fits what it measured
     fidelity.py    `make fidelity`: live against simulated; fidelity_live.py is its live half, gateway_cost.py

@@ -123,7 +123,7 @@ class Simulation:
         """Earlier lives of engines."""
         self.network = Network(cluster.page_tokens)
         self.now_s = 0.0
-        self.clients = Clients(PageNames(cluster.page_tokens), self._at, self._send, max_live)
+        self.clients = Clients(PageNames(cluster.page_tokens), self.at, self._send, max_live)
         self._on_round = on_round
         self._rounds: dict[str, LiveRound] = {}
         self._heap: list[tuple[float, int, int, Callable[[], None]]] = []
@@ -152,7 +152,8 @@ class Simulation:
 
     # ---------------------------------------------------------------- the heap
 
-    def _at(self, when: float, act: Callable[[], None]) -> None:
+    def at(self, when: float, act: Callable[[], None]) -> None:
+        """Run `act` then, after what engines and network do at that time."""
         self._scheduled += 1
         heappush(self._heap, (when, SCHEDULED, self._scheduled, act))
 
@@ -286,7 +287,7 @@ class Simulation:
     def _claim(self, command: Claim) -> None:
         live = self._rounds[command.round_id]
         live.call = command
-        self._at(self.now_s + self.cluster.claim_s, lambda: self._claimed(live, command))
+        self.at(self.now_s + self.cluster.claim_s, lambda: self._claimed(live, command))
 
     def _claimed(self, live: LiveRound, command: Claim) -> None:
         if live.call is command:
@@ -300,7 +301,7 @@ class Simulation:
             pages = puller.store.match(Chain(live.plan.chain.branch, command.pages))
             gone = PrefetchDone(live.round_id, command.engine_id, pages, 0, 0, 0.0, "the source is gone")
             live.call = command
-            self._at(self.now_s, lambda: self._nothing_to_pull(live, command, gone))
+            self.at(self.now_s, lambda: self._nothing_to_pull(live, command, gone))
             return
         chain = live.plan.chain
         pull = Pull(live, puller, source, chain, command.pages, self.now_s + command.deadline_s)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("scheduler", "engines", "policies", "traces", "eval")
 OWN_NAMES = {"scheduler.client": "client", "scheduler.langchain": "langchain"}
 """Folders of scheduler/ that install under a name of their own."""
-FOLDERS = (*PACKAGES, "scheduler/gateway", "scheduler/client", "scheduler/langchain")
+FOLDERS = (*PACKAGES, "scheduler/gateway", "scheduler/client", "scheduler/langchain", "eval/planner")
 """Each has a map."""
 
 FILE_LINES = 400

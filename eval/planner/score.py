@@ -1,0 +1,146 @@
+"""A plan on a workload: the production core under its policy, on simulated engines, for one window of time.
+
+What sessions under way had computed before is brought in by one round each before the window's clock starts,
+on engines to which work costs nothing; then all engines are as their profiles say.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from math import ceil
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from antiphon.engines.cluster import Slo
+from antiphon.eval.planner.plans import Plan
+from antiphon.eval.planner.workload import ENTRY_S, Window
+from antiphon.policies import arms
+from antiphon.policies.base import Arm, ClusterView, Placement, Policy, Reject, RoundView
+from antiphon.policies.home import choose_home
+from antiphon.policies.latency import DecodeCost, LatencyModel, PrefillCost
+from antiphon.policies.registry import make_ordering, make_policy
+from antiphon.scheduler.core import Scheduler
+from antiphon.scheduler.core_config import CoreConfig
+from antiphon.scheduler.outcomes import Outcome
+from antiphon.scheduler.simulation import RoundEnd, Simulation, Targets, up_event
+
+PAGE_TOKENS = 64
+
+
+class Score(Struct, frozen=True):
+    """What a plan did in one window or in several. Shares are of the rounds that were sent within them."""
+
+    rounds: int
+    attained: int
+    """Answered, first token and mean gap within their targets."""
+    ttft_missed: int
+    itl_missed: int
+    refused: int
+    """And failed."""
+    ttft_p95: float
+    """95th percentile of TTFT as a share of its target; inf where so many were not answered."""
+    itl_p95: float
+    simulated_rounds: int
+    """All that it cost to find out, warm-up included."""
+
+    @property
+    def attainment(self) -> float:
+        return self.attained / max(1, self.rounds)
+
+    @property
+    def noise(self) -> float:
+        """Standard error of the attainment if rounds were independent; they are not quite."""
+        share = self.attainment
+        return (share * (1 - share) / max(1, self.rounds)) ** 0.5
+
+
+class _Entering:
+    """Until `policy` is set: every round to its home, or the least used one of the decode pool."""
+
+    def __init__(self) -> None:
+        self.policy: Policy | None = None
+
+    def place(self, round: RoundView, cluster: ClusterView) -> Placement | Reject:
+        if self.policy is not None:
+            return self.policy.place(round, cluster)
+        home = choose_home(round, cluster)
+        if isinstance(home, Reject):
+            return home
+        candidate = arms.local(round, home)
+        return Placement(Arm.LOCAL, home.engine_id, home.engine_id, "it was here", candidate, (candidate,))
+
+
+def score(plan: Plan, window: Window, slo: Slo, window_tokens: int) -> Score:
+    """Simulate one window. `window_tokens`: the model's longest prompt and output."""
+    ends: list[RoundEnd] = []
+    entering = _Entering()
+    policy = make_policy(plan.policy)
+    core = Scheduler(entering, make_ordering("fcfs"), plan.groups[0].type.latency, CoreConfig(publish=False))
+    cluster = plan.cluster("plan", slo, window_tokens, PAGE_TOKENS)
+    real = {spec.engine_id: spec.latency for spec in plan.specs()}
+    free = [replace(spec, latency=_free(spec.latency)) for spec in plan.specs()]
+    simulation = Simulation(core, cluster, free, Targets(slo.ttft_s, slo.itl_s, True, True), ends.append)
+
+    def begin() -> None:
+        entering.policy = policy
+        for engine_id, engine in simulation.engines.items():
+            engine.recost(real[engine_id])
+            core.receive(up_event(engine.spec, engine.incarnation, PAGE_TOKENS), ENTRY_S)
+
+    simulation.at(ENTRY_S, begin)
+    collecting = gc.isenabled()
+    gc.disable()  # what a simulation makes has no cycles to collect
+    try:
+        simulation.run(iter(window.starts), window.children)
+    finally:
+        if collecting:
+            gc.enable()
+    counted = [end for end in ends if window.from_s <= end.sent_s <= window.until_s]
+    return _score(counted, slo, len(ends))
+
+
+def _free(latency: LatencyModel) -> LatencyModel:
+    """Work takes no time; what a token weighs stays."""
+    return replace(latency, prefill=PrefillCost(0.0, 0.0), decode=DecodeCost(0.0), load=None)
+
+
+def _score(ends: Sequence[RoundEnd], slo: Slo, simulated: int) -> Score:
+    attained = ttft_missed = itl_missed = refused = 0
+    ttfts: list[float] = []
+    itls: list[float] = []
+    for end in ends:
+        receipt = end.receipt
+        if receipt.outcome is not Outcome.COMPLETED or receipt.ttft_s is None:
+            refused += 1
+            continue
+        ttft = receipt.ttft_s / slo.ttft_s
+        itl = 0.0 if receipt.itl_s is None else receipt.itl_s / slo.itl_s
+        ttfts.append(ttft)
+        itls.append(itl)
+        ttft_missed += ttft > 1
+        itl_missed += itl > 1
+        attained += ttft <= 1 and itl <= 1
+    return Score(
+        len(ends), attained, ttft_missed, itl_missed, refused,
+        _p95(ttfts, len(ends)), _p95(itls, len(ends)), simulated,
+    )  # fmt: skip
+
+
+def _p95(values: list[float], of: int) -> float:
+    """Of `of` values, those that are missing counting as infinite."""
+    place = ceil(0.95 * of)
+    if place > len(values):
+        return float("inf")
+    return sorted(values)[max(0, place - 1)]
+
+
+def together(scores: Sequence[Score]) -> Score:
+    """Several windows as one; percentiles are the means of theirs."""
+    return Score(
+        *(sum(getattr(score, name) for score in scores) for name in Score.__struct_fields__[:5]),
+        sum(score.ttft_p95 for score in scores) / len(scores),
+        sum(score.itl_p95 for score in scores) / len(scores),
+        sum(score.simulated_rounds for score in scores),
+    )
