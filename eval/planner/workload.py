@@ -159,14 +159,17 @@ def _within(
         times_s = [arrived_s + at_s for at_s in sent_s]
         first = sum(at_s < ENTRY_S for at_s in times_s)
         last = sum(at_s <= until_s for at_s in times_s)
-        if first >= last:
+        under_way = 0 < first < len(times_s)
+        if first >= last and not under_way:
             continue
         rounds, shared = session.rounds[first:last], session.shared_tokens
-        kept = rounds[0].kept_tokens if first else 0
+        kept = session.rounds[first].kept_tokens if under_way else 0
         enters = kept > 1
-        if enters:  # one round more: what it had done before
-            entered = msgspec.structs.replace(rounds[0], gap_s=times_s[first])
-            rounds = (RoundTrace(prompt_tokens=kept, output_tokens=1), entered, *rounds[1:])
+        if enters:  # one round more: what it had done before; alone if it only rests here meanwhile
+            entered = (msgspec.structs.replace(turn, gap_s=times_s[first]) for turn in rounds[:1])
+            rounds = (RoundTrace(prompt_tokens=kept, output_tokens=1), *entered, *rounds[1:])
+        if not rounds:
+            continue
         if first:
             shared = min(shared, rounds[0].prompt_tokens - 1)
         offsets[session.session_id] = first, enters
