@@ -18,6 +18,7 @@ import msgspec
 
 from antiphon.eval.fit_points import Points, PointsError, ask_aiconfigurator, read_points, scale_points
 from antiphon.eval.hardware import GPUS
+from antiphon.eval.known_models import profile_name
 from antiphon.eval.least_squares import FitFailed, fit_decode, fit_prefill
 from antiphon.policies.latency import FitError, LatencyModel, LoadCost, TransferCost
 
@@ -60,12 +61,6 @@ def _rounded(value: object) -> object:
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
-
-
-def profile_name(model: str, system: str, gpus: int) -> str:
-    """`Qwen/Qwen3-32B` on 4 x `h200_sxm` is `qwen3-32b-h200-tp4`."""
-    base = model.rpartition("/")[2].lower().removeprefix("meta-").removesuffix("-v0.1")
-    return f"{base}-{system.partition('_')[0]}-tp{gpus}"
 
 
 def summary(model: LatencyModel) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
+Some = Annotated[int, Meta(ge=1, le=10**15)]
 BF16_BYTES = 2
 MEMORY_SHARE = 0.88
 """Of a GPU's memory, for weights and KV (--mem-fraction-static); the rest is for activations and graphs."""
@@ -35,22 +37,39 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
         "h200_sxm": Gpu("H200 SXM 141 GB", 141e9, 4.8e12, 989e12, 50e9, 50e9),
         "a100_sxm": Gpu("A100 SXM 80 GB", 80e9, 2.039e12, 312e12, 25e9, 25e9),
         "h20_sxm": Gpu("H20 96 GB", 96e9, 4.0e12, 148e12, 25e9, 50e9, scaled_from="h100_sxm"),
+        "l40s": Gpu("L40S 48 GB", 48e9, 0.864e12, 362e12, 25e9, 25e9),
+        "b200_sxm": Gpu("B200 SXM 180 GB", 180e9, 7.7e12, 2250e12, 50e9, 50e9),
     }
 )
-"""By AIConfigurator's name of the system, or what it would be. Network cards of 400 Gb/s, on A100 and H20 of
-200; PCIe 5, on A100 4."""
+"""By AIConfigurator's name of the system, or what it would be. Network cards of 400 Gb/s, on A100, H20 and
+L40S of 200; PCIe 5, on A100 and L40S 4. Memory and rates: NVIDIA's data sheets of the GPU; for B200 an eighth
+of the HGX board's."""
+
+
+def gpu_name(system: str) -> str:
+    """What people call it: `h100_sxm` is `h100`."""
+    return system.partition("_")[0]
+
+
+def gpu_named(name: str) -> tuple[str, Gpu]:
+    """Its system and itself, by either name in any case; ValueError names those there are."""
+    lowered = name.strip().lower()
+    for system, gpu in GPUS.items():
+        if lowered in (system, gpu_name(system)):
+            return system, gpu
+    raise ValueError(f"no GPU {name!r}; there are {', '.join(map(gpu_name, GPUS))}")
 
 
 class ModelShape(msgspec.Struct, frozen=True):
     """What of a decoder-only transformer decides its memory and arithmetic, in bf16."""
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    parameters: int
-    active_parameters: int
+    layers: Some
+    kv_heads: Some
+    head_dim: Some
+    parameters: Some
+    active_parameters: Some
     """Used for one token: fewer than all in a mixture of experts."""
-    expert_missed: float = 0.0
+    expert_missed: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of the experts that one token leaves out; 0 for a dense model."""
 
     def kv_bytes_per_token(self, gpus: int) -> int:

@@ -125,6 +125,12 @@ class LatencyModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
         return self.load.fixed_s + tokens * self.transfer.kv_bytes_per_token / self.load.bytes_per_s
 
 
+def bundled_profiles() -> list[str]:
+    """Names of the profiles that ship, in order."""
+    names = (entry.name for entry in (resources.files("antiphon.policies") / "data").iterdir())
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+
 def load_latency_model(name_or_path: str) -> LatencyModel:
     """A bundled profile by name, or a JSON file by path; raises ValueError naming what is wrong."""
     bundled = resources.files("antiphon.policies") / "data" / f"{name_or_path}.json"

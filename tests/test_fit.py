@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.eval.aiconfigurator_query import ask
-from antiphon.eval.fit import fit, main, profile_name
+from antiphon.eval.fit import fit, main
 from antiphon.eval.fit_points import (
     DECODE_GRID,
     PREFILL_GRID,
@@ -23,6 +23,7 @@ from antiphon.eval.fit_points import (
     scale_points,
 )
 from antiphon.eval.hardware import GPUS, ModelShape, device_tokens, shape_of
+from antiphon.eval.known_models import profile_name
 from antiphon.eval.least_squares import (
     DecodePoint,
     FitFailed,
