@@ -55,6 +55,18 @@ class Unloaded(Struct, frozen=True):
     itl_p95_s: float
 
 
+def gpu_budget(ask: Ask) -> dict[str, int]:
+    """GPU by its short name -> how many. Raises `PlanError` for one that is unknown."""
+    budget: dict[str, int] = {}
+    for named, count in ask.budget.items():
+        try:
+            gpu = gpu_name(gpu_named(named)[0])
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        budget[gpu] = budget.get(gpu, 0) + count
+    return budget
+
+
 def engine_types(
     ask: Ask, model: KnownModel, prices: Mapping[str, GpuPrice], longest_tokens: int | None = None
 ) -> Menu:
@@ -121,18 +133,6 @@ def attainable(types: Sequence[EngineType], workload: Workload, slo: Slo) -> Unl
     if not both:
         raise _too_tight(unloaded, slo, types)
     return unloaded
-
-
-def _budget(ask: Ask) -> dict[str, int]:
-    """GPU by its short name -> how many."""
-    budget: dict[str, int] = {}
-    for named, count in ask.budget.items():
-        try:
-            gpu = gpu_name(gpu_named(named)[0])
-        except ValueError as error:
-            raise PlanError(str(error)) from error
-        budget[gpu] = budget.get(gpu, 0) + count
-    return budget
 
 
 def _engine_type(
