@@ -80,7 +80,7 @@ def score(plan: Plan, window: Window, slo: Slo, window_tokens: int) -> Score:
     core = Scheduler(entering, make_ordering("fcfs"), plan.groups[0].type.latency, CoreConfig(publish=False))
     cluster = plan.cluster("plan", slo, window_tokens, PAGE_TOKENS)
     real = {spec.engine_id: spec.latency for spec in plan.specs()}
-    free = [replace(spec, latency=_free(spec.latency)) for spec in plan.specs()]
+    free = [replace(spec, latency=costless(spec.latency)) for spec in plan.specs()]
     simulation = Simulation(core, cluster, free, Targets(slo.ttft_s, slo.itl_s, True, True), ends.append)
 
     def begin() -> None:
@@ -101,7 +101,7 @@ def score(plan: Plan, window: Window, slo: Slo, window_tokens: int) -> Score:
     return _score(counted, slo, len(ends))
 
 
-def _free(latency: LatencyModel) -> LatencyModel:
+def costless(latency: LatencyModel) -> LatencyModel:
     """Work takes no time; what a token weighs stays."""
     return replace(latency, prefill=PrefillCost(0.0, 0.0), decode=DecodeCost(0.0), load=None)
 
