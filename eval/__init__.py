@@ -30,6 +30,7 @@ Fidelity
 Latency profiles (`policies/data`) and clusters (`clusters/*.toml`)
     fit.py         coefficients from points: the command; least_squares.py is the arithmetic
     fit_points.py  points from a file, or from AIConfigurator; aiconfigurator_query.py runs in its Python
+    profile_tables.py    writes docs/latency-profiles.md
     hardware.py    GPUs and models by specification; known_models.py the models that ship, with their profiles
     cluster_files.py     bundled clusters by name
     dynamo_replay.py     Dynamo's offline replay of the same sessions; dynamo_script.py runs in its Python

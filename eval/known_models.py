@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
 from antiphon.eval.hardware import ModelShape, Some, gpu_name, gpu_named
 from antiphon.policies.latency import LatencyModel, bundled_profiles, load_latency_model
 
+Table = TypeVar("Table", bound=msgspec.Struct)
 MODELS = Path(__file__).with_name("data") / "models.toml"
 
 
@@ -34,21 +36,29 @@ def read_models(path: Path | None = None) -> dict[str, KnownModel]:
 
     Raises ValueError naming file and key.
     """
-    known = _read(MODELS)
+    known = read_tables(MODELS, KnownModel)
     if path is not None:
-        for name, model in _read(path).items():
+        for name, model in read_tables(path, KnownModel).items():
             beside = tuple(str(path.parent / profile) for profile in model.profiles)
             known[name] = msgspec.structs.replace(model, profiles=beside)
     return known
 
 
-def _read(path: Path) -> dict[str, KnownModel]:
+def read_tables(path: Path, kind: type[Table]) -> dict[str, Table]:
+    """A TOML file of equal tables, by their names; raises ValueError naming file, table and key."""
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=dict[str, KnownModel])
+        written = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    tables: dict[str, Table] = {}
+    for name, table in written.items():
+        try:
+            tables[name] = msgspec.convert(table, kind)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{path}: [{name}]: {error}") from error
+    return tables
 
 
 def model_named(name: str, models: Mapping[str, KnownModel]) -> tuple[str, KnownModel]:

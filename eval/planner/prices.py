@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from antiphon.eval.hardware import gpu_name, gpu_named
+from antiphon.eval.known_models import read_tables
 
 PRICES = Path(__file__).parent.parent / "data" / "prices.toml"
 
@@ -37,14 +38,8 @@ def read_prices(path: Path | None = None) -> dict[str, GpuPrice]:
     Raises ValueError naming file and key.
     """
     path = path or PRICES
-    try:
-        written = msgspec.toml.decode(path.read_bytes(), type=dict[str, GpuPrice])
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from error
     prices: dict[str, GpuPrice] = {}
-    for name, price in written.items():
+    for name, price in read_tables(path, GpuPrice).items():
         try:
             gpu = gpu_name(gpu_named(name)[0])
         except ValueError as error:
