@@ -37,6 +37,14 @@ class EngineType(Struct, frozen=True):
     def price_per_hour(self) -> float:
         return self.tp * self.price_per_gpu_hour
 
+    @property
+    def on_its_link(self) -> LatencyModel:
+        """The profile, with the network that these engines have: policies predict transfers by it."""
+        transfer = self.latency.transfer
+        if transfer.bytes_per_s == self.link_bytes_per_s:
+            return self.latency
+        return replace(self.latency, transfer=replace(transfer, bytes_per_s=self.link_bytes_per_s))
+
 
 class Group(Struct, frozen=True):
     """`count` equal engines of one pool."""
@@ -107,7 +115,8 @@ class Plan(Struct, frozen=True):
         for number, group in enumerate(self.groups):
             named = f"{group.pool}-{group.type.name}-{number}"
             described = self._cluster_group(group)
-            specs += [EngineSpec(f"{named}-{n}", described, group.type.latency) for n in range(group.count)]
+            latency = group.type.on_its_link
+            specs += [EngineSpec(f"{named}-{n}", described, latency) for n in range(group.count)]
         return tuple(specs)
 
     def cluster(self, name: str, slo: Slo, window_tokens: int, page_tokens: int) -> Cluster:
