@@ -8,6 +8,7 @@ percent-encoded in keys, so that no name can reach another's record:
     {antiphon:F}:round:ID           hash   the session that a round was claimed in, whether it is done; TTL
     {antiphon:F}:call:DIGEST        hash   a client's call that may be made again: its latest round; TTL
     {antiphon:F}:answer:DIGEST      string what a call with an idempotency key was answered; TTL
+    {antiphon:F}:respcall:DIGEST    hash   a call of /v1/responses: its response, where it begins; TTL
     {antiphon:F}:res:TENANT:HASH    hash   engine id -> "incarnation|tokens"; TTL
     {antiphon:F}:replica:ID, totals:ID     a replica's heartbeat, and what it has reserved; TTL
     {antiphon:F}:chain:SCOPE:VALUE  string whose conversation has come there; turn:SCOPE:VALUE: ended so; TTL
@@ -57,6 +58,8 @@ SCRIPTS = {
     "session_put": ("records", "session_put"),
     "session_close": ("leases", "session_close"),
     "respond": ("respond",),
+    "respond_call": ("respond_call",),
+    "respond_forget": ("respond_forget",),
     "limit": ("limit",),
     "log_append": ("log_append",),
     "log_fence": ("log_fence",),

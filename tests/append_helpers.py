@@ -25,6 +25,7 @@ from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.models import ONLY
 from antiphon.scheduler.replica import Replica
+from antiphon.scheduler.response_store import ResponseStore
 from antiphon.scheduler.rounds import RoundHandle, RoundRequest
 from antiphon.scheduler.session_store import SessionStore
 from antiphon.scheduler.token_log import TokenLogs
@@ -126,6 +127,7 @@ class Stack:
             app = create_app(
                 seen, tokenizers, config, replica, metrics, store=store,
                 conversations=Conversations(logs, store, ledger), calls=Calls(ledger.connection),
+                responses=ResponseStore(ledger, 60.0),
             )  # fmt: skip
             await stack.enter_async_context(replica.running())
             await until(lambda: replica.readiness().engines_alive > 0 and replica.readiness().ledger == "ok")

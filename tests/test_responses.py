@@ -19,7 +19,7 @@ from antiphon.scheduler.gateway import responses
 from antiphon.scheduler.gateway.blocks import Blocks, Change
 from antiphon.scheduler.gateway.relay import AnswerForm, fold
 from antiphon.scheduler.gateway.requests import parse_chat
-from antiphon.scheduler.gateway.response_events import ResponseEvents
+from antiphon.scheduler.gateway.response_events import ResponseEvents, document, told_again
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.response_store import NOTHING, LedgerUnavailable, Past, ResponseStore
 
@@ -269,6 +269,24 @@ def test_events_are_what_openais_types_say(deltas: list[dict[str, Any]], finish:
     assert calls == [call["id"] for call in made.reply().get("tool_calls", ())]
 
 
+@given(STREAM, st.sampled_from(["stop", "length", "tool_calls"]))
+def test_a_stored_response_is_told_again(deltas: list[dict[str, Any]], finish: str) -> None:
+    """In events of the same types, each block in one piece, that add up to the same items."""
+    made = ResponseEvents(parse(), "resp_1", 5)
+    events = made.begin()
+    for event in chat_events(deltas, finish):
+        events += made.feed(event)
+    events += [*made.end(), made.last()]
+    stored = msgspec.json.decode(document(events[-1]["response"]))
+    again = told_again(parse(stream=True), stored)
+    assert [event["sequence_number"] for event in again] == list(range(len(again)))
+    assert again[-1]["type"] == events[-1]["type"] and again[-1]["response"] == stored
+    for event in again:
+        EVENT.validate_python(msgspec.to_builtins(event), strict=False)
+    done = [event["item"] for event in again if event["type"] == "response.output_item.done"]
+    assert msgspec.to_builtins(done) == stored["output"]
+
+
 def test_a_failure_is_an_event_with_the_response() -> None:
     made = ResponseEvents(parse(), "resp_1", 5)
     made.begin()
@@ -315,7 +333,7 @@ def test_a_second_replica_goes_on(valkey_url: str) -> None:
     async def work(one: ResponseStore, other: ResponseStore) -> None:
         assert await put(one, "a", NOTHING, b"1", b"2")
         past = await other.past("t", "a")
-        assert past == Past(past.list_id if past else "", ("1", "2"), "s-a", is_tip=True)
+        assert past == Past(past.list_id if past else "", ("1", "2"), "s-a", is_tip=True, previous="a")
         assert past and await put(other, "b", past, b"3", b"4")
         after = await one.past("t", "b")
         assert after and after.messages == ("1", "2", "3", "4") and after.is_tip

@@ -23,6 +23,7 @@ message_checks.py  of a chat's messages; error_shapes.py: errors as a route's cl
 relay.py       chunks -> events of a stream, or one answer
 translated.py  other APIs as chats: a request in, the chat's events out; blocks.py: what such events hold
 responses.py   /v1/responses as a chat, response_events.py back again, responses_route.py the HTTP of it
+response_calls.py  responses that are asked for again: which one that is, and where it begins
 messages.py    /v1/messages (Anthropic's), message_events.py, messages_route.py: the same
 tokenize.py    /tokenize and /detokenize
 surface.py     the routes of all these

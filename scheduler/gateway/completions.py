@@ -38,6 +38,11 @@ LOG_FIELDS = "antiphon.log"
 """Key in the ASGI scope: a dict whose entries end up in the request's log line."""
 BOUNDS = {"overloaded": "queue", "would_wait": "wait"}
 """Code of a refusal by the core -> the bound that was hit."""
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 CLOSING_DEADLINE_S = 5.0
 """For telling a client that its stream failed."""
 
@@ -139,12 +144,7 @@ class CompletionRoute:
     async def _stream(
         self, events: Events, checked: Checked, send: Send, progress: _Progress, about: Headings
     ) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-            *about,
-        ]
+        headers = [*STREAM_HEADERS, *about]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         progress.started = True
         async for event in events:

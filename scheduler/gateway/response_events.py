@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -196,6 +196,30 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": usage.get("reasoning_tokens") or 0},
         "total_tokens": usage["total_tokens"],
     }
+
+
+def told_again(body: ResponsesBody, response: Mapping[str, Any]) -> list[Event]:
+    """The events of a response that has been made: each block comes whole."""
+    events = ResponseEvents(body, response["id"], response["created_at"])
+    made = [*events.begin(), *(e for delta in _deltas(response) for e in events.feed(delta)), *events.end()]
+    return [*made, events.last() | {"response": response}]
+
+
+def _deltas(response: Mapping[str, Any]) -> Iterator[Event]:
+    """The chat that it was made of."""
+    for number, item in enumerate(response["output"]):
+        choice: dict[str, Any] = {}
+        if item["type"] == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            choice["delta"] = {"tool_calls": [{"index": number, "id": item["call_id"], "function": function}]}
+        else:
+            (part,) = item["content"]
+            name = "reasoning_content" if item["type"] == "reasoning" else "content"
+            choice["delta"] = {name: part["text"]}
+            choice["logprobs"] = {"content": part.get("logprobs")}
+        yield {"choices": [choice]}
+    reason = (response["incomplete_details"] or {}).get("reason", "stop")
+    yield {"choices": [{"finish_reason": "length" if reason == "max_output_tokens" else reason}]}
 
 
 def document(response: dict[str, Any]) -> bytes:

@@ -1,13 +1,14 @@
 """`/v1/responses`: create, streamed or whole; get and delete what was stored.
 
 A response that goes on from a stored one has its messages put before its own, and runs in its session; one
-that branches off from an earlier place runs in a child of that session.
+that branches off from an earlier place runs in a child of that session. One that is asked for again is the
+same response (`response_calls.py`).
 """
 
 from __future__ import annotations
 
 import logging
-import time
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -20,9 +21,12 @@ from antiphon.scheduler.config import Config
 from antiphon.scheduler.errors import ApiError, invalid, ledger_unavailable
 from antiphon.scheduler.gateway import responses
 from antiphon.scheduler.gateway.caller import current_caller
-from antiphon.scheduler.gateway.completions import ROUND_ID, CompletionRoute
+from antiphon.scheduler.gateway.completions import LOG_FIELDS, ROUND_ID, STREAM_HEADERS, CompletionRoute
 from antiphon.scheduler.gateway.intake import Intake
-from antiphon.scheduler.gateway.response_events import ResponseEvents, document
+from antiphon.scheduler.gateway.response_calls import Asked, Made, Making, ResponseCalls
+from antiphon.scheduler.gateway.response_events import ResponseEvents, document, told_again
+from antiphon.scheduler.gateway.retried import REPLAYED_HEADER
+from antiphon.scheduler.gateway.session_fields import joined
 from antiphon.scheduler.gateway.translated import answer, frame
 from antiphon.scheduler.response_store import NOTHING, LedgerUnavailable, Past, ResponseStore
 
@@ -44,16 +48,33 @@ class ResponsesRoute:
         self._intake = intake
         self._limit_bytes = config.gateway.body_limit_bytes
         self._store = store
+        self._calls = ResponseCalls(store, config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = await self._intake.body(receive, Headers(scope=scope))
+        headers = Headers(scope=scope)
+        raw = await self._intake.body(receive, headers)
         body = responses.parse_response_request(raw)
-        new = responses.new_messages(body)
-        tenant = current_caller().tenant
-        past = await self._past(body, tenant)
-        session = _session(body, past)
+        new, tenant = responses.new_messages(body), current_caller().tenant
+        call = self._calls.call(body, joined(headers), tenant, scope[ROUND_ID])
+        found = await self._calls.find(Asked(body, tenant, call, partial(self._past, body, tenant)))
+        if isinstance(found, Made):
+            scope[LOG_FIELDS]["replayed"] = True
+            await _give_again(body, found.document)(scope, receive, send)
+            return
+        try:
+            translated = self._translated(body, found, new, tenant)
+            await answer(self._chat, translated, scope, receive, send)
+        except ApiError:
+            await self._calls.refused(found)
+            raise
+
+    def _translated(
+        self, body: responses.ResponsesBody, making: Making, new: list[responses.Message], tenant: str
+    ) -> _Translated:
+        """Raises `ApiError` (400, 413)."""
+        past = making.past
         before = [msgspec.Raw(message.encode()) for message in past.messages]
-        chat = msgspec.json.encode(responses.chat_request(body, before, new, session))
+        chat = msgspec.json.encode(responses.chat_request(body, before, new, _session(body, past)))
         if len(chat) > self._limit_bytes and past.messages:
             raise ApiError(
                 413,
@@ -61,9 +82,9 @@ class ResponsesRoute:
                 f"With what came before it the request is over the limit of {self._limit_bytes} bytes.",
                 param="previous_response_id",
             )
-        events = ResponseEvents(body, f"resp_{scope[ROUND_ID].removeprefix('r')}", int(time.time()))
-        keep = _Keep(self._store if body.stored else None, tenant, past, new, body.conversation_id)
-        await answer(self._chat, _Translated(body, chat, events, keep), scope, receive, send)
+        events = ResponseEvents(body, making.response_id, making.created)
+        keep = _Keep(self._store if body.stored else None, tenant, making, new, body.conversation_id)
+        return _Translated(body, chat, events, keep)
 
     async def _past(self, body: responses.ResponsesBody, tenant: str) -> Past:
         """What the request says came before it; raises `ApiError` (404, or 503 while the ledger is away)."""
@@ -120,13 +141,13 @@ class _Keep:
         self,
         store: ResponseStore | None,
         tenant: str,
-        past: Past,
+        making: Making,
         new: list[responses.Message],
         conversation_id: str | None,
     ) -> None:
         self._store = store
         self._tenant = tenant
-        self._past = past
+        self._making = making
         self._new = new
         self._conversation_id = conversation_id
 
@@ -140,10 +161,11 @@ class _Keep:
                 self._tenant,
                 events.response_id,
                 document(response),
-                past=self._past,
+                past=self._making.past,
                 messages=messages,
                 session_id=events.session_id,
                 conversation_id=self._conversation_id,
+                call=self._making.call,
             )
         except LedgerUnavailable as error:
             log.warning("response not stored", extra={"reason": str(error)})
@@ -185,6 +207,22 @@ class _Translated:
 
     def whole(self) -> bytes:
         return self._whole
+
+
+def _give_again(body: responses.ResponsesBody, stored: str) -> Response:
+    """A response that was made, in the form that is asked for now."""
+    response = msgspec.json.decode(stored, type=dict[str, Any])
+    about = response.get("session") or {}
+    names = (("id", b"x-session-id"), ("round", b"x-session-round"), ("arm", b"x-antiphon-arm"))
+    told = [(header, str(about[name]).encode()) for name, header in names if about.get(name) is not None]
+    told.append(REPLAYED_HEADER)
+    if not body.stream:
+        given = Response(stored, media_type="application/json")
+    else:
+        given = Response(b"".join(map(frame, told_again(body, response))))
+        told += STREAM_HEADERS
+    given.raw_headers += told
+    return given
 
 
 def _session(body: responses.ResponsesBody, past: Past) -> Any:

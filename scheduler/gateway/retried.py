@@ -127,16 +127,9 @@ class Retries:
 
     async def tried(self, headers: Mapping[str, str], tenant: str) -> Tried:
         """Raises `ApiError` (400) for a key that is none."""
-        counted = headers.get(COUNT_HEADER, "0") != "0"
-        key = headers.get(KEY_HEADER)
+        key, counted = named_try(headers)
         if key is None:
             return Tried(tenant, counted=counted)
-        if not 0 < len(key) <= MAX_KEY_CHARS or not all("!" <= char <= "~" for char in key):
-            raise invalid(
-                f"An Idempotency-Key is 1 to {MAX_KEY_CHARS} visible ASCII characters without spaces.",
-                param="Idempotency-Key",
-                code="invalid_idempotency_key",
-            )
         digest = digest_of([b"key", tenant.encode(), key.encode()])
         try:
             known = await self._calls.known(digest) if self._calls is not None else None
@@ -164,6 +157,21 @@ class Retries:
             await self._calls.keep(call.digest, round_id, KeptAnswer(call.exactly, dict(headers), kept))
         except LedgerUnavailable as error:
             log.info("an answer is not kept for a retry: %s", error)
+
+
+def named_try(headers: Mapping[str, str]) -> tuple[str | None, bool]:
+    """The request's idempotency key, and whether its client says that it has asked this before.
+
+    Raises `ApiError` (400) for a key that is none.
+    """
+    key = headers.get(KEY_HEADER)
+    if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and all("!" <= char <= "~" for char in key)):
+        raise invalid(
+            f"An Idempotency-Key is 1 to {MAX_KEY_CHARS} visible ASCII characters without spaces.",
+            param="Idempotency-Key",
+            code="invalid_idempotency_key",
+        )
+    return key, headers.get(COUNT_HEADER, "0") != "0"
 
 
 async def replayed(answer: KeptAnswer) -> Events:
