@@ -64,8 +64,9 @@ class Rated(Struct, frozen=True):
 class Solved(Struct, frozen=True):
     """What the MILP says, before any of its plans was simulated as a whole."""
 
-    eq5: Plan
-    """AMPD's Eq. 5 alone: the least Z, the worst P95 as a share of its target, whatever it costs."""
+    eq5: Plan | None
+    """AMPD's Eq. 5 alone: the least Z, the worst P95 as a share of its target, whatever it costs. None where
+    the budget has no two engines: it knows no co-location."""
     eq5_z: float
     plan: Plan
     """The completed form: the cheapest whose Z is within the targets, or the least Z if none is."""
@@ -75,6 +76,8 @@ class Solved(Struct, frozen=True):
     curves_s: float
     """Seconds that the tables of tau took, in simulations."""
     solve_s: float
+    gap: float = 0.0
+    """How far from its bound the worst answer is that the solver's time limit cut off; 0 = all proven."""
 
 
 class Rung(Struct, frozen=True):
