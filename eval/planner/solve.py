@@ -191,12 +191,12 @@ class _Asked(NamedTuple):
         for times in range(2, MOST_FLEETS + 1):
             more = {gpu: count * times for gpu, count in budget.items()}
             if self._runs(more):
-                ways.append(",".join(f"{gpu}:{count}" for gpu, count in more.items()))
+                ways.append(",".join(f"{gpu}:{count}" for gpu, count in more.items() if count))
                 break
         sessions, tokens = self.workload.live_sessions, self.workload.live_tokens
         return Infeasible(
-            f"{sessions:.0f} sessions are under way at any time: their KV, {tokens / 1e6:.2f} million tokens, "
-            "fits no fleet of this budget",
+            f"{sessions:.0f} sessions are under way at any time, and their KV, {tokens / 1e6:.2f} million "
+            "tokens, fits no fleet of this budget",
             ", or ".join(ways) or "a budget of more kinds of GPUs",
         )
 
