@@ -191,14 +191,14 @@ def busy_rate(each: EngineType, role: Role, workload: Workload, slo: Slo) -> flo
     prefills = families / prefill_s
     if role == "prefill":
         return prefills
-    mean_context = context / tokens
-    per_request_s = each.latency.decode_step_s(2, int(2 * mean_context)) - each.latency.decode_step_s(
-        1, int(mean_context)
-    )
-    room_s = slo.itl_s - each.latency.decode_step_s(1, int(mean_context))
-    batch = 1 + max(0.0, room_s) / per_request_s
-    batch = max(1.0, min(batch, each.device_tokens / mean_context, MOST_RUNNING))
-    decodes = batch / each.latency.decode_step_s(int(batch), int(batch * mean_context)) * families / tokens
+    mean_context, step_s = context / tokens, each.latency.decode_step_s
+    one_s = step_s(1, int(mean_context))
+    more_s = step_s(2, int(2 * mean_context)) - one_s
+    most = min(each.device_tokens / mean_context, MOST_RUNNING)
+    if more_s > 0:
+        most = min(most, 1 + (slo.itl_s - one_s) / more_s)
+    batch = max(1, int(most + 1e-9))
+    decodes = batch / step_s(batch, int(batch * mean_context)) * families / tokens
     return decodes if role == "decode" else 1 / (1 / prefills + 1 / decodes)
 
 

@@ -1,0 +1,162 @@
+"""tau by load: one simulated replica in each role."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from antiphon.engines.cluster import Slo
+from antiphon.eval.planner.curves import (
+    ROLES,
+    Curve,
+    CurveTask,
+    Role,
+    busy_rate,
+    kv_tokens,
+    make_curve,
+    make_curves,
+    rising,
+)
+from antiphon.eval.planner.plans import EngineType
+from antiphon.eval.planner.workload import Workload
+from antiphon.policies.latency import DecodeCost, LatencyModel, PrefillCost, TransferCost
+from antiphon.traces.schema import RoundTrace, SessionTrace
+
+LATENCY = LatencyModel(
+    "by-hand", "by hand", PrefillCost(0.0, 0.001), DecodeCost(0.01, 0.001), TransferCost(0.0, 1e9, 1000)
+)
+ENGINE = EngineType("h100", 1, LATENCY, 64_000, 128_000, 1e9, 2.0)
+SLO = Slo(1.0, 0.05)
+WINDOW_TOKENS = 10_000
+
+
+def turns(count: int) -> tuple[RoundTrace, ...]:
+    """Rounds of 128 new tokens and 65 of output, each over all before it, 10 s apart."""
+    made: list[RoundTrace] = []
+    for _ in range(count):
+        kept = made[-1].total_tokens - 1 if made else 0
+        made.append(RoundTrace(prompt_tokens=kept + 128, output_tokens=65, kept_tokens=kept, gap_s=10.0))
+    return tuple(made)
+
+
+WORKLOAD = Workload.of([SessionTrace(f"s{n}", turns(4)) for n in range(5)], 4.0, LATENCY)
+
+
+def task(role: Role, engine: EngineType = ENGINE, workload: Workload = WORKLOAD) -> CurveTask:
+    return CurveTask(role, engine, workload, SLO, WINDOW_TOKENS, "local", 120, (0,))
+
+
+@lru_cache
+def curve(role: Role) -> Curve:
+    return make_curve(task(role))
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@given(st.lists(st.floats(0, 100), max_size=12))
+def test_rising_is_the_nearest_that_never_falls(values: list[float]) -> None:
+    risen = rising(values)
+    assert list(risen) == sorted(risen)
+    assert sum(risen) == pytest.approx(sum(values), abs=1e-9)
+    assert rising(sorted(values)) == tuple(sorted(values))
+
+
+def test_rising_by_hand() -> None:
+    assert rising([1, 3, 2, 4]) == (1, 2.5, 2.5, 4)
+    assert rising([3, 2, 1]) == (2, 2, 2)
+
+
+rates = st.lists(st.floats(0.01, 10), min_size=1, max_size=6, unique=True).map(sorted)
+
+
+@given(rates, st.data())
+def test_tau_never_falls_with_the_rate(at: list[float], data: st.DataObject) -> None:
+    taus = rising(data.draw(st.lists(st.floats(0, 10), min_size=len(at), max_size=len(at))))
+    drawn = Curve("decode", ENGINE, tuple(at), taus, taus, data.draw(st.floats(0.01, 30)))
+    looked_at = sorted(data.draw(st.lists(st.floats(0.001, 40), min_size=2, max_size=8)))
+    read = [drawn.tau(rate) for rate in looked_at]
+    assert all(a <= b + 1e-9 for a, b in pairwise(read))
+    assert [drawn.tau(rate) == float("inf") for rate in looked_at] == [r > drawn.kv_rate for r in looked_at]
+    for rate, tau in zip(at, taus, strict=True):
+        if rate <= drawn.kv_rate:
+            assert drawn.tau(rate) == pytest.approx(tau)
+
+
+def test_between_and_beyond_the_points() -> None:
+    drawn = Curve("prefill", ENGINE, (1.0, 2.0), (0.5, 1.5), (0.0, 0.4), float("inf"))
+    assert [drawn.tau(rate) for rate in (0.1, 1.0, 1.5, 2.0, 3.0)] == [0.5, 0.5, 1.0, 1.5, 2.5]
+    assert drawn.miss(1.5) == pytest.approx(0.2)
+    assert drawn.miss(9.0) == 1.0
+    alone = Curve("prefill", ENGINE, (2.0,), (1.0,), (0.0,), float("inf"))
+    assert alone.tau(3.0) == 1.5  # as if it were a line through nothing
+
+
+# ---------------------------------------------------------------- one replica
+
+
+def test_busy_rates_by_hand() -> None:
+    """A session prefills 4 x 128 tokens of 1 ms and decodes 4 x 65 tokens. A step is 10 ms and 1 ms per
+    request: 40 at once take the 50 ms of the target."""
+    assert busy_rate(ENGINE, "prefill", WORKLOAD, SLO) == pytest.approx(1 / 0.512)
+    decodes = 40 / 0.05 / 260
+    assert busy_rate(ENGINE, "decode", WORKLOAD, SLO) == pytest.approx(decodes, rel=0.01)
+    both = 1 / (0.512 + 1 / decodes)
+    assert busy_rate(ENGINE, "colocated", WORKLOAD, SLO) == pytest.approx(both, rel=0.01)
+
+
+def test_a_calm_engine_takes_what_its_profile_says() -> None:
+    """At its lowest rates: 0.128 s of prefill, of a target of 1 s; steps of 11 ms, of 50."""
+    assert 0.128 < curve("prefill").taus[0] < 0.5
+    assert 0.22 < curve("decode").taus[0] < 0.5
+    assert curve("colocated").taus[0] >= 0.128
+
+
+def test_load_makes_it_slower() -> None:
+    for role in ROLES:
+        made = curve(role)
+        assert list(made.rates) == sorted(set(made.rates))
+        assert list(made.taus) == sorted(made.taus)
+        assert list(made.missed) == sorted(made.missed)
+        assert made.tau(made.rates[0]) < made.tau(3 * made.rates[-1])
+    assert curve("prefill").taus[-1] > 1  # it was simulated at more than it can do
+
+
+def test_the_other_phase_is_ideal() -> None:
+    """What decoding costs changes no first token, and links nothing. (A home prefills a page itself.)"""
+    slow_decode = replace(LATENCY, decode=DecodeCost(10.0, 1.0))
+    slow = replace(ENGINE, latency=slow_decode, link_bytes_per_s=1.0, device_tokens=2048, store_tokens=2048)
+    prefill = curve("prefill")
+    assert make_curve(task("prefill", replace(slow, device_tokens=64_000))).taus == pytest.approx(
+        prefill.taus
+    )
+    assert make_curve(task("decode", replace(ENGINE, link_bytes_per_s=1.0))) == replace(
+        curve("decode"), type=replace(ENGINE, link_bytes_per_s=1.0)
+    )
+
+
+def test_kv_bounds_the_load_of_homes() -> None:
+    """Device and store keep the same pages: the larger counts."""
+    assert kv_tokens(ENGINE) == 128_000
+    assert curve("prefill").kv_rate == float("inf")
+    per_session = WORKLOAD.live_tokens / WORKLOAD.rate_per_s
+    for role in ROLES[1:]:
+        made = curve(role)
+        assert made.kv_rate == pytest.approx(128_000 / per_session)
+        assert made.tau(made.kv_rate * 1.01) == float("inf")
+        assert made.tau(made.kv_rate * 1.01, kv_factor=1.1) < float("inf")
+
+
+def test_processes_change_nothing() -> None:
+    roles: tuple[Role, ...] = ("prefill", "decode")
+    known = [
+        make_curves([ENGINE], WORKLOAD, SLO, WINDOW_TOKENS, rounds=60, seeds=(1,), roles=roles, jobs=jobs)
+        for jobs in (1, 2)
+    ]
+    assert known[0] == known[1]
+    assert list(known[0]) == [("prefill", "1xh100"), ("decode", "1xh100")]
