@@ -6,6 +6,11 @@ prices.py        prices, networks and host memory of GPUs: data/prices.toml or t
 engine_types.py  GPUs by tensor-parallel degrees: which engines an ask can have, and why not the others
 workload.py      a trace in steady state: the sessions of a window of time, some of them under way
 score.py         a plan, simulated on a workload: attainment and cost
+pool.py          processes that score plans on windows of one workload
+candidates.py    every plan within a budget
+screen.py        orders thousands of plans without simulating any
+neighbours.py    plans one step from a plan, in its fleet or its settings
+search.py        the search: successive halving, refinement, a last rung on fresh windows
 curves.py        how slow one engine is in one role at which load: tau of AMPD's Eq. 5, simulated
 solver.py        a mixed-integer linear program for HiGHS
 milp.py          AMPD's Eq. 5, alone and completed, as such a program

@@ -44,6 +44,8 @@ class Score(Struct, frozen=True):
     itl_p95: float
     simulated_rounds: int
     """All that it cost to find out, warm-up included."""
+    hopeless: bool = False
+    """Given up: it attains less than was asked for (`score`), and nothing here is exact."""
 
     @property
     def attainment(self) -> float:
@@ -56,13 +58,22 @@ class Score(Struct, frozen=True):
         return (share * (1 - share) / max(1, self.rounds)) ** 0.5
 
 
+class _Enough(Exception):
+    """What is simulated from here on changes nothing that counts."""
+
+
 class _Entering:
     """Until `policy` is set: every round to its home, or the least used one of the decode pool."""
 
-    def __init__(self) -> None:
+    def __init__(self, until_s: float) -> None:
         self.policy: Policy | None = None
+        self.until_s = until_s
+        self.waiting: set[str] = set()
+        """Rounds of the window that have been placed and have not ended."""
 
     def place(self, round: RoundView, cluster: ClusterView) -> Placement | Reject:
+        if round.arrived_s <= self.until_s:
+            self.waiting.add(round.round_id)
         if self.policy is not None:
             return self.policy.place(round, cluster)
         home = choose_home(round, cluster)
@@ -72,16 +83,48 @@ class _Entering:
         return Placement(Arm.LOCAL, home.engine_id, home.engine_id, "it was here", candidate, (candidate,))
 
 
-def score(plan: Plan, window: Window, slo: Slo, window_tokens: int) -> Score:
-    """Simulate one window. `window_tokens`: the model's longest prompt and output."""
-    ends: list[RoundEnd] = []
-    entering = _Entering()
+class _Ends:
+    """The rounds that ended. Raises `_Enough` when all that count have, or too many of them missed."""
+
+    def __init__(self, window: Window, slo: Slo, least: float, entering: _Entering, claim_s: float) -> None:
+        self.counted: list[RoundEnd] = []
+        self.simulated = 0
+        self.hopeless = False
+        self._window, self._slo, self._entering = window, slo, entering
+        self._closed_s = window.until_s + 2 * claim_s
+        """By now a round that was sent within the window has been placed."""
+        sent = sum(len(session.rounds) for session in window.sessions())
+        self._may_miss = (1 - least) * sent  # no more than `sent` rounds can ever count
+
+    def __call__(self, end: RoundEnd) -> None:
+        self.simulated += 1
+        waiting = self._entering.waiting
+        waiting.discard(end.receipt.round_id)
+        if self._window.from_s <= end.sent_s <= self._window.until_s:
+            self.counted.append(end)
+            if not _attained(end, self._slo):
+                self._may_miss -= 1
+                if self._may_miss < 0:
+                    self.hopeless = True
+                    raise _Enough
+        if not waiting and end.ended_s > self._closed_s:
+            raise _Enough
+
+
+def score(plan: Plan, window: Window, slo: Slo, window_tokens: int, least: float = 0.0) -> Score:
+    """Simulate one window. `window_tokens`: the model's longest prompt and output.
+
+    A plan whose attainment is certain to be below `least` is given up: its score is one of the rounds until
+    then, and below `least` too.
+    """
+    entering = _Entering(window.until_s)
     policy = make_policy(plan.policy)
     core = Scheduler(entering, make_ordering("fcfs"), plan.groups[0].type.latency, CoreConfig(publish=False))
     cluster = plan.cluster("plan", slo, window_tokens, PAGE_TOKENS)
     real = {spec.engine_id: spec.latency for spec in plan.specs()}
     free = [replace(spec, latency=costless(spec.latency)) for spec in plan.specs()]
-    simulation = Simulation(core, cluster, free, Targets(slo.ttft_s, slo.itl_s, True, True), ends.append)
+    ends = _Ends(window, slo, least, entering, cluster.claim_s)
+    simulation = Simulation(core, cluster, free, Targets(slo.ttft_s, slo.itl_s, True, True), ends)
 
     def begin() -> None:
         entering.policy = policy
@@ -94,11 +137,12 @@ def score(plan: Plan, window: Window, slo: Slo, window_tokens: int) -> Score:
     gc.disable()  # what a simulation makes has no cycles to collect
     try:
         simulation.run(iter(window.starts), window.children)
+    except _Enough:
+        pass
     finally:
         if collecting:
             gc.enable()
-    counted = [end for end in ends if window.from_s <= end.sent_s <= window.until_s]
-    return _score(counted, slo, len(ends))
+    return _score(ends.counted, slo, ends.simulated, ends.hopeless)
 
 
 def costless(latency: LatencyModel) -> LatencyModel:
@@ -106,7 +150,14 @@ def costless(latency: LatencyModel) -> LatencyModel:
     return replace(latency, prefill=PrefillCost(0.0, 0.0), decode=DecodeCost(0.0), load=None)
 
 
-def _score(ends: Sequence[RoundEnd], slo: Slo, simulated: int) -> Score:
+def _attained(end: RoundEnd, slo: Slo) -> bool:
+    receipt = end.receipt
+    if receipt.outcome is not Outcome.COMPLETED or receipt.ttft_s is None or receipt.ttft_s > slo.ttft_s:
+        return False
+    return receipt.itl_s is None or receipt.itl_s <= slo.itl_s
+
+
+def _score(ends: Sequence[RoundEnd], slo: Slo, simulated: int, hopeless: bool) -> Score:
     attained = ttft_missed = itl_missed = refused = 0
     ttfts: list[float] = []
     itls: list[float] = []
@@ -121,10 +172,10 @@ def _score(ends: Sequence[RoundEnd], slo: Slo, simulated: int) -> Score:
         itls.append(itl)
         ttft_missed += ttft > 1
         itl_missed += itl > 1
-        attained += ttft <= 1 and itl <= 1
+        attained += _attained(end, slo)
     return Score(
         len(ends), attained, ttft_missed, itl_missed, refused,
-        _p95(ttfts, len(ends)), _p95(itls, len(ends)), simulated,
+        _p95(ttfts, len(ends)), _p95(itls, len(ends)), simulated, hopeless,
     )  # fmt: skip
 
 
@@ -143,4 +194,5 @@ def together(scores: Sequence[Score]) -> Score:
         sum(score.ttft_p95 for score in scores) / len(scores),
         sum(score.itl_p95 for score in scores) / len(scores),
         sum(score.simulated_rounds for score in scores),
+        any(score.hopeless for score in scores),
     )

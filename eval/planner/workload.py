@@ -47,6 +47,12 @@ class Window:
     live: int
     """Sessions that were under way when it opened."""
 
+    def sessions(self) -> Iterator[SessionTrace]:
+        """All of them, sub-agents included."""
+        yield from (session for _, session in self.starts)
+        for started in self.children.values():
+            yield from started
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:

@@ -1,0 +1,80 @@
+"""All plans within a budget.
+
+A pool for prefill of one engine type and one for decode of one, of equal tensor-parallel degree unless the
+ask allows mixed ones; co-located engines of one type or of two side by side; the equal split. None is left
+out. C, K and policy are the defaults here: the search varies them for plans that lead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from antiphon.eval.planner.ask import Ask
+from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName
+
+PREFILL_CK = 8192, 4
+"""C and K of engines that only prefill, where nothing was searched."""
+DECODE_CK = 2048, 4
+
+
+def group(pool: PoolName, each: EngineType, count: int) -> Group:
+    """With the defaults of C and K."""
+    return Group(pool, each, count, *(PREFILL_CK if pool == "prefill" else DECODE_CK))
+
+
+def candidates(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
+    """Every plan of the ask, equal splits first; each once."""
+    made = chain(equal_splits(ask, types), _colocated(ask, types), _disaggregated(ask, types))
+    return tuple(dict.fromkeys(made))
+
+
+def equal_splits(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
+    """Half of each kind's engines for prefill and half for decode, all GPUs used: one plan per degree.
+
+    An engine that is left over decodes. A degree that leaves no engine for prefill has none.
+    """
+    plans: list[Plan] = []
+    for degree in dict.fromkeys(each.tp for each in types):
+        pools: dict[PoolName, list[Group]] = {"prefill": [], "decode": []}
+        for each in types:
+            engines = ask.budget.get(each.gpu, 0) // each.tp
+            if each.tp != degree or not engines:
+                continue
+            if engines // 2:
+                pools["prefill"].append(group("prefill", each, engines // 2))
+            pools["decode"].append(group("decode", each, engines - engines // 2))
+        if pools["prefill"]:
+            plans.append(Plan((*pools["prefill"], *pools["decode"]), ask.policies[0]))
+    return tuple(plan for plan in plans if plan.fits(ask.budget))
+
+
+def _disaggregated(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
+    for prefill in types:
+        for decode in types:
+            if prefill.tp != decode.tp and not ask.mixed_tensor_parallel:
+                continue
+            for engines in range(1, ask.budget.get(prefill.gpu, 0) // prefill.tp + 1):
+                left = ask.budget.get(decode.gpu, 0)
+                if prefill.gpu == decode.gpu:
+                    left -= engines * prefill.tp
+                for homes in range(1, left // decode.tp + 1):
+                    pools = group("prefill", prefill, engines), group("decode", decode, homes)
+                    yield Plan(pools, ask.policies[0])
+
+
+def _colocated(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
+    """Of one type, and of two kinds of GPU side by side."""
+    if not ask.colocated_policies:
+        return
+    policy = ask.colocated_policies[0]
+    for number, one in enumerate(types):
+        counts = range(1, ask.budget.get(one.gpu, 0) // one.tp + 1)
+        for count in counts:
+            yield Plan((group("decode", one, count),), policy)
+        for other in types[number + 1 :]:
+            if other.gpu == one.gpu or (other.tp != one.tp and not ask.mixed_tensor_parallel):
+                continue
+            for count in counts:
+                for beside in range(1, ask.budget.get(other.gpu, 0) // other.tp + 1):
+                    yield Plan((group("decode", one, count), group("decode", other, beside)), policy)

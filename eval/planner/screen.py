@@ -1,0 +1,129 @@
+"""Orders thousands of plans without any simulation.
+
+The screen estimates the share of rounds within their targets, by the latency formulas and the workload's
+means: utilisation (prefill that its pool cannot do is done where sessions are decoded), the wait for m
+servers by Sakasegawa's formula, KV of live sessions. It does not know links, sessions' homes or bursts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import exp, sqrt
+
+from msgspec import Struct
+
+from antiphon.engines.cluster import Slo
+from antiphon.eval.planner.plans import EngineType, Plan
+from antiphon.eval.planner.workload import Workload
+
+QUANTILES = 24
+"""Of prefill times, that stand for all of them."""
+
+
+class _Work(Struct, frozen=True):
+    """What all of the workload is to one engine of a type."""
+
+    prefill_load: float
+    """Engines that its prefill keeps busy."""
+    decode_load: float
+    """The same of decode, at the largest batch that is within the target."""
+    wait_s: float
+    """Mean of a round's prefill time, with its spread, as a queue feels it: E[S^2] / 2 E[S]."""
+    prefill_quantiles_s: tuple[float, ...]
+    kv_load: float
+    """Engines that the live sessions' KV fills."""
+    token_rate: float
+    """Output tokens per second, of all."""
+    fixed_s: float
+    """Of a decode step."""
+    each_s: float
+    """More for each request of the batch, at the mean context."""
+
+
+class Screen:
+    """Estimates the attainment of plans: about ten microseconds each."""
+
+    def __init__(self, workload: Workload, slo: Slo, types: Iterable[EngineType]) -> None:
+        self._slo = slo
+        self._works = {each: _work(each, workload, slo) for each in types}
+
+    def estimate(self, plan: Plan) -> float:
+        """About the share of rounds within their targets; at overload at most 0, the less the worse."""
+        decodes = [(g.count, self._works[g.type]) for g in plan.pool("decode")]
+        prefills = [(g.count, self._works[g.type]) for g in plan.pool("prefill")]
+        decode_s = _together([(count, work.decode_load) for count, work in decodes])
+        here_s = _together([(count, work.prefill_load) for count, work in decodes])
+        kv = _together([(count, work.kv_load) for count, work in decodes])
+        share = 0.0  # of the prefill that the prefill pool does
+        used = here_s + decode_s
+        if prefills:
+            there_s = _together([(count, work.prefill_load) for count, work in prefills])
+            share = min(1.0, (here_s + decode_s) / (there_s + here_s))
+            used = max(share * there_s, (1 - share) * here_s + decode_s)
+        used = max(used, kv)
+        if used >= 1:
+            return 1 - used
+        ttft = self._ttft(prefills or decodes, used, plan.engines if prefills else len(decodes))
+        busy = min(0.95, (1 - share) * here_s)
+        return ttft * min(1.0, self._slo.itl_s * (1 - busy) / _step_s(decodes)) ** 2
+
+    def _ttft(self, engines: Sequence[tuple[int, _Work]], used: float, servers: int) -> float:
+        """Share of prefills that wait and take no longer than the target."""
+        total = sum(count for count, _ in engines)
+        waits = used ** (sqrt(2 * (servers + 1)) - 1)
+        good = 0.0
+        for count, work in engines:
+            mean_wait_s = work.wait_s / (servers * (1 - used))
+            for seconds in work.prefill_quantiles_s:
+                left_s = self._slo.ttft_s - seconds
+                if left_s > 0:
+                    good += count * (1 - waits * exp(-left_s / mean_wait_s))
+        return good / total / QUANTILES
+
+
+def _together(loads: Sequence[tuple[int, float]]) -> float:
+    """Utilisation of engines that share work as each can: (how many, what all of it is to one of them)."""
+    return 1 / sum(count / max(load, 1e-12) for count, load in loads)
+
+
+def _step_s(decodes: Sequence[tuple[int, _Work]]) -> float:
+    """A decode step at the batch at which the engines keep up: by Little's law, each with an equal share."""
+    engines = sum(count for count, _ in decodes)
+    worst_s = 0.0
+    for _, work in decodes:
+        rate = work.token_rate / engines
+        most = min(0.98, rate * work.each_s)
+        worst_s = max(worst_s, work.fixed_s / (1 - most) + work.each_s)
+    return worst_s
+
+
+def _work(each: EngineType, workload: Workload, slo: Slo) -> _Work:
+    latency, families = each.latency, len(workload.families)
+    prefills_s: list[float] = []
+    tokens = context_tokens = 0.0
+    for family in workload.families:
+        for session, *_ in family:
+            for number, turn in enumerate(session.rounds):
+                cached = turn.kept_tokens if number else session.shared_tokens
+                prefills_s.append(latency.prefill_s(turn.prompt_tokens - cached, cached))
+                tokens += turn.output_tokens
+                context_tokens += turn.output_tokens * (turn.prompt_tokens + turn.output_tokens / 2)
+    prefills_s.sort()
+    sum_s, squares = sum(prefills_s), sum(s * s for s in prefills_s)
+    context = context_tokens / tokens
+    fixed_s = latency.decode_step_s(1, 1)
+    each_s = (latency.decode_step_s(17, round(17 * context)) - latency.decode_step_s(1, round(context))) / 16
+    batch = max(1.0, min(256, each.device_tokens / context, (slo.itl_s - fixed_s) / max(each_s, 1e-12)))
+    token_rate = workload.rate_per_s * tokens / families
+    return _Work(
+        prefill_load=workload.rate_per_s * sum_s / families,
+        decode_load=token_rate * latency.decode_step_s(int(batch), int(batch * context)) / int(batch),
+        wait_s=squares / (2 * max(sum_s, 1e-12)),
+        prefill_quantiles_s=tuple(
+            prefills_s[int((n + 0.5) / QUANTILES * len(prefills_s))] for n in range(QUANTILES)
+        ),
+        kv_load=workload.live_tokens / max(each.device_tokens, each.store_tokens),
+        token_rate=token_rate,
+        fixed_s=fixed_s,
+        each_s=each_s,
+    )
