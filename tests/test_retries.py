@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from antiphon.scheduler.access_config import LimitsConfig
 from antiphon.scheduler.conversation import Conversation
 from antiphon.scheduler.gateway.conversations import Conversations
 from antiphon.scheduler.gateway.prompts import PromptTokenizer
@@ -100,6 +101,36 @@ def test_a_retry_takes_over_from_a_try_that_still_runs(run: Callable[..., None],
             assert status == 200 and answer["session"]["id"] == "s"
 
     run(work)
+
+
+def test_a_retry_takes_over_though_its_client_may_have_one_round(
+    valkey_url: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The first try's place is the retry's. Nobody else gets one."""
+    bounds = {"limits": LimitsConfig(rounds_in_flight=1)}
+
+    async def all_of_it() -> None:
+        async with stack(valkey_url, tiny_model_dir, None, **bounds) as made, made.gateway() as gateway:
+            body = {"messages": [user("hello")], **SLOW}
+            first = asyncio.create_task(gateway.events(CHAT, body, X_Session_ID="s"))
+            await streaming(gateway)
+            status, error = await gateway.post(CHAT, {"messages": [user("bye")]})
+            assert (status, error["error"]["code"]) == (429, "rate_limit_exceeded")
+            retried = asyncio.create_task(gateway.events(CHAT, body, X_Session_ID="s", **AGAIN))
+            assert "retry" in (await first)[-1]["error"]["message"]
+            await streaming(gateway)
+            status, error = await gateway.post(CHAT, {"messages": [user("bye")]})
+            assert (status, error["error"]["code"]) == (429, "rate_limit_exceeded")
+            retried.cancel()
+            await asyncio.wait([retried])
+
+            async def there_is_room() -> bool:
+                answer = await gateway.post(CHAT, {"messages": [user("bye")], "max_tokens": 4})
+                return answer[0] == 200
+
+            await until(there_is_room)
+
+    asyncio.run(all_of_it())
 
 
 def test_a_retry_is_the_next_try_of_a_round_that_was_cut_off(run: Callable[..., None]) -> None:

@@ -18,6 +18,7 @@ rounds_route.py   POST /v1/sessions/{id}/rounds: only what is new
 tenants.py     the gate: API key -> tenant; caller.py: who that is, for whoever asks
 salts.py       what keeps tenants' KV apart
 overload.py    what a replica takes on at once; beyond that: 503
+seats.py       how many are under way, of a replica or a key; retries sit with their first try
 limits.py      how much a key may do; token_bucket.py: tokens per minute, as sums
 message_checks.py  of a chat's messages; error_shapes.py: errors as a route's clients expect them
 relay.py       chunks -> events of a stream, or one answer

@@ -2,7 +2,7 @@
 
 Sessions and tokens are counted over the fleet, by one script in the ledger per round, before its claim; what
 a round has generated is told with the key's next round. While the ledger is away each replica counts for
-itself. Rounds in flight are counted per replica.
+itself. Rounds in flight are counted per replica; a retry is not refused because of its first try.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from antiphon.scheduler.access_config import LimitsConfig
 from antiphon.scheduler.errors import from_refusal
 from antiphon.scheduler.gateway import token_bucket
 from antiphon.scheduler.gateway.caller import Caller, current_caller
+from antiphon.scheduler.gateway.seats import Seats
 from antiphon.scheduler.gateway.token_bucket import MINUTE_S, Bucket
 from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable, escaped
 from antiphon.scheduler.outcomes import Outcome
@@ -34,7 +35,8 @@ SESSIONS_RETRY_S = 10.0
 class _Counts:
     """What one key uses, as far as this replica knows."""
 
-    in_flight: int = 0
+    seats: Seats = field(default_factory=Seats)
+    """Of its rounds in flight."""
     bucket: Bucket | None = None
     """As the ledger last said; our own while it is away."""
     owed_tokens: float = 0.0
@@ -64,11 +66,13 @@ class Limits:
     async def admitted(self, caller: Caller, request: RoundRequest) -> AsyncIterator[_Round]:
         """Let a round in, for as long as it is entered; raises `RoundRefused`."""
         counts, limits = self._of(caller.key), caller.limits
-        if 0 < limits.rounds_in_flight <= counts.in_flight:
-            what = f"This key has {counts.in_flight} rounds in flight here, as many as it may."
+        call = request.call
+        name, again = (call.digest, call.again) if call is not None else ("", False)
+        seat = counts.seats.take(limits.rounds_in_flight, name, again=again)
+        if seat is None:
+            what = f"This key has {counts.seats.taken} rounds in flight here, as many as it may."
             raise RoundRefused("rate_limit_exceeded", what, IN_FLIGHT_RETRY_S)
         round = _Round(len(request.prompt))
-        counts.in_flight += 1
         try:
             if limits.tokens_per_minute or limits.sessions:
                 await self._admit(caller, counts, request, round)
@@ -77,7 +81,7 @@ class Limits:
             round.refused = True
             raise
         finally:
-            counts.in_flight -= 1
+            counts.seats.leave(seat)
             if limits.tokens_per_minute and round.let_in:
                 counts.owed_tokens += round.uncounted()
                 counts.owed_at_s = self._clock()
@@ -162,7 +166,7 @@ class Limits:
         self._counts.move_to_end(key)
         if len(self._counts) > MAX_COUNTS:
             oldest = next(iter(self._counts))
-            if not self._counts[oldest].in_flight:
+            if not self._counts[oldest].seats.taken:
                 del self._counts[oldest]
         return counts
 
