@@ -11,6 +11,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+
+import aiohttp
 
 from antiphon.scheduler.access_config import KeyConfig
 from antiphon.scheduler.config import Config, ModelConfig
@@ -71,12 +74,37 @@ async def test_what_cannot_be_drained_is_said(valkey_url: str, tiny_model_dir: P
     async with cluster(valkey_url, "local", engines="d0") as c, gateway(c, tiny_model_dir) as url:
         unknown = await drain(url, "nobody")
         assert unknown.exit_code != 0 and "No engine 'nobody' is up; up are: d0" in unknown.errors
+        undone = await drain(url, "nobody", "--undo")
+        assert undone.exit_code != 0 and "No engine 'nobody' is up; up are: d0" in undone.errors
         alone = await drain(url, "d0")
         assert alone.exit_code != 0 and "the only one of its model" in alone.errors
     async with cluster(valkey_url, "local", engines="d0 d1") as c, gateway(c, tiny_model_dir) as url:
         await c.ledger.heartbeat("a gateway that does not look", 60.0)
         late = await drain(url, "d0", "--timeout", "0.1")
         assert late.exit_code == 3 and "of 2 gateways have seen it" in late.output
+
+
+async def test_what_the_route_says_of_engines(valkey_url: str, tiny_model_dir: Path) -> None:
+    """404 by every method for one that is neither up nor marked; the mark of a dead one is taken back."""
+    async with cluster(valkey_url, "local", engines="d0") as c, gateway(c, tiny_model_dir) as url:
+
+        async def ask(method: str, engine_id: str) -> tuple[int, Any]:
+            path = f"{url}/v1/engines/{engine_id}/drain"
+            async with aiohttp.ClientSession() as http, http.request(method, path) as answer:
+                return answer.status, await answer.json()
+
+        for method in ("GET", "POST", "DELETE"):
+            status, error = await ask(method, "nobody")
+            assert (status, error["error"]["code"]) == (404, "engine_not_found"), method
+            assert "up are: d0" in error["error"]["message"]
+        assert (await ask("POST", "d0"))[1]["error"]["code"] == "no_other_engine"
+        for method in ("GET", "DELETE"):
+            status, told = await ask(method, "d0")
+            assert (status, told["draining"]) == (200, False), method
+        await c.replica.drains.mark("dead", "its last life")
+        status, told = await ask("GET", "dead")
+        assert (status, told["draining"]) == (200, True)
+        assert (await ask("DELETE", "dead"))[0] == 200 and (await ask("DELETE", "dead"))[0] == 404
 
 
 async def test_only_admins_drain(valkey_url: str, tiny_model_dir: Path) -> None:

@@ -37,35 +37,40 @@ class DrainRoute:
             raise permission_denied("Engines are drained with admin keys only.")
         engine_id = request.path_params["id"]
         try:
+            engines = {str(item["engine_id"]): item for item in await self._engines()}
+            engine = engines.get(engine_id)
             if request.method == "POST":
-                await self._store.mark(engine_id, await self._incarnation(engine_id))
+                await self._store.mark(engine_id, _to_be_drained(engine_id, engines))
             elif request.method == "DELETE":
-                await self._store.unmark(engine_id)
+                # The mark of one that is gone already can be taken back.
+                if not await self._store.unmark(engine_id) and engine is None:
+                    raise _unknown(engine_id, engines)
             status = await self._store.status(engine_id)
         except LedgerUnavailable as error:
             raise ledger_unavailable(f"Drains are kept in the ledger: {error}.") from error
         if request.method == "GET":
-            now = await self._incarnation(engine_id, lenient=status.draining)
-            if now and now != status.incarnation:  # it was started again: the mark is of its last life
+            if engine is None and not status.draining:
+                raise _unknown(engine_id, engines)
+            if engine is not None and engine["incarnation"] != status.incarnation:
+                # It was started again: the mark is of its last life.
                 status = structs.replace(status, draining=False, safe=False)
         return Response(msgspec.json.encode(_shown(status)), media_type="application/json")
 
-    async def _incarnation(self, engine_id: str, *, lenient: bool = False) -> str:
-        """Of an engine that is up and not alone; raises `ApiError` (404, or 400).
 
-        `lenient`: "" for one that is not up; it may be alone.
-        """
-        engines = {str(item["engine_id"]): item for item in await self._engines()}
-        engine = engines.get(engine_id)
-        if lenient:
-            return str(engine["incarnation"]) if engine is not None else ""
-        if engine is None:
-            known = ", ".join(sorted(engines)) or "none"
-            raise ApiError(404, "engine_not_found", f"No engine {engine_id!r} is up; up are: {known}.")
-        if not [e for e in engines.values() if e is not engine and e.get("model") == engine.get("model")]:
-            why = f"Engine {engine_id!r} is the only one of its model: nothing can take its place."
-            raise ApiError(400, "no_other_engine", why)
-        return str(engine["incarnation"])
+def _to_be_drained(engine_id: str, engines: Mapping[str, Mapping[str, Any]]) -> str:
+    """The incarnation of an engine that is up and not alone; raises `ApiError` (404, or 400)."""
+    engine = engines.get(engine_id)
+    if engine is None:
+        raise _unknown(engine_id, engines)
+    if not [e for e in engines.values() if e is not engine and e.get("model") == engine.get("model")]:
+        why = f"Engine {engine_id!r} is the only one of its model: nothing can take its place."
+        raise ApiError(400, "no_other_engine", why)
+    return str(engine["incarnation"])
+
+
+def _unknown(engine_id: str, engines: Mapping[str, Any]) -> ApiError:
+    known = ", ".join(sorted(engines)) or "none"
+    return ApiError(404, "engine_not_found", f"No engine {engine_id!r} is up; up are: {known}.")
 
 
 def _shown(status: DrainStatus) -> dict[str, Any]:
