@@ -158,7 +158,7 @@ def check(choice: Choice | None, form: Form, curves: Curves) -> None:
     assert all(group.count for group in plan.groups)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tables(), st.fixed_dictionaries({"big": st.integers(0, 3), "small": st.integers(0, 3)}), st.booleans())
 def test_the_optimum_is_that_of_enumeration(
     curves: dict[tuple[Role, str], Curve], budget: dict[str, int], mixed: bool
@@ -223,6 +223,25 @@ def test_colocated_where_it_is_as_good_and_cheaper() -> None:
     assert dearer is not None and dearer.price == 2.0
     alone = eq5(form)
     assert alone is not None and not plan_is_colocated(alone)
+
+
+def test_of_equals() -> None:
+    """No engine of the dear kind changes Z: decode is slow, and only cheap engines decode in time at all."""
+    curves = flat(prefill=0.2, decode=1.0, colocated=9.0)
+    two = TYPES[::2]
+    for each in two:  # prefill is as good with one as with many
+        curves["prefill", each.name] = curve("prefill", each, [0.2, 0.0, 0.0], INFINITE)
+    curves["decode", "1xbig"] = curve("decode", two[0], [9.0, 0.0, 0.0], INFINITE)
+    budget = {"big": 2, "small": 3}
+    slow = Form(columns_of(two, curves, RATE, budget), budget)
+    for choice in (eq5(slow), completed(slow, within_z=0.1)):  # all three, and so one dear one
+        assert choice is not None
+        assert (choice.z, choice.price) == (pytest.approx(1 / 3, abs=0.01), 6.0)
+    curves["decode", "1xbig"] = curve("decode", two[0], [0.6, 0.0, 0.0], INFINITE)
+    both = Form(columns_of(two, curves, RATE, {"big": 1, "small": 1}), {"big": 1, "small": 1})
+    best = completed(both)  # for the same price either way round: the one that decodes faster
+    assert best is not None
+    assert (best.z, best.price) == (0.6, 4.0)
 
 
 def test_one_engine_alone_has_no_eq5() -> None:

@@ -161,7 +161,7 @@ def _solve(
     numbers = {
         program.binary(): column for column in columns if form.colocation or column.role != "colocated"
     }
-    _share_out(program, form, numbers)
+    _share_out(program, numbers)
     for gpu, count in form.budget.items():
         used = {number: c.gpus for number, c in numbers.items() if c.type.gpu == gpu}
         if used:
@@ -176,8 +176,11 @@ def _solve(
     return Choice(tuple(c for number, c in numbers.items() if answer.values[number]), answer.gap)
 
 
-def _share_out(program: Program, form: Form, numbers: Mapping[int, Column]) -> None:
-    """All of each phase's load is taken: of prefill and decode, or of neither and of the co-located."""
+def _share_out(program: Program, numbers: Mapping[int, Column]) -> None:
+    """All of each phase's load is taken: of prefill and decode, or of neither and of the co-located.
+
+    Without columns of co-location the mode is 0.
+    """
     mode = program.binary()
     for role in ROLES:
         taken: dict[int, float] = {n: column.eighths for n, column in numbers.items() if column.role == role}
@@ -185,8 +188,6 @@ def _share_out(program: Program, form: Form, numbers: Mapping[int, Column]) -> N
             program.row({**taken, mode: -EIGHTHS}, least=0, most=0)
         else:
             program.row({**taken, mode: EIGHTHS}, least=EIGHTHS, most=EIGHTHS)
-    if not form.colocation:
-        program.row({mode: 1.0}, most=0)
 
 
 def _activate(program: Program, form: Form, numbers: Mapping[int, Column], *, with_z: bool) -> int:
