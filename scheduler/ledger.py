@@ -19,7 +19,7 @@ import msgspec
 from antiphon.engines.base import EngineRecord
 from antiphon.engines.registry import RecordReader
 from antiphon.scheduler import ledger_views
-from antiphon.scheduler.ledger_answers import Look, Moved, read_claim, read_look, tip_text
+from antiphon.scheduler.ledger_answers import Look, Moved, Recorded, read_claim, read_look, tip_text
 from antiphon.scheduler.ledger_connection import (
     RETRY_AFTER_S,
     KeyReused,
@@ -39,13 +39,12 @@ from antiphon.scheduler.retries import CALL_MEMORY_S, Call
 from antiphon.scheduler.settling import Settling
 
 __all__ = [
-    "KeyReused", "Ledger", "LedgerUnavailable", "Look", "Moved", "RoundTaken", "SessionRecord", "thin",
+    "KeyReused", "Ledger", "LedgerUnavailable", "Look", "Moved", "Recorded", "RoundTaken", "SessionRecord",
+    "thin",
 ]  # fmt: skip
 
 DENSE_CANDIDATES = 24
 RECEIPTS_KEPT = 10_000
-RECORDED = 1
-"""The answer of complete.lua, if nothing else is said."""
 ROUND_MEMORY_S = CALL_MEMORY_S
 """How long a recorded round is remembered, so that a repeated completion is known as such."""
 MAX_ID_CHARS = 255
@@ -214,10 +213,10 @@ class Ledger:
         holdings: Sequence[HoldingEntry] = (),
         ttl_s: float,
         call: Call | None = None,
-    ) -> bool:
+    ) -> Recorded:
         """Record how a round ended and free its lease; `session_id` is the one that the claim answered.
 
-        `fence` is the claim's, 0 for a round that ran without one (degraded). False: a newer claim has the
+        `fence` is the claim's, 0 for a round that ran without one (degraded). FENCED: a newer claim has the
         session, and nothing was recorded but a count. Repeating a completion changes nothing and answers
         the same; so does that of a `call` that was answered before, but for the counter `repeated` and for
         where the KV is. Raises `LedgerUnavailable`.
@@ -246,13 +245,14 @@ class Ledger:
             arguments += (engine_id, f"{incarnation}|{tokens}")
         self._settling.forget(replica, receipt.round_id)
         self._claimed.discard((replica, receipt.round_id))
-        recorded, epoch = await c.script("complete", keys, arguments)
+        answer, epoch = await c.script("complete", keys, arguments)
+        recorded = Recorded(answer)
         self._see_epoch(epoch)
         if recorded:
             self._remember(tenant, fresh, now)
-        if recorded != RECORDED:
-            self.doubles["repeated" if recorded else "fenced"] += 1
-        return bool(recorded)
+        if recorded is not Recorded.YES:
+            self.doubles[recorded.name.lower()] += 1
+        return recorded
 
     async def release(self, replica: str, round_id: str) -> bool:
         """Give back a claim that will not run, even one that is still on its way; True if there was one.

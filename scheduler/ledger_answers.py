@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any
 
 import msgspec
@@ -15,6 +15,16 @@ from antiphon.scheduler.messages import Claimed, Holding, Totals
 log = logging.getLogger(__name__)
 
 _totals_decoder = msgspec.json.Decoder(dict[str, Totals])
+
+
+class Recorded(IntEnum):
+    """What became of a completion; true if it changed anything."""
+
+    FENCED = 0
+    """A newer claim has the session: it was only counted."""
+    YES = 1
+    REPEATED = 2
+    """Another try of its call was recorded as completed before."""
 
 
 class Moved(Enum):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -11,6 +12,9 @@ import msgspec
 from antiphon.policies.base import Candidate
 from antiphon.scheduler.outcomes import Receipt
 
+PENDING, NOT_CLAIMED, NEVER = "pending", "not_claimed", "never"
+"""What a receipt says of the ledger: its answer is to come, it was not asked, it never answered. Else "yes",
+"fenced" (a later try had the round) or "repeated" (another try was recorded as completed before)."""
 DEFAULT_CAPACITY = 10_000
 
 
@@ -30,23 +34,43 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     return shown | {"ttft_s": candidate.ttft_s}
 
 
+@dataclass(slots=True, eq=False)
+class _Kept:
+    receipt: Receipt
+    tenant: str
+    recorded: str
+
+
 class ReceiptLog:
     """The newest `capacity` receipts of this replica. For one event loop."""
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
-        self._receipts: deque[tuple[Receipt, str]] = deque(maxlen=capacity)
+        self._capacity = capacity
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        """By round."""
 
-    def add(self, receipt: Receipt, tenant: str = "default") -> None:
-        self._receipts.append((receipt, tenant))
+    def add(self, receipt: Receipt, tenant: str = "default", recorded: str = PENDING) -> None:
+        """`recorded`: what is known of that yet, as `settle` has it."""
+        self._kept[receipt.round_id] = _Kept(receipt, tenant, recorded)
+        self._kept.move_to_end(receipt.round_id)
+        if len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+
+    def settle(self, round_id: str, recorded: str) -> None:
+        """Whether the ledger has recorded a round is known now."""
+        kept = self._kept.get(round_id)
+        if kept is not None:
+            kept.recorded = recorded
 
     def newest(
         self, limit: int, session_id: str | None = None, tenant: str | None = None
     ) -> Sequence[dict[str, Any]]:
         """At most `limit`, newest first, of one session and of one tenant if they are named."""
         found: list[dict[str, Any]] = []
-        for receipt, owner in reversed(self._receipts):
+        for kept in reversed(self._kept.values()):
             if len(found) >= limit:
                 break
-            if session_id in (None, receipt.session_id) and tenant in (None, owner):
-                found.append(receipt_json(receipt) | {"tenant": owner})
+            if session_id in (None, kept.receipt.session_id) and tenant in (None, kept.tenant):
+                told = {"tenant": kept.tenant, "recorded": kept.recorded}
+                found.append(receipt_json(kept.receipt) | told)
         return found

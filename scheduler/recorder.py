@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved
+from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Look, Moved, Recorded
 from antiphon.scheduler.ledger_connection import RETRY_AFTER_S
 from antiphon.scheduler.messages import (
     Claimed,
@@ -81,15 +81,18 @@ class Recorder:
         config: RecorderConfig | None = None,
         *,
         on_move: Callable[[str], None] = lambda result: None,
+        on_recorded: Callable[[str, Recorded | None], None] = lambda round_id, recorded: None,
         reservations: Reservations | None = None,
         is_foreign: Callable[[str], bool] = lambda engine_id: False,
     ) -> None:
-        """`on_move` gets the result of every `rehome`: a `Moved`, "away" or "unclaimed".
+        """`on_move` gets the result of every `rehome`: a `Moved`, "away" or "unclaimed"; `on_recorded` is
+        told what became of a round's completion, None if the ledger never took it.
 
         Recorders of one replica share their `reservations`. `is_foreign`: an engine id is another model's; a
         session that uses several models has a home in each, and the ledger knows the last one.
         """
         self._on_move = on_move
+        self._on_recorded = on_recorded
         self._ledger = ledger
         self._replica = replica
         self._config = config or RecorderConfig()
@@ -241,9 +244,11 @@ class Recorder:
                 if not attempt:
                     log.warning("round %s is not recorded yet: %s", receipt.round_id, error)
                 continue
+            self._on_recorded(receipt.round_id, recorded)
             if not recorded:
                 log.warning("round %s was fenced off: a newer claim has its session", receipt.round_id)
             return
+        self._on_recorded(receipt.round_id, None)
         log.error("round %s was never recorded: the ledger stayed away", receipt.round_id)
 
 

@@ -24,7 +24,7 @@ from antiphon.scheduler.engine_keys import StaticEngineKeys
 from antiphon.scheduler.errors import ledger_unavailable
 from antiphon.scheduler.gateway.app import Readiness
 from antiphon.scheduler.heartbeat import Heartbeat
-from antiphon.scheduler.ledger import Ledger, LedgerUnavailable
+from antiphon.scheduler.ledger import Ledger, LedgerUnavailable, Recorded
 from antiphon.scheduler.messages import (
     EngineDown,
     EngineSuspect,
@@ -35,7 +35,7 @@ from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.model_fleet import ModelFleet
 from antiphon.scheduler.models import ONLY, Model, Models
 from antiphon.scheduler.outcomes import Receipt
-from antiphon.scheduler.receipt_log import ReceiptLog
+from antiphon.scheduler.receipt_log import NEVER, NOT_CLAIMED, PENDING, ReceiptLog
 from antiphon.scheduler.recorder import Recorder, RecorderConfig, Reservations
 from antiphon.scheduler.rounds import LiveRound, RoundHandle, RoundRequest
 from antiphon.scheduler.runtime import Runtime
@@ -98,6 +98,7 @@ class Replica:
             name,
             RecorderConfig(session_ttl_s=self._config.ledger.session_ttl_s),
             on_move=lambda result: self._metrics.moves.labels(result).inc(),
+            on_recorded=self._on_recorded,
             reservations=reservations,
             is_foreign=lambda engine_id: self._is_foreign(engine_id, model),
         )
@@ -266,8 +267,12 @@ class Replica:
         if fleet is not None:
             fleet.runtime.post(LoadReported(engine_id, load.used_tokens))
 
+    def _on_recorded(self, round_id: str, recorded: Recorded | None) -> None:
+        self._receipts.settle(round_id, NEVER if recorded is None else recorded.name.lower())
+
     def _on_ended(self, live: LiveRound, receipt: Receipt) -> None:
-        self._receipts.add(receipt, live.request.tenant)
+        offered = live.claimed or receipt.degraded
+        self._receipts.add(receipt, live.request.tenant, PENDING if offered else NOT_CLAIMED)
         log.info(
             "round",
             extra={

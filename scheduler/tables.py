@@ -40,6 +40,11 @@ def words(value: Any) -> str:
     return ", ".join(value)
 
 
+def recorded(value: Any) -> str:
+    """Of a receipt: whether the ledger has it."""
+    return str(value).replace("_", " ")
+
+
 ENGINE_COLUMNS = (
     Column("engine", "engine_id"),
     Column("pool", "pool"),
@@ -72,6 +77,7 @@ RECEIPT_COLUMNS = (
     Column("round", "round_number", count, right=True),
     Column("arm", "arm"),
     Column("outcome", "outcome"),
+    Column("recorded", "recorded", recorded),
     Column("home", "home"),
     Column("prefill at", "prefill_engine"),
     Column("prompt", "prompt_tokens", count, right=True),

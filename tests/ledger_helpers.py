@@ -42,7 +42,7 @@ async def complete(ledger: Ledger, replica: str, claimed: Claimed, tenant: str =
     holdings = more.pop("holdings", ())
     fence = more.pop("fence", claimed.fence)
     call = more.pop("call", None)
-    return await ledger.complete(
+    recorded = await ledger.complete(
         replica=replica,
         fence=fence,  # type: ignore[arg-type]
         session_id=claimed.session_id,
@@ -52,6 +52,7 @@ async def complete(ledger: Ledger, replica: str, claimed: Claimed, tenant: str =
         ttl_s=TTL_S,
         call=call,  # type: ignore[arg-type]
     )
+    return bool(recorded)
 
 
 def receipt(round_id: str, session_id: str, **more: object) -> Receipt:

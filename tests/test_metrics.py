@@ -119,10 +119,13 @@ def test_the_receipt_log_keeps_the_newest() -> None:
     """Newest first, bounded, by session."""
     log = ReceiptLog(capacity=3)
     for index in range(5):
-        log.add(make_receipt(REQUEST, round_number=index, session_id=f"s{index % 2}"))
+        log.add(make_receipt(REQUEST, round_number=index, session_id=f"s{index % 2}", round_id=f"r{index}"))
     assert [item["round_number"] for item in log.newest(10)] == [4, 3, 2]
     assert [item["round_number"] for item in log.newest(1)] == [4]
     assert [item["round_number"] for item in log.newest(10, "s1")] == [3]
+    log.settle("r4", "fenced")
+    log.settle("r0", "yes")  # it is not kept any more
+    assert [item["recorded"] for item in log.newest(10)] == ["fenced", "pending", "pending"]
 
 
 def test_log_lines_are_json_with_the_request_id() -> None:

@@ -95,6 +95,8 @@ def test_a_retry_takes_over_from_a_try_that_still_runs(run: Callable[..., None],
                 return (await counts(second)) == {"fenced": 1, "cancelled": 1}
 
             await until(ended)
+            assert (await gateway.replica.receipts(10, "s"))[-1]["recorded"] == "fenced"
+            assert (await second.replica.receipts(10, "s"))[0]["recorded"] == "yes"
             status, answer = await other.post(
                 CHAT, {"messages": [user("hello")], "max_tokens": 4}, X_Session_ID="s"
             )
@@ -322,6 +324,11 @@ def test_a_try_that_was_replaced_writes_no_history(
             messages = (await TokenLogs(made.valkey_url, fleet=made.fleet).load("default", "s")).messages
             assert messages[-1]["content"] == answer["choices"][0]["message"]["content"]
             assert len(messages) == 2
+            await gateway.recorded()
+            await other.recorded()
+            for where, recorded in ((gateway, "yes"), (other, "repeated")):
+                (receipt,) = await where.replica.receipts(10, "s")
+                assert (receipt["outcome"], receipt["recorded"]) == ("completed", recorded)
 
     run(work, [line(tokenizer, " old"), line(tokenizer, " new")])
 

@@ -41,10 +41,9 @@ class DrainRoute:
             engine = engines.get(engine_id)
             if request.method == "POST":
                 await self._store.mark(engine_id, _to_be_drained(engine_id, engines))
-            elif request.method == "DELETE":
-                # The mark of one that is gone already can be taken back.
-                if not await self._store.unmark(engine_id) and engine is None:
-                    raise _unknown(engine_id, engines)
+            # The mark of one that is gone already can be taken back.
+            elif request.method == "DELETE" and not await self._store.unmark(engine_id) and engine is None:
+                raise _unknown(engine_id, engines)
             status = await self._store.status(engine_id)
         except LedgerUnavailable as error:
             raise ledger_unavailable(f"Drains are kept in the ledger: {error}.") from error
