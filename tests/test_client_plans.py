@@ -233,6 +233,28 @@ def test_a_round_that_became_a_fork_is_the_session_from_then_on() -> None:
     assert (conversation.id, conversation.parent_id) == ("s~2", "s")
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_append_says_behind_which_round_it_stands(resumed: bool) -> None:
+    """By the number of the last answer, also of a fork that the server made; nothing if it said none."""
+    conversation = Conversation("s", None, {}, resumed=resumed)
+    if resumed:
+        assert ask(conversation, OK)[0][0].body["session"] == {"must_exist": True}
+    for number, (session, said) in enumerate((
+        ({"id": "s", "round": 7}, {"after_round": 7}),
+        ({"id": "s", "round": 8}, {"after_round": 8}),
+        ({"id": "s~1", "parent_id": "s", "round": 1}, {"after_round": 1}),
+        ({"id": "s~1", "round": None}, {}),
+    )):  # fmt: skip
+        answer = Answer(200, {}, msgspec.json.encode({**REPLY, "session": session}))
+        conversation.finished(messages_of("on"), reply_of(answer))
+        plan = conversation.round(messages_of("on"), {}, stream=number % 2 == 1, final=False, max_retries=0)
+        ((call,), _, _) = drive(plan, [OK])
+        assert call.path == session_path(conversation.id, "rounds")
+        assert call.body["session"] == {"must_exist": True, **said}
+    (child,) = conversation.children(["t"], {}, known=True)
+    assert "after_round" not in ask(child, OK)[0][0].body["session"]  # it begins its own count
+
+
 def test_forks_begin_as_their_parent() -> None:
     """With ids made here; appending at once if the server lets them begin so, with everything otherwise."""
     parent = begun()
