@@ -251,6 +251,7 @@ def test_an_append_says_behind_which_round_it_stands(resumed: bool) -> None:
         ((call,), _, _) = drive(plan, [OK])
         assert call.path == session_path(conversation.id, "rounds")
         assert call.body["session"] == {"must_exist": True, **said}
+    conversation.finished(messages_of("on"), reply_of(OK))
     (child,) = conversation.children(["t"], {}, known=True)
     assert "after_round" not in ask(child, OK)[0][0].body["session"]  # it begins its own count
 
