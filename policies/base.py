@@ -40,6 +40,9 @@ class Pool(Enum):
     DECODE = "decode"
 
 
+PREFILL, DECODE = Pool
+
+
 class RoundView(Struct, frozen=True, gc=False):
     """The round to place, as known when it is placed."""
 
@@ -159,6 +162,18 @@ class ClusterView(Struct, frozen=True, gc=False):
     def by_use(self) -> list[EngineView]:
         """The least share of KV in use first, then fewest sessions, then by engine id."""
         return sorted(sorted(self.engines.values(), key=_sessions), key=use_share)
+
+
+def can_be_home(engine: EngineView, round: RoundView) -> bool:
+    """Its KV pool holds the whole round, whatever is in it now, and it has not failed it already."""
+    need_tokens = round.prompt_tokens + round.max_output_tokens
+    return engine.engine_id not in round.excluded and need_tokens <= engine.pool_tokens
+
+
+def possible_homes(round: RoundView, cluster: ClusterView) -> list[EngineView]:
+    """Engines of the decode pool that can be its home; if there are none, those of the prefill pool."""
+    usable = [engine for engine in cluster.engines.values() if can_be_home(engine, round)]
+    return [engine for engine in usable if engine.pool is DECODE] or usable
 
 
 _queue_s, _sessions = attrgetter("queue_s"), attrgetter("sessions")

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from antiphon.policies.base import ClusterView, EngineView, Pool, Reject, RoundView, use_share
+from antiphon.policies.base import (
+    ClusterView,
+    EngineView,
+    Reject,
+    RoundView,
+    can_be_home,
+    possible_homes,
+    use_share,
+)
+
+__all__ = ["RETRY_AFTER_S", "can_be_home", "choose_home", "least_used", "no_home", "session_home"]
 
 RETRY_AFTER_S = 1.0
 """What a client is told when no engine can take its round. Antiphon's choice."""
-
-
-def fits(engine: EngineView, tokens: int) -> bool:
-    """Whether the engine's KV pool can hold `tokens` at all, whatever is in it now."""
-    return tokens <= engine.pool_tokens
-
-
-def can_be_home(engine: EngineView, round: RoundView) -> bool:
-    return engine.engine_id not in round.excluded and fits(
-        engine, round.prompt_tokens + round.max_output_tokens
-    )
 
 
 def least_used(engines: Iterable[EngineView]) -> EngineView | None:
@@ -45,8 +44,7 @@ def choose_home(round: RoundView, cluster: ClusterView) -> EngineView | Reject:
     home = session_home(round, cluster)
     if home is not None:
         return home
-    usable = [engine for engine in cluster.engines.values() if can_be_home(engine, round)]
-    home = least_used(engine for engine in usable if engine.pool is Pool.DECODE) or least_used(usable)
+    home = least_used(possible_homes(round, cluster))
     return home if home is not None else no_home(round, cluster)
 
 

@@ -15,6 +15,7 @@ import typer
 
 from antiphon.scheduler import cli_drain, cli_evaluation
 from antiphon.scheduler.cli_keys import app as keys_app
+from antiphon.scheduler.cli_options import DEFAULT_URL, Url
 from antiphon.scheduler.cli_trace import app as trace_app
 from antiphon.scheduler.errors import UserError
 
@@ -32,10 +33,7 @@ app.add_typer(keys_app)
 cli_evaluation.register(app)
 cli_drain.register(app)
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Default: ./antiphon.toml if it is there.")]
-Url = Annotated[str, typer.Option("--url", envvar="ANTIPHON_URL", help="The gateway.")]
 LedgerUrl = Annotated[
     str | None, typer.Option("--ledger", help="Read this ledger, not a gateway (redis://...).")
 ]

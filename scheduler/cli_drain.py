@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import typer
 
+from antiphon.scheduler.cli_options import DEFAULT_URL, Url
 from antiphon.scheduler.errors import UserError
 
 POLL_S = 0.5
@@ -21,9 +22,7 @@ def register(app: typer.Typer) -> None:
 
 def drain(
     engine: Annotated[str, typer.Argument(help="Its id, as `antiphon engines` shows it.")],
-    url: Annotated[
-        str, typer.Option("--url", envvar="ANTIPHON_URL", help="Any gateway of the fleet.")
-    ] = "http://127.0.0.1:8000",
+    url: Url = DEFAULT_URL,
     undo: Annotated[bool, typer.Option("--undo", help="Use the engine again.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it is safe to stop it.")] = True,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait.")] = 600.0,

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from antiphon.scheduler.cli_options import DEFAULT_URL, Url
 from antiphon.scheduler.errors import UserError
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 Trace = Annotated[Path, typer.Argument(help="A file, a folder, or a .tar, .gz or .xz of them.")]
 SloTtft = Annotated[float | None, typer.Option("--slo-ttft", help="TTFT target in seconds, for all rounds.")]
@@ -30,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 def replay(
     trace: Trace,
-    url: Annotated[str, typer.Option(envvar="ANTIPHON_URL", help="The gateway.")] = DEFAULT_URL,
+    url: Url = DEFAULT_URL,
     model: Annotated[str | None, typer.Option(help="Default: the first that the gateway lists.")] = None,
     session_rate: Annotated[float | None, typer.Option(help="Poisson session starts per second.")] = None,
     as_recorded: Annotated[bool, typer.Option(help="Sessions start as recorded.")] = False,

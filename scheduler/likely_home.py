@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import hashlib
 
-from antiphon.policies.base import ClusterView, EngineView, Pool, RoundView
+from antiphon.policies.base import ClusterView, EngineView, RoundView, possible_homes
 from antiphon.scheduler.store_use import SessionKey
 
 
 def likely_home(session: SessionKey, view: RoundView, cluster: ClusterView) -> tuple[str, str] | None:
     """(engine id, why); None if no engine can be the round's home. Engines in `view.excluded` are none."""
-    tokens = view.prompt_tokens + view.max_output_tokens
-    engines = [engine for engine in cluster.engines.values() if engine.engine_id not in view.excluded]
-    usable = [engine for engine in engines if tokens <= engine.pool_tokens]
-    usable = [engine for engine in usable if engine.pool is Pool.DECODE] or usable
+    usable = possible_homes(view, cluster)
     if not usable:
         return None
     most = max(usable, key=lambda engine: view.held(engine.engine_id))

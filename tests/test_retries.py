@@ -109,10 +109,10 @@ def test_a_retry_takes_over_though_its_client_may_have_one_round(
     valkey_url: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """The first try's place is the retry's. Nobody else gets one."""
-    bounds = {"limits": LimitsConfig(rounds_in_flight=1)}
+    one = LimitsConfig(rounds_in_flight=1)
 
     async def all_of_it() -> None:
-        async with stack(valkey_url, tiny_model_dir, None, **bounds) as made, made.gateway() as gateway:
+        async with stack(valkey_url, tiny_model_dir, None, limits=one) as made, made.gateway() as gateway:
             body = {"messages": [user("hello")], **SLOW}
             first = asyncio.create_task(gateway.events(CHAT, body, X_Session_ID="s"))
             await streaming(gateway)
