@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP = $(VENV)/.antiphon-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test fuzz faults check bench fidelity eval eval-full wheel
+.PHONY: help setup demo serve test fuzz faults check bench fidelity eval eval-full drift wheel
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -53,6 +53,9 @@ eval: $(STAMP) ## every policy on every trace: docs/results.md; TRACES=folder, e
 
 eval-full: $(STAMP) ## the same with three seeds, a third cluster, more sessions; goes on where it stopped
 	$(PY) -m antiphon.eval.standard --full --resume --out build/eval-full $(if $(TRACES),--traces $(TRACES))
+
+drift: $(STAMP) ## a day with a shifting mix: static splits against pools that follow the load (half an hour on one core)
+	$(PY) -m antiphon.eval.drift
 
 faults: $(STAMP) ## faults on the live stack, real engines included (30 min): SEED=n, CELLS='redis.*', ENGINES=simulated
 	$(PY) -m tests.faults --seed $(or $(SEED),1) $(if $(CELLS),--cells '$(CELLS)') $(if $(ENGINES),--engines $(ENGINES))

@@ -16,6 +16,8 @@ Simulating
     standard.py    `make eval`; standard_grid.py is what it runs, standard_traces.py on which sessions,
                    standard_data.py reads what it found, standard_page.py shows it with standard_tables.py
                    and standard_plots.py
+    drift.py       `make drift`: a day with a shifting mix, static splits against pools that follow the load;
+                   drift_day.py makes the day, drift_types.py is what a run found, drift_page.py shows it
     report.py      `antiphon report`; report_data.py groups the results; report_tables.py, report_plots.py
                    show them, report_time.py shows rounds in time; report_style.py is the plots' look,
                    report_page.py makes the HTML of data/report.html.j2

@@ -28,6 +28,7 @@ from antiphon.scheduler.messages import (
     RoundArrived,
     SessionEnded,
     SessionMoved,
+    SessionsAged,
     Tick,
 )
 from antiphon.scheduler.states import ACCEPTS, Phase
@@ -51,6 +52,7 @@ FLEET_EVENTS = (
     LoadReported,
     SessionEnded,
     SessionMoved,
+    SessionsAged,
     Tick,
 )
 

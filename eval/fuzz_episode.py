@@ -24,6 +24,7 @@ from antiphon.policies.latency import load_latency_model
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.core_config import CoreConfig
+from antiphon.scheduler.demand import Demand
 from antiphon.scheduler.messages import (
     Claimed,
     ClaimLost,
@@ -183,7 +184,9 @@ class Episode:
             return self.world.standing()
         if chance < 0.78:
             return self.world.session_moved()
-        return self.world.load_report() if chance < 0.9 else Tick()
+        if chance < 0.84:
+            return self.world.flip()
+        return self.world.load_report() if chance < 0.92 else Tick()
 
     def go_on(self) -> None:
         """One round gets an event that its phase takes: mostly good news of its call."""
@@ -356,7 +359,9 @@ class Episode:
 def make_core(plan: Plan, config: CoreConfig) -> Scheduler:
     policy: Policy = Drawn() if plan.policy == DRAWN else make_policy(plan.policy)
     ordering: Ordering = DrawnOrdering() if plan.ordering == DRAWN else make_ordering(plan.ordering)
-    return Scheduler(policy, ordering, load_latency_model(PROFILES[0]), config)
+    core = Scheduler(policy, ordering, load_latency_model(PROFILES[0]), config)
+    core.demand = Demand()
+    return core
 
 
 def core_digest(core: Scheduler) -> bytes:

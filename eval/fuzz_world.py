@@ -36,6 +36,7 @@ from antiphon.scheduler.messages import (
     RoundFinished,
     SessionEnded,
     SessionMoved,
+    SessionsAged,
     Totals,
 )
 
@@ -109,6 +110,17 @@ class World:
             rng.choice([0, 0, 4]),
             rng.choice([None, *self.profiles]),
         )
+        return up
+
+    def flip(self) -> EngineUp | SessionsAged:
+        """One that lives changes pool, whatever is there; or who is idle counts no more."""
+        rng = self.rng
+        if not self.live or rng.random() < 0.3:
+            return SessionsAged()
+        name = rng.choice(sorted(self.live))
+        before = self.live[name]
+        pool = "decode" if before.pool == "prefill" else "prefill"
+        self.live[name] = up = replace(before, pool=pool)
         return up
 
     def engine_down(self) -> EngineDown:

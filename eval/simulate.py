@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from antiphon.eval.simulation_plan import Prepared, SimulateOptions, SimulationError, prepare
 from antiphon.eval.simulation_result import records_of, result_of
+from antiphon.policies.leaving import Leaving
 from antiphon.policies.registry import make_ordering, make_policy
 from antiphon.scheduler.core import Scheduler
 from antiphon.scheduler.core_config import CoreConfig
+from antiphon.scheduler.simulated_flips import RepoolingSimulation
 from antiphon.scheduler.simulated_sessions import split_children
 from antiphon.scheduler.simulation import RoundEnd, Simulation
 from antiphon.traces.arrivals import schedule
@@ -32,9 +34,13 @@ def run_simulation(options: SimulateOptions, prepared: Prepared | None = None) -
     policy = make_policy(options.policy, options.policy_parameters)
     ordering = make_ordering(options.ordering)
     config = CoreConfig(publish=False, corrections=options.corrections)
+    repool = options.repool if options.repool is not None and options.repool.enabled else None
+    if repool is not None:
+        policy = Leaving(policy)
     core = Scheduler(policy, ordering, ready.bench.decode.latency, config)
     ends: list[RoundEnd] = []
-    simulation = Simulation(core, ready.cluster, ready.specs, ready.targets, ends.append, options.concurrency)
+    told = core, ready.cluster, ready.specs, ready.targets, ends.append, options.concurrency
+    simulation = Simulation(*told) if repool is None else RepoolingSimulation(*told, config=repool)
     tops, children = split_children(ready.sessions)
     starts = iter(schedule(tops, ready.arrivals))
     wall_s = _timed(simulation, starts, children)

@@ -10,6 +10,7 @@ from antiphon.engines.cluster import Cluster, EngineSpec, load_cluster, resolve_
 from antiphon.eval.cluster_files import find_cluster
 from antiphon.eval.load import Workbench
 from antiphon.policies.registry import make_ordering, make_policy
+from antiphon.scheduler.repool_config import RepoolConfig
 from antiphon.scheduler.simulation import Targets
 from antiphon.traces.arrivals import Arrivals, Start
 from antiphon.traces.formats import Form
@@ -59,6 +60,8 @@ class SimulateOptions:
     """What the result calls this policy with these parameters; "" = by its own name."""
     corrections: bool = True
     """Whether the core corrects its latency model by what engines really take."""
+    repool: RepoolConfig | None = None
+    """How engines change pool as the load drifts; None = they do not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ ppd.py       PPD: a static table, computed from the latency model, of which roun
 mooncake.py  Mooncake's Algorithm 1: least predicted TTFT, history from the best holder
 deflect.py   prefill deflection: local where its chunks keep the ITL targets there and it is no slower
 checked.py   what stands in when a policy or an ordering fails
+pools.py     which engine should change pool: weighed by how full each pool is, or by Arrow's rule
 leaving.py   what goes before a policy: sessions whose home is to be stopped move
 fcfs.py      the default ordering of a prefill queue
 edf.py, sjf.py, ampd_reorder.py   by deadline; shortest first with ageing; AMPD's permutations of a window

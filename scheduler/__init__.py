@@ -17,12 +17,16 @@ Core (no clock, no I/O)
                    clean_times.py says which of their times tell something
     answer_buffer.py  what was answered and is not read yet: a budget for all answers
     admission.py   whether a round is let in, or refused because it would only wait
+    demand.py      work that rounds bring to each pool, counted while somebody re-plans the pools
+    pool_looks.py  what a rule for the pools is shown of books and demand; repooling.py: the controller, an
+                   engine's life between pools as a table
     what_if.py     what would be decided for a round, without a trace
     likely_home.py where a session's home probably is, when nobody can say
     checks.py      check_invariants(): do the books contradict each other
 Drivers and state
     runtime.py     asyncio driver: commands -> engine and ledger calls, results -> events
     simulation.py  heap driver: the same core in simulated time, on closed-form engines
+    simulated_flips.py     the same with engines that change pool
     simulated_sessions.py  its clients: what they send, when, and which pages their prompts share
     engine_calls.py  the calls on engines that answer once
     answering.py   the one that streams: relayed to its client, over all engines that it takes
@@ -34,6 +38,8 @@ Drivers and state
     explanation.py what would be decided of a round, asked of ledger and core without a trace
     drainer.py     moves the sessions of an engine that is to be stopped; drain_store.py: what the ledger
                    knows of that, drain_targets.py: where they go, drain_copy.py: their KV
+    pool_keeper.py pools that follow the load, live: who leads, flips step by step; pool_store.py: what the
+                   ledger knows of that
     discovery.py   engine registry and configuration -> EngineUp / EngineDown
     heartbeat.py   keeps this replica's leases alive
     ledger.py      Redis: claims, completions, residency, totals (data/*.lua)
@@ -59,7 +65,7 @@ Doors
     models.py      which models that is; model_fleet.py: core, driver and recording of each
     serve.py       the process: from configuration to a clean end; uvicorn; stopping.py: how it ends
     config.py      antiphon.toml -> frozen config; access_config.py: who may come in, and how much each may do
-    session_config.py  [session]
+    session_config.py  [session]; repool_config.py  [repool]
     api_keys.py    API keys, as digests: of the configuration, and of the ledger
     fleet_key.py   the key that scheduler and engines prove to each other
     engine_keys.py the keys that configured engines ask for

@@ -12,6 +12,7 @@ from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.admission import why_not_admitted
 from antiphon.scheduler.books import Books
 from antiphon.scheduler.core_config import CoreConfig
+from antiphon.scheduler.demand import Demand
 from antiphon.scheduler.fleet import EngineBook
 from antiphon.scheduler.messages import (
     Abort,
@@ -54,6 +55,8 @@ class Attempts:
         self.books = Books(latency, config.session_ttl_s, config.max_sessions)
         self.standings = Standings(config)
         self.rounds: dict[str, Round] = {}
+        self.demand: Demand | None = None
+        """Set by whoever re-plans the pools: work is counted there."""
         self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._commands: list[Command] = []
         """Of the present event."""
@@ -83,6 +86,9 @@ class Attempts:
         round.history_tokens = view.held(answer.home)
         self.books.reserve(round, answer, view, now)
         self.standings.placed(answer, round.round_id, now)
+        round.pools = self.books.fleet.pools
+        if self.demand is not None:
+            self.demand.placed(round, answer, view, self.books.fleet.books)
         if is_remote(answer.arm):
             self._enqueue(round, answer.prefill_engine, now)
             return
@@ -274,6 +280,8 @@ class Attempts:
     def _end(self, round: Round, outcome: Outcome, now: float, finished: RoundFinished | None = None) -> None:
         receipt = make_receipt(round, outcome, now, finished)
         holdings = self.books.new_holdings(round, finished) if finished else ()
+        if self.demand is not None:
+            self.demand.ended(round, receipt)
         self.books.release(round, now)
         self.standings.round_left(round.round_id)
         if round.ends and outcome is Outcome.COMPLETED:

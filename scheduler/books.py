@@ -212,6 +212,10 @@ class Books:
             book.store.leave(key, now)
         self.touch(event.to_home)
 
+    def sessions_aged(self, now: float) -> None:
+        """Whoever has been idle for longer than sessions are before they come back counts nowhere."""
+        self.sessions.forget_idle(now - self.fleet.returns.horizon_s)
+
     def count_others(self, claimed: Claimed) -> None:
         """Take over what the other replicas have reserved."""
         if not claimed.others and not self._with_others:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from antiphon.scheduler.fleet import EngineBook
+from antiphon.scheduler.fleet import EngineBook, pools_in_words
 from antiphon.scheduler.receipts import is_remote
 from antiphon.scheduler.states import PREFILL_PHASES, PREFILL_RESERVED, TRANSFER_PHASES, Phase, Round
 
@@ -32,7 +32,10 @@ def check_scheduler(core: Scheduler) -> None:
         assert not book.queue or len(book.in_flight) == limit, f"{engine_id}: its queue starves"
         _check_sums(engine_id, book)
         assert book.idle_tokens == sum(book.session_tokens.values()), f"{engine_id}: session tokens differ"
+    assert core.books.fleet.pools == pools_in_words(core.books.fleet.books.values()), "pools differ"
     core.standings.check(core.rounds)
+    if core.demand is not None:
+        core.demand.check(core.rounds)
     if core.observer is not None:
         core.observer.check()
 

@@ -67,6 +67,9 @@ def serve(
     record: Annotated[
         Path | None, typer.Option(help="Write every round there, without its content, and its receipt.")
     ] = None,
+    repool: Annotated[
+        bool | None, typer.Option("--repool/--no-repool", help="Engines change pool as the load drifts.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Run the gateway and scheduler."""
@@ -85,6 +88,7 @@ def serve(
         "ledger.fleet": fleet,
         "model.path": _text(model),
         "record.directory": _text(record),
+        "repool.enabled": repool,
     }
     resolved = load_config(config, overrides)
     _check_policy(resolved)

@@ -23,6 +23,7 @@ import msgspec
 
 from antiphon.scheduler.access_config import AccessConfig, KeyConfig, LimitsConfig
 from antiphon.scheduler.errors import UserError
+from antiphon.scheduler.repool_config import RepoolConfig
 from antiphon.scheduler.session_config import SessionConfig
 
 DEFAULT_FILE = "antiphon.toml"
@@ -191,6 +192,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
+    repool: RepoolConfig = field(default_factory=RepoolConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     keys: tuple[KeyConfig, ...] = ()

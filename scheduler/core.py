@@ -37,6 +37,7 @@ from antiphon.scheduler.messages import (
     RoundFinished,
     SessionEnded,
     SessionMoved,
+    SessionsAged,
     Tick,
 )
 from antiphon.scheduler.observer import Observer
@@ -312,7 +313,7 @@ class Scheduler(Attempts):
     def _on_engine_up(self, up: EngineUp, now: float) -> None:
         known = self.books.fleet.books.get(up.engine_id)
         if known is not None and known.up.incarnation == up.incarnation:
-            known.renew(up)
+            self.books.fleet.renew(up)
             self.books.touch(up.engine_id)
             return
         if known is not None:
@@ -331,6 +332,9 @@ class Scheduler(Attempts):
         key = (event.tenant, event.session_id)
         busy = any(round.session_key == key for round in self.rounds.values())
         self.books.session_moved(event, now, in_flight=busy)
+
+    def _on_sessions_aged(self, event: SessionsAged, now: float) -> None:
+        self.books.sessions_aged(now)
 
     def _on_engine_suspect(self, event: EngineSuspect, now: float) -> None:
         book = self.books.fleet.books.get(event.engine_id)
@@ -378,6 +382,7 @@ class Scheduler(Attempts):
         LoadReported: _on_load_reported,
         SessionEnded: _on_session_ended,
         SessionMoved: _on_session_moved,
+        SessionsAged: _on_sessions_aged,
         Tick: _on_tick,
     }
     _round_events: ClassVar[dict[type, Callable[[Scheduler, Round, Any, float], None]]] = {

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from msgspec.structs import replace
+
 from antiphon.engines.base import Engine, EngineError, EngineRecord, FailureKind, LoadReport
 from antiphon.engines.wire import Hello
 from antiphon.policies.base import Pool
@@ -98,6 +100,8 @@ class Discovery:
         self._profiles = profiles
         self._model_of = model_of
         self._watches: dict[str, _Watch] = {}
+        self._pools: Mapping[str, str] = MappingProxyType({})
+        """Engine id -> the pool that it was given, where that is not its own."""
         self._ledger_away = False
 
     async def run(self) -> None:
@@ -113,6 +117,21 @@ class Discovery:
         """Which of the models that are served the engine has."""
         hello, record = engine.hello, engine.record
         return self._model_of(hello.model_id if hello is not None else record.model_id, record.model_path)
+
+    def set_pools(self, pools: Mapping[str, str]) -> None:
+        """Which pools engines were given; those that are up and now in another say so at once."""
+        if pools == self._pools:
+            return
+        self._pools = {engine_id: pool for engine_id, pool in pools.items() if pool in POOLS}
+        for watch in self._watches.values():
+            up = watch.up
+            if up is not None and up.pool != (pool := self._pool(watch.record)):
+                watch.up = replace(up, pool=pool)
+                log.info("engine %s is in the %s pool now", up.engine_id, pool)
+                self._on_event(watch.up)
+
+    def _pool(self, record: EngineRecord) -> str:
+        return self._pools.get(record.engine_id, record.pool)
 
     def report_failure(self, engine_id: str) -> None:
         """A call found the engine unreachable: probe it now and not in a second."""
@@ -213,7 +232,7 @@ class Discovery:
             return EngineUp(
                 engine_id=record.engine_id,
                 incarnation=hello.incarnation,
-                pool=record.pool,
+                pool=self._pool(record),
                 can_transfer=True,
                 page_size_tokens=hello.page_size_tokens,
                 pool_tokens=hello.pool_tokens,
@@ -229,7 +248,7 @@ class Discovery:
             engine_id=record.engine_id,
             # Whoever comes back after an outage may be another process: nothing held before counts.
             incarnation=record.incarnation or secrets.token_hex(8),
-            pool=record.pool,
+            pool=self._pool(record),
             can_transfer=False,
             page_size_tokens=reference.page_size_tokens if reference is not None else 1,
             pool_tokens=load.pool_tokens,

@@ -68,7 +68,7 @@ class DrainStore:
 
     def __init__(self, connection: LedgerConnection) -> None:
         self._connection = connection
-        (self._marks,) = connection.keys("drain")
+        self._marks, self._flips = connection.keys("drain", "pool_flips")
 
     def _key(self, word: str, engine_id: str) -> str:
         return f"{self._connection.tag}:drain_{word}:{escaped(engine_id)}"
@@ -79,8 +79,14 @@ class DrainStore:
         return found
 
     async def mark(self, engine_id: str, incarnation: str) -> None:
-        """Have every replica leave the engine; repeating it changes nothing."""
-        if await self._connection.command("HGET", self._marks, engine_id) == incarnation:
+        """Have every replica leave the engine; repeating it changes nothing.
+
+        An engine that is leaving its pool is drained instead, and not used again by itself.
+        """
+        marked, _ = await self._connection.commands(
+            [("HGET", self._marks, engine_id), ("HDEL", self._flips, engine_id)]
+        )
+        if marked == incarnation:
             return
         await self._connection.commands(
             [

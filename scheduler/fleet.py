@@ -6,7 +6,7 @@ looks at; the windows (mean TTFT and ITL of the past 10 s) age, so a view also e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from types import MappingProxyType
@@ -253,13 +253,22 @@ class Fleet:
         self._expiries: list[tuple[float, str]] = []
         """A heap: when views age. Of an engine only the entry that `_expires_s` has too counts."""
         self._expires_s: dict[str, float] = {}
+        self.pools = pools_in_words(())
+        """How many engines each pool has, in a word for receipts: "2p+2d"."""
 
     def add(self, up: EngineUp) -> None:
         books = {**self.books, up.engine_id: EngineBook(up, self._latency, self._stale, returns=self.returns)}
         self.books = dict(sorted(books.items()))
+        self.pools = pools_in_words(self.books.values())
+
+    def renew(self, up: EngineUp) -> None:
+        """An engine that is up said hello again, perhaps in another pool: rounds that are there stay."""
+        self.books[up.engine_id].renew(up)
+        self.pools = pools_in_words(self.books.values())
 
     def remove(self, engine_id: str) -> None:
         del self.books[engine_id]
+        self.pools = pools_in_words(self.books.values())
         self._stale.discard(engine_id)
         self._expires_s.pop(engine_id, None)
         self._engines = {e: view for e, view in self._engines.items() if e != engine_id}
@@ -289,6 +298,11 @@ class Fleet:
             self._engines, self._views = engines, MappingProxyType(engines)
             self._stale.clear()
         return self._views
+
+
+def pools_in_words(books: Iterable[EngineBook]) -> str:
+    decode = [book.pool is Pool.DECODE for book in books]
+    return f"{len(decode) - sum(decode)}p+{sum(decode)}d"
 
 
 class LazyViews(Mapping[str, EngineView]):

@@ -68,6 +68,7 @@ SCRIPTS = {
     "drain_lead": ("drain_lead",),
     "drain_seen": ("drain_seen",),
     "drain_switch": ("leases", "drain_switch"),
+    "pool_flip": ("pool_flip",),
 }
 """Script -> the files of data/ that it is made of, in order."""
 

@@ -226,6 +226,11 @@ class SessionMoved(Struct, frozen=True, gc=False):
     page_size_tokens: int
 
 
+class SessionsAged(Struct, frozen=True, gc=False):
+    """Sessions that are not expected back any more shall not count at their homes: where pools change, an
+    engine that has just become a home must not look empty beside those that have been one all day."""
+
+
 class Tick(Struct, frozen=True, gc=False):
     """`next_deadline()` has come."""
 
@@ -233,7 +238,7 @@ class Tick(Struct, frozen=True, gc=False):
 Event = (
     RoundArrived | Claimed | ClaimLost | PrefetchDone | PrefillDone | FirstToken | RoundFinished
     | EngineFailed | EngineUp | EngineDown | EngineSuspect | EngineDraining | LoadReported
-    | ClientGone | SessionEnded | SessionMoved | Tick
+    | ClientGone | SessionEnded | SessionMoved | SessionsAged | Tick
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from antiphon.policies.pools import PoolShares
 from antiphon.scheduler.outcomes import Receipt
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -67,6 +68,9 @@ class Metrics:
         self.degraded = self._counter("degraded_rounds", "Rounds decided without the ledger")
         self.moves = self._counter("moves", "Homes of sessions that `move` set in the ledger", "result")
         self.drained = self._counter("drained_sessions", "Sessions that a drain tried to move", "result")
+        self.flips = self._counter(
+            "pool_flips", "Changes of an engine's pool that this replica led", "direction", "result"
+        )
         self.unrecorded = self._counter("unrecorded_rounds", "Rounds that --record could not write down")
 
     def observe_drained(self, result: str, moved_bytes: int) -> None:
@@ -90,6 +94,12 @@ class Metrics:
         """`count` is asked at every scrape for the engines that are alive."""
         gauge = Gauge("antiphon_engines_alive", "Engines that can be used now", registry=self.registry)
         gauge.set_function(count)
+
+    def watch_pools(
+        self, count: Callable[[], Mapping[str, int]], shares: Callable[[], PoolShares | None]
+    ) -> None:
+        """Asked at every scrape: engines by pool; how full the pools are, None where nobody knows."""
+        self.registry.register(_Pools(count, shares))
 
     def watch_breakers(self, look: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
         """`look` is asked at every scrape: kind -> how many are not closed now, how often one opened."""
@@ -171,6 +181,30 @@ class _Breakers(Collector):
             now.add_metric([kind], not_closed)
             opened.add_metric([kind], openings)
         return now, opened
+
+
+class _Pools(Collector):
+    """Engines by pool, and how full the pools are."""
+
+    def __init__(
+        self, count: Callable[[], Mapping[str, int]], shares: Callable[[], PoolShares | None]
+    ) -> None:
+        self._count, self._shares = count, shares
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        engines = GaugeMetricFamily("antiphon_engines", "Engines that are up, by pool", labels=["pool"])
+        for pool, count in self._count().items():
+            engines.add_metric([pool], count)
+        full = GaugeMetricFamily(
+            "antiphon_pool_share",
+            "Predicted share of a pool's time or KV room that is asked for",
+            labels=["of"],
+        )
+        shares = self._shares()
+        if shares is not None:
+            for of in ("prefill", "decode", "kv"):
+                full.add_metric([of], getattr(shares, of))
+        return engines, full
 
 
 class _Watched(Collector):

@@ -68,3 +68,5 @@ class Receipt(Struct, frozen=True, gc=False):
     slo_ttft_s: float = 0.0
     """The targets that it was placed for: the request's own, else the cluster's. 0 = not told."""
     slo_itl_s: float = 0.0
+    pools: str = ""
+    """The fleet that it was decided for, by pools: "2p+2d" has two engines each. "" = never placed."""

@@ -61,6 +61,7 @@ def make_receipt(
         round.bytes_home_to_home,
         round.arrived.slo_ttft_s,
         round.arrived.slo_itl_s,
+        round.pools,
     )
 
 

@@ -13,6 +13,7 @@ from msgspec import structs
 
 from antiphon.engines.base import Engine, EngineRecord, LoadReport
 from antiphon.engines.http import HttpEngine
+from antiphon.policies.base import Pool
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.answer_buffer import AnswerBudget
 from antiphon.scheduler.config import Config
@@ -35,6 +36,8 @@ from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.model_fleet import ModelFleet
 from antiphon.scheduler.models import ONLY, Model, Models
 from antiphon.scheduler.outcomes import Receipt
+from antiphon.scheduler.pool_keeper import PoolKeeper
+from antiphon.scheduler.pool_store import PoolStore
 from antiphon.scheduler.receipt_log import NEVER, NOT_CLAIMED, PENDING, ReceiptLog
 from antiphon.scheduler.recorder import Recorder, RecorderConfig, Reservations
 from antiphon.scheduler.rounds import LiveRound, RoundHandle, RoundRequest
@@ -91,6 +94,17 @@ class Replica:
             session_ttl_s=config.ledger.session_ttl_s,
             on_moved=metrics.observe_drained,
         )
+        self._pools = PoolKeeper(
+            PoolStore(ledger.connection),
+            self.drains,
+            name,
+            self._fleets,
+            self._fleet_of.get,
+            config.repool,
+            on_pools=self._discovery.set_pools,
+            on_flip=lambda direction, result: metrics.flips.labels(direction, result).inc(),
+        )
+        metrics.watch_pools(self._in_pools, self._pools.shares)
 
     def _fleet(self, model: Model, name: str, reservations: Reservations) -> ModelFleet:
         recorder = Recorder(
@@ -138,6 +152,7 @@ class Replica:
                 await up.wait()
             parts.append(tasks.create_task(self._discovery.run()))
             parts.append(tasks.create_task(self._drainer.run()))
+            parts.append(tasks.create_task(self._pools.run()))
             try:
                 yield
             finally:
@@ -213,6 +228,7 @@ class Replica:
                 item |= {"url": record.url, "incarnation": fleet.incarnation(record.engine_id)}
                 item["deterministic"] = record.deterministic
                 item["standing"] = fleet.core.standings.words(record.engine_id, now)
+                item["flip"] = self._pools.flip_of(record.engine_id)
                 item["links_not_closed"] = fleet.core.standings.links_of(record.engine_id, now)
                 view = views.get(record.engine_id)
                 if view is not None:
@@ -238,6 +254,10 @@ class Replica:
             "engine": (sum(s.engines.not_closed for s in told), sum(s.engines.opened for s in told)),
             "link": (sum(s.links.not_closed for s in told), sum(s.links.opened for s in told)),
         }
+
+    def _in_pools(self) -> dict[str, int]:
+        books = [book for fleet in self._fleets.values() for book in fleet.core.books.fleet.books.values()]
+        return {pool.value: sum(book.pool is pool for book in books) for pool in Pool}
 
     def _is_foreign(self, engine_id: str, model: Model) -> bool:
         fleet = self._fleet_of.get(engine_id)

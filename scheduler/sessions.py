@@ -112,6 +112,16 @@ class SessionTable:
             if session.home == engine_id:
                 self._fleet.books[engine_id].set_session(key, 0)
 
+    def forget_idle(self, since_s: float) -> None:
+        """Those last heard of before count at their homes no more. They still are at home there."""
+        for book in self._fleet.books.values():
+            for key in [k for k in book.session_tokens if self._seen_before(k, since_s)]:
+                book.drop_session(key)
+
+    def _seen_before(self, key: SessionKey, since_s: float) -> bool:
+        session = self._sessions.get(key)
+        return session is not None and session.seen_s < since_s
+
     def _trim(self, now: float) -> None:
         while self._sessions:
             key, session = next(iter(self._sessions.items()))

@@ -241,7 +241,10 @@ class Simulation:
         self.engines[engine_id] = engine
         self._due_s[engine_id] = INFINITY
         self._loops[engine_id] = self._ranks[engine_id], partial(self._advance_engine, engine)
-        self._post(up_event(spec, engine.incarnation, self.cluster.page_tokens))
+        self._post(self._up(spec, engine.incarnation))
+
+    def _up(self, spec: EngineSpec, incarnation: str) -> EngineUp:
+        return up_event(spec, incarnation, self.cluster.page_tokens)
 
     def _fleet_event(self, event: EngineEvent) -> None:
         engine = self.engines.get(event.engine)

@@ -121,6 +121,8 @@ class Round(Struct):
     all_unreachable: bool = True
     """No try reached an engine so far."""
     placement: Placement | None = None
+    pools: str = ""
+    """How many engines each pool had when it was placed last: "2p+2d"."""
     source: str | None = None
     """Where the placement has history pulled from; None = nothing is pulled."""
     history: Mapping[str, int] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, Recor
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.replica import Replica
+from antiphon.scheduler.repool_config import RepoolConfig
 from antiphon.scheduler.rounds import RoundHandle, RoundRequest
 
 KEY = b"tests-only-fleet-key-0123456789abcdef"
@@ -81,6 +82,7 @@ async def cluster(
         scheduler=SchedulerConfig(policy=policy, **options.pop("scheduler", {})),
         ledger=LedgerConfig(fleet=fleet),
         record=RecordConfig(directory=options.pop("record", "")),
+        repool=options.pop("repool", RepoolConfig()),
     )
     async with AsyncExitStack() as stack:
         stack.push_async_callback(ledger.close)

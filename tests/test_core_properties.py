@@ -8,9 +8,11 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from antiphon.policies.base import Arm, Policy, Reject
 from antiphon.policies.registry import ORDERINGS, POLICIES, make_ordering, make_policy
+from antiphon.scheduler.demand import Demand
 from antiphon.scheduler.messages import (
     Abort,
     Broke,
@@ -38,6 +40,7 @@ from antiphon.scheduler.messages import (
     RoundFinished,
     SessionEnded,
     SessionMoved,
+    SessionsAged,
     Tick,
     Totals,
 )
@@ -66,6 +69,7 @@ class Machine(RuleBasedStateMachine):
     def start(self, policy: str, ordering: str) -> None:
         chosen: Policy = Drawn() if policy == "drawn" else make_policy(policy)
         self.core = scheduler(chosen, make_ordering(ordering), first_token_deadline_s=30.0, max_sessions=3)
+        self.core.demand = Demand()
         for engine in ENGINES:
             self.an_engine_comes(engine)
 
@@ -206,6 +210,17 @@ class Machine(RuleBasedStateMachine):
     def an_engine_drains_or_misses_a_probe(self, engine: str, on: bool, drains: bool) -> None:
         incarnation = self.incarnations.get(engine, "gone")
         self.send(EngineDraining(engine, on) if drains else EngineSuspect(engine, incarnation, on))
+
+    @rule(engine=st.sampled_from(sorted(ENGINES)))
+    def an_engine_changes_pool(self, engine: str) -> None:
+        """Whatever is queued, prefilled or decoded there, and whoever has its home there."""
+        book = self.core.books.fleet.books.get(engine)
+        if book is not None:
+            self.send(replace(book.up, pool="decode" if book.up.pool == "prefill" else "prefill"))
+
+    @rule()
+    def idle_sessions_count_no_more(self) -> None:
+        self.send(SessionsAged())
 
     @rule(session=st.integers(0, 5), engines=st.permutations(sorted(ENGINES)), pages=st.integers(0, 9))
     def a_session_is_moved_between_rounds(self, session: int, engines: list[str], pages: int) -> None:

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from antiphon.engines.prompt import Prompt
 from antiphon.policies.base import Arm, Candidate, Placement
+from antiphon.policies.pools import PoolShares
 from antiphon.scheduler.logs import JsonFormatter, request_id_var
 from antiphon.scheduler.metrics import Metrics
 from antiphon.scheduler.outcomes import Outcome, Try
@@ -84,6 +85,7 @@ def test_every_metric_is_documented() -> None:
     metrics.watch_doubles(lambda: {"repeated": 1})
     metrics.watch_load(lambda: 3, lambda: 4096)
     metrics.watch_answers(lambda: 1024)
+    metrics.watch_pools(lambda: {"prefill": 1, "decode": 2}, lambda: PoolShares(0.5, 0.25, 0.1))
     exported = {
         family.name
         for family in text_string_to_metric_families(metrics.render().decode())

@@ -1,0 +1,243 @@
+"""Pools that follow the load, live: two replicas, a real Valkey, simulated engines over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
+from antiphon.engines.simulated_request import expected_tokens
+from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, SchedulerConfig
+from antiphon.scheduler.ledger import Ledger
+from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable
+from antiphon.scheduler.metrics import Metrics
+from antiphon.scheduler.pool_store import FlipUnderWay, PoolStore
+from antiphon.scheduler.replica import Replica
+from antiphon.scheduler.repool_config import RepoolConfig
+from tests.replica_helpers import KEY, Cluster, cluster, until
+
+QUICK = RepoolConfig(
+    enabled=True, period_s=0.2, window_s=1.0, margin=0.0005, floor=0.0, sustain=1, cool_down_s=0.5,
+    drain_limit_s=8.0,
+)  # fmt: skip
+STILL = RepoolConfig(enabled=True, period_s=0.2, window_s=1.0, margin=1e9, drain_limit_s=1.0)
+"""Leads, and flips nothing by itself."""
+
+VOCAB_TOKENS = 512
+
+
+@asynccontextmanager
+async def another_replica(
+    c: Cluster, valkey_url: str, policy: str, repool: RepoolConfig
+) -> AsyncIterator[Replica]:
+    fleet = c.ledger.connection.fleet
+    ledger = Ledger(valkey_url, fleet=fleet)
+    config = Config(
+        gateway=GatewayConfig(shutdown_grace_s=0.05),
+        scheduler=SchedulerConfig(policy=policy),
+        ledger=LedgerConfig(fleet=fleet),
+        repool=repool,
+    )
+    replica = Replica(config, ledger, KEY, uuid.uuid4().hex, Metrics())
+    try:
+        async with replica.running():
+            await until(lambda: replica.readiness().engines_alive == len(c.engines))
+            yield replica
+    finally:
+        await ledger.close()
+
+
+def pools(replica: Replica) -> str:
+    return replica.core.books.fleet.pools
+
+
+def pool_of(replica: Replica, engine_id: str) -> str:
+    return replica.core.books.fleet.books[engine_id].up.pool
+
+
+class Agents:
+    """Sessions that talk at both replicas in turn until they are told to end; every token is checked."""
+
+    def __init__(self, c: Cluster, replicas: list[Replica]) -> None:
+        self._c, self._replicas = c, replicas
+        self.new_tokens, self.output_tokens = 300, 2
+        self.over = False
+        self.rounds = 0
+        self.pools: set[str] = set()
+
+    async def talk(self, number: int) -> None:
+        chance = random.Random(number)
+        while not self.over:
+            ids = [chance.randrange(5, VOCAB_TOKENS) for _ in range(self.new_tokens)]
+            session_id = f"s{number}-{self.rounds}"
+            for _ in range(3):
+                await self._round(session_id, ids)
+                ids += [chance.randrange(5, VOCAB_TOKENS) for _ in range(max(8, self.new_tokens // 4))]
+
+    async def _round(self, session_id: str, ids: list[int]) -> None:
+        replica = self._replicas[self.rounds % len(self._replicas)]
+        self.rounds += 1
+        said = self.output_tokens
+        async with replica.submit(self._c.request(session_id, ids, said)) as handle:
+            await handle.start()
+            answer = [token async for chunk in handle for token in chunk.token_ids]
+        await handle.recorded(5.0)
+        assert handle.receipt is not None
+        assert tuple(answer) == expected_tokens(ids, said, VOCAB_TOKENS), f"{session_id}: another's answer"
+        self.pools.add(handle.receipt.pools)
+        ids += answer
+
+
+@asynccontextmanager
+async def talking(agents: Agents, count: int = 4) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        for number in range(count):
+            group.create_task(agents.talk(number))
+        try:
+            yield
+        finally:
+            agents.over = True
+
+
+async def test_pools_follow_the_load_and_both_replicas_agree(valkey_url: str) -> None:
+    """Long prompts, then long answers: an engine goes over to prefill, and back; every token is right."""
+    async with (
+        cluster(valkey_url, "remote_pull_always", engines="p0 d0 d1", repool=QUICK) as c,
+        another_replica(c, valkey_url, "remote_pull_always", QUICK) as other,
+    ):
+        both = [c.replica, other]
+        agents = Agents(c, both)
+        async with talking(agents):
+            await until(lambda: all(pools(r) == "2p+1d" for r in both), 20.0)
+            changed = next(e for e in ("d0", "d1") if pool_of(c.replica, e) == "prefill")
+            assert pool_of(other, changed) == "prefill"
+            await until(lambda: "2p+1d" in agents.pools, 10.0)
+            agents.new_tokens, agents.output_tokens = 16, 150
+            await until(lambda: all(pools(r) == "1p+2d" for r in both), 20.0)
+            assert not c.replica.core.standings.draining
+            before = agents.rounds
+            await until(lambda: agents.rounds > before + 10)
+        ended = sum(_flips(r, "decode_to_prefill", "done") for r in both)
+        assert ended >= 1 and sum(_flips(r, "prefill_to_decode", "done") for r in both) >= 1
+
+
+def _flips(replica: Replica, direction: str, result: str) -> float:
+    return float(replica._metrics.flips.labels(direction, result)._value.get())
+
+
+# ---------------------------------------------------------------- step by step
+
+
+@pytest.fixture
+def ghost() -> str:
+    return "ghost"
+
+
+async def begin(c: Cluster, engine_id: str, leader: str = "ghost") -> tuple[PoolStore, FlipUnderWay]:
+    """What a leader leaves behind that begins a flip and dies: its lead runs out."""
+    store = PoolStore(c.ledger.connection)
+    life = c.engines[engine_id].record.incarnation
+    clock = 0
+    for _ in range(400):
+        clock = await store.lead(leader, 0.3)
+        if clock:
+            break
+        await asyncio.sleep(0.02)
+    assert clock, "nobody lets it lead"
+    flip = FlipUnderWay("prefill", life, clock, "a test")
+    assert await store.step(leader, engine_id, None, flip, drain="mark", incarnation=life) == "done"
+    return store, flip
+
+
+async def test_a_flip_whose_leader_died_is_ended_by_the_next(valkey_url: str) -> None:
+    """Sessions that were at home there are moved whole, and the engine is used for prefill afterwards."""
+    async with cluster(valkey_url, "remote_pull_always", engines="p0 d0 d1") as c:
+        agents = Agents(c, [c.replica])
+        for number in range(6):
+            await agents._round(f"s{number}", [number * 50 + i for i in range(5, 205)])
+        store, _ = await begin(c, "d0")
+        async with another_replica(c, valkey_url, "remote_pull_always", STILL) as other:
+            await until(lambda: pool_of(other, "d0") == pool_of(c.replica, "d0") == "prefill", 20.0)
+            await until(lambda: not c.replica.core.standings.draining | other.core.standings.draining)
+            assert await store.read() == ({"d0": "prefill"}, {}, {})
+            assert (
+                _flips(other, "decode_to_prefill", "done") + _flips(other, "decode_to_prefill", "in_part")
+                == 1
+            )
+            homes = {s["home"] for s in await other.sessions(100)}
+            assert homes == {"d1"}
+            async with another_replica(c, valkey_url, "remote_pull_always", RepoolConfig()) as late:
+                await until(lambda: pool_of(late, "d0") == "prefill")
+
+
+async def test_an_operators_drain_takes_over(valkey_url: str) -> None:
+    """The engine that was leaving its pool is drained, and not used again by itself."""
+    async with cluster(valkey_url, "local", engines="p0 d0 d1") as c:
+        store, flip = await begin(c, "d0")
+        await c.replica.drains.mark("d0", flip.incarnation)
+        async with another_replica(c, valkey_url, "local", STILL) as other:
+            await until(lambda: other._pools._repoolers)
+            await until(
+                lambda: (other.core.standings.draining, other.core.standings.draining) == ({"d0"}, {"d0"})
+            )
+            assert await store.read() == ({}, {}, {"d0": flip.incarnation})
+            assert pool_of(other, "d0") == "decode"
+
+
+async def test_what_is_taken_back_stays_where_it_was(valkey_url: str) -> None:
+    async with cluster(valkey_url, "local", engines="p0 d0 d1") as c:
+        store, _ = await begin(c, "d0")
+        await c.replica.drains.unmark("d0")
+        async with another_replica(c, valkey_url, "local", STILL) as other:
+            await until(lambda: _flips(other, "decode_to_prefill", "given_up") == 1)
+            assert await store.read() == ({}, {}, {})
+            assert pool_of(other, "d0") == "decode"
+
+
+async def test_a_pool_is_of_the_engine_and_outlives_its_process(valkey_url: str) -> None:
+    async with cluster(valkey_url, "local", engines="d0") as c:
+        options = SimulatedOptions(
+            engine_id="d1", pool="decode", ledger=valkey_url, fleet=c.ledger.connection.fleet, speed=20.0
+        )
+        store = PoolStore(c.ledger.connection)
+        for life in range(2):
+            async with SimulatedEngine(options, fleet_key=KEY):
+                await until(lambda: c.replica.readiness().engines_alive == 2)
+                if not life:
+                    assert await store.lead("ghost", 5.0)
+                    assert await store.step("ghost", "d1", None, None, pool="prefill") == "done"
+                await until(lambda: pools(c.replica) == "1p+1d")
+            await until(lambda: c.replica.readiness().engines_alive == 1)
+
+
+async def test_a_step_needs_the_lead_and_what_was_read(valkey_url: str) -> None:
+    async with cluster(valkey_url, "local", engines="") as c:
+        store = PoolStore(c.ledger.connection)
+        assert await store.lead("one", 5.0)
+        assert not await store.lead("two", 5.0)
+        flip = FlipUnderWay("prefill", "life", 1, "why")
+        assert await store.step("two", "d0", None, flip) == "not_leading"
+        assert await store.step("one", "d0", None, flip, drain="mark", incarnation="life") == "done"
+        assert await store.step("one", "d0", None, flip) == "other_flip"
+        assert await store.step("one", "d1", None, flip, drain="mark", incarnation="x") == "done"
+        assert await store.step("one", "d1", flip, None, drain="unmark", incarnation="another") == "done"
+        assert await store.read() == ({}, {"d0": flip}, {"d0": "life", "d1": "x"}), (
+            "another life's mark stays"
+        )
+        assert await store.step("one", "d2", None, flip, drain="mark", incarnation="x") == "done"
+        assert await store.step("one", "d2", flip, None, incarnation="x") == "done"
+        assert await store.step("one", "d2", None, flip, drain="mark", incarnation="x") == "drains"
+
+
+async def test_without_the_ledger_nothing_changes(ghost: str) -> None:
+    connection = LedgerConnection("redis://127.0.0.1:1", "f", 0.5, 1)
+    try:
+        with pytest.raises(LedgerUnavailable):
+            await PoolStore(connection).lead(ghost, 5.0)
+    finally:
+        await connection.close()
