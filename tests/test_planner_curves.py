@@ -6,23 +6,25 @@ from functools import lru_cache
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from antiphon.engines.cluster import Slo
-from antiphon.eval.planner.curves import (
+from antiphon.eval.planner.curves import CurveTask, make_curve, make_curves
+from antiphon.eval.planner.plans import EngineType
+from antiphon.eval.planner.tau import (
+    POOLED,
     ROLES,
     Curve,
-    CurveTask,
+    Line,
     Role,
     busy_rate,
+    idle_point,
     kv_tokens,
-    make_curve,
-    make_curves,
+    line,
     rising,
 )
-from antiphon.eval.planner.plans import EngineType
 from antiphon.eval.planner.workload import Workload
 from antiphon.policies.latency import DecodeCost, LatencyModel, PrefillCost, TransferCost
 from antiphon.traces.schema import RoundTrace, SessionTrace
@@ -72,29 +74,53 @@ def test_rising_by_hand() -> None:
     assert rising([3, 2, 1]) == (2, 2, 2)
 
 
-rates = st.lists(st.floats(0.01, 10), min_size=1, max_size=6, unique=True).map(sorted)
+points = st.lists(
+    st.tuples(st.floats(0.01, 10), st.floats(0, 10), st.floats(0, 1)),
+    min_size=1,
+    max_size=6,
+    unique_by=lambda p: p[0],
+).map(sorted)
 
 
-@given(rates, st.data())
-def test_tau_never_falls_with_the_rate(at: list[float], data: st.DataObject) -> None:
-    taus = rising(data.draw(st.lists(st.floats(0, 10), min_size=len(at), max_size=len(at))))
-    drawn = Curve("decode", ENGINE, tuple(at), taus, taus, data.draw(st.floats(0.01, 30)))
+@settings(max_examples=40)
+@given(points, points, st.floats(0, 3), st.floats(0.01, 30), st.data())
+def test_tau_never_falls_with_the_load(
+    alone: list[tuple[float, float, float]],
+    pooled: list[tuple[float, float, float]],
+    idle: float,
+    kv_rate: float,
+    data: st.DataObject,
+) -> None:
+    """Nor with fewer replicas."""
+    zero = 0.0, idle, 0.0
+    drawn = Curve("prefill", ENGINE, line(zero, alone), line(zero, pooled), kv_rate)
     looked_at = sorted(data.draw(st.lists(st.floats(0.001, 40), min_size=2, max_size=8)))
-    read = [drawn.tau(rate) for rate in looked_at]
-    assert all(a <= b + 1e-9 for a, b in pairwise(read))
-    assert [drawn.tau(rate) == float("inf") for rate in looked_at] == [r > drawn.kv_rate for r in looked_at]
-    for rate, tau in zip(at, taus, strict=True):
-        if rate <= drawn.kv_rate:
-            assert drawn.tau(rate) == pytest.approx(tau)
+    for replicas in (1, 2, 3, 4, 9):
+        read = [drawn.tau(rate, replicas) for rate in looked_at]
+        assert all(idle - 1e-9 <= a <= b + 1e-9 for a, b in pairwise(read))
+        assert [tau == float("inf") for tau in read] == [rate > kv_rate for rate in looked_at]
+        misses = [drawn.miss(rate, replicas) for rate in looked_at]
+        assert all(0 <= a <= b + 1e-9 <= 1 + 1e-9 for a, b in pairwise(misses))
+    for rate in looked_at:
+        by_size = [drawn.tau(rate, replicas) for replicas in (1, 2, 3, 4, 9)]
+        assert all(b <= a + 1e-9 for a, b in pairwise(by_size))
 
 
 def test_between_and_beyond_the_points() -> None:
-    drawn = Curve("prefill", ENGINE, (1.0, 2.0), (0.5, 1.5), (0.0, 0.4), float("inf"))
-    assert [drawn.tau(rate) for rate in (0.1, 1.0, 1.5, 2.0, 3.0)] == [0.5, 0.5, 1.0, 1.5, 2.5]
+    drawn = Line((0.0, 1.0, 2.0), (0.1, 0.5, 1.5), (0.0, 0.0, 0.4))
+    read = [drawn.tau(rate) for rate in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)]
+    assert read == pytest.approx([0.1, 0.3, 0.5, 1.0, 1.5, 2.5])
     assert drawn.miss(1.5) == pytest.approx(0.2)
     assert drawn.miss(9.0) == 1.0
-    alone = Curve("prefill", ENGINE, (2.0,), (1.0,), (0.0,), float("inf"))
-    assert alone.tau(3.0) == 1.5  # as if it were a line through nothing
+    assert line((0.0, 1.0, 0.1), [(2.0, 0.9, 0.0)]) == Line((0.0, 2.0), (1.0, 1.0), (0.1, 0.1))
+    assert line((0.0, 1.0, 0.1), [(2.0, 0.9, 0.0)]).tau(3.0) == 1.5  # flat, then as if through nothing
+
+
+def test_between_one_and_a_pool() -> None:
+    drawn = Curve(
+        "prefill", ENGINE, Line((0.0, 1.0), (1.0, 1.0), (0, 0)), Line((0.0, 1.0), (0.2, 0.2), (0, 0)), 9.0
+    )
+    assert [drawn.tau(1.0, replicas) for replicas in (1, 2, POOLED, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
 # ---------------------------------------------------------------- one replica
@@ -110,21 +136,31 @@ def test_busy_rates_by_hand() -> None:
     assert busy_rate(ENGINE, "colocated", WORKLOAD, SLO) == pytest.approx(both, rel=0.01)
 
 
-def test_a_calm_engine_takes_what_its_profile_says() -> None:
-    """At its lowest rates: 0.128 s of prefill, of a target of 1 s; steps of 11 ms, of 50."""
-    assert 0.128 < curve("prefill").taus[0] < 0.5
-    assert 0.22 < curve("decode").taus[0] < 0.5
-    assert curve("colocated").taus[0] >= 0.128
+def test_an_idle_engine_takes_what_its_profile_says() -> None:
+    """0.128 s of prefill, of a target of 1 s; steps of 11 ms, of 50. A calm one takes little more."""
+    assert idle_point(ENGINE, "prefill", WORKLOAD, SLO) == (0.0, pytest.approx(0.128), 0.0)
+    assert idle_point(ENGINE, "decode", WORKLOAD, SLO) == (0.0, pytest.approx(0.22), 0.0)
+    assert idle_point(ENGINE, "colocated", WORKLOAD, Slo(0.1, 0.05)) == (0.0, pytest.approx(1.28), 1.0)
+    for role, idle in (("prefill", 0.128), ("decode", 0.22), ("colocated", 0.22)):
+        made = curve(role).alone
+        assert made.taus[0] == pytest.approx(idle)
+        assert idle < made.taus[1] < 0.7
 
 
 def test_load_makes_it_slower() -> None:
     for role in ROLES:
-        made = curve(role)
-        assert list(made.rates) == sorted(set(made.rates))
-        assert list(made.taus) == sorted(made.taus)
-        assert list(made.missed) == sorted(made.missed)
-        assert made.tau(made.rates[0]) < made.tau(3 * made.rates[-1])
-    assert curve("prefill").taus[-1] > 1  # it was simulated at more than it can do
+        for made in (curve(role).alone, curve(role).pooled):
+            assert list(made.rates) == sorted(set(made.rates))
+            assert list(made.taus) == sorted(made.taus)
+            assert list(made.missed) == sorted(made.missed)
+            assert made.taus[-1] > 1  # it was simulated at more than it can do
+
+
+def test_a_pool_of_prefill_engines_waits_less() -> None:
+    made = curve("prefill")
+    busy = busy_rate(ENGINE, "prefill", WORKLOAD, SLO)
+    assert made.tau(0.7 * busy, POOLED) < 0.9 * made.tau(0.7 * busy)
+    assert curve("decode").pooled == curve("decode").alone
 
 
 def test_the_other_phase_is_ideal() -> None:
@@ -132,9 +168,9 @@ def test_the_other_phase_is_ideal() -> None:
     slow_decode = replace(LATENCY, decode=DecodeCost(10.0, 1.0))
     slow = replace(ENGINE, latency=slow_decode, link_bytes_per_s=1.0, device_tokens=2048, store_tokens=2048)
     prefill = curve("prefill")
-    assert make_curve(task("prefill", replace(slow, device_tokens=64_000))).taus == pytest.approx(
-        prefill.taus
-    )
+    slowed = make_curve(task("prefill", replace(slow, device_tokens=64_000)))
+    assert slowed.alone.taus == pytest.approx(prefill.alone.taus)
+    assert slowed.pooled.taus == pytest.approx(prefill.pooled.taus)
     assert make_curve(task("decode", replace(ENGINE, link_bytes_per_s=1.0))) == replace(
         curve("decode"), type=replace(ENGINE, link_bytes_per_s=1.0)
     )

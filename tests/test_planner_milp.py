@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from antiphon.engines.cluster import Slo
 from antiphon.eval.planner.ask import Ask, Infeasible, PlanError
-from antiphon.eval.planner.curves import ROLES, Curve, Curves, Role
 from antiphon.eval.planner.milp import (
     EIGHTHS,
     Choice,
@@ -29,6 +28,7 @@ from antiphon.eval.planner.milp import (
 from antiphon.eval.planner.plans import EngineType
 from antiphon.eval.planner.solve import solve, timings
 from antiphon.eval.planner.solver import Program
+from antiphon.eval.planner.tau import ROLES, Curve, Curves, Line, Role
 from antiphon.eval.planner.workload import Workload
 from antiphon.policies.latency import DecodeCost, LatencyModel, PrefillCost, TransferCost
 from antiphon.traces.schema import RoundTrace, SessionTrace
@@ -67,7 +67,7 @@ def pools(role: Role, curves: Curves, budget: Mapping[str, int], mixed: bool) ->
 
 
 def z_of(role: Role, uses: list[Use], curves: Curves) -> float:
-    return max(curves[role, each.name].tau(RATE * s / EIGHTHS / r) for each, r, s in uses)
+    return max(curves[role, each.name].tau(RATE * s / EIGHTHS / r, r) for each, r, s in uses)
 
 
 def spent(uses: list[Use]) -> tuple[float, dict[str, int]]:
@@ -109,11 +109,12 @@ def fleets(curves: Curves, budget: Mapping[str, int], mixed: bool) -> list[Fleet
 # ---------------------------------------------------------------- the same optimum
 
 
-def curve(role: Role, each: EngineType, steps: list[float], kv_rate: float) -> Curve:
-    """tau grows by each of the steps, from one rate to the next."""
+def curve(role: Role, each: EngineType, steps: list[float], kv_rate: float, pooled: float = 1.0) -> Curve:
+    """tau grows by each of the steps, from one rate to the next. `pooled`: times that, in a pool."""
     rates = tuple(RATE * share for share in (0.125, 0.5, 1.0))
     taus = tuple(sum(steps[: n + 1]) for n in range(3))
-    return Curve(role, each, rates, taus, (0.0, 0.0, 0.0), kv_rate)
+    alone = Line((0.0, *rates), (taus[0], *taus), (0.0, 0.0, 0.0, 0.0))
+    return Curve(role, each, alone, replace(alone, taus=tuple(pooled * tau for tau in alone.taus)), kv_rate)
 
 
 @st.composite
@@ -126,6 +127,7 @@ def tables(draw: st.DrawFn) -> dict[tuple[Role, str], Curve]:
             each,
             draw(st.lists(step, min_size=3, max_size=3)),
             INFINITE if role == "prefill" else draw(kv),
+            draw(st.sampled_from((0.5, 1.0))) if role == "prefill" else 1.0,
         )
         for role in ROLES
         for each in TYPES
@@ -141,7 +143,7 @@ def check(choice: Choice | None, form: Form, curves: Curves) -> None:
         by_role.setdefault(column.role, []).append(column)
         assert column.replicas >= 1  # all replicas 0 satisfies the paper's form
         rate = RATE * column.eighths / EIGHTHS / column.replicas
-        assert column.tau == curves[column.role, column.type.name].tau(rate) < INFINITE
+        assert column.tau == curves[column.role, column.type.name].tau(rate, column.replicas) < INFINITE
     assert set(by_role) in ({"colocated"}, {"prefill", "decode"})
     for columns in by_role.values():
         assert sum(column.eighths for column in columns) == EIGHTHS
@@ -288,8 +290,11 @@ def test_solved_and_what_binds() -> None:
 def test_what_binds_the_price() -> None:
     """Two of the cheap kind are too slow by little. Half of the load on one of the dear kind is in time."""
     curves = real(flat(prefill=9.0, decode=9.0, colocated=1.9))
-    slow = {key: replace(c, taus=tuple(1.1 * tau for tau in c.taus)) for key, c in curves.items()}
-    table = {key: (slow if "a100" in key[1] else curves)[key] for key in curves}
+    table = dict(curves)
+    for key, fast in curves.items():
+        if "a100" in key[1]:
+            slow = replace(fast.alone, taus=tuple(1.1 * tau for tau in fast.alone.taus))
+            table[key] = replace(fast, alone=slow, pooled=slow)
     asked = ask(h100=2, a100=2)
     solved = solve(asked, REAL_TYPES[::2], WORKLOAD, curves=table)
     assert solved.plan.describe() == "co-located 1 x 1xh100 + 2 x 1xa100, local"

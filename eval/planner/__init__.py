@@ -11,7 +11,8 @@ candidates.py    every plan within a budget
 screen.py        orders thousands of plans without simulating any
 neighbours.py    plans one step from a plan, in its fleet or its settings
 search.py        the search: successive halving, refinement, a last rung on fresh windows
-curves.py        how slow one engine is in one role at which load: tau of AMPD's Eq. 5, simulated
+tau.py           tau of AMPD's Eq. 5: how slow one engine is in one role, by load
+curves.py        such tables, made by simulation
 solver.py        a mixed-integer linear program for HiGHS
 milp.py          AMPD's Eq. 5, alone and completed, as such a program
 solve.py         the program's answer to an ask, and the constraints that bind it

@@ -19,6 +19,7 @@ from antiphon.eval.known_models import KnownModel, degrees_for, profile_for
 from antiphon.eval.planner.ask import Ask, Infeasible, PlanError
 from antiphon.eval.planner.plans import EngineType
 from antiphon.eval.planner.prices import GpuPrice, price_of
+from antiphon.eval.planner.tau import unloaded
 from antiphon.eval.planner.workload import Workload
 
 
@@ -103,25 +104,15 @@ def attainable(types: Sequence[EngineType], workload: Workload, slo: Slo) -> Unl
     An upper bound: a round prefills what it does not keep (a first round what it does not share), and its KV
     goes nowhere. Raises `Infeasible` with the nearest targets when no round can be in time.
     """
-    ttfts_s: list[float] = []
-    itls_s: list[float] = []
-    both = 0
-    for family in workload.families:
-        for session, *_ in family:
-            for number, turn in enumerate(session.rounds):
-                cached = turn.kept_tokens if number else session.shared_tokens
-                new = max(1, turn.prompt_tokens - cached)
-                ttft_s = min(each.latency.prefill_s(new, cached) for each in types)
-                itl_s = 0.0
-                if turn.output_tokens > 1:
-                    context = turn.prompt_tokens + turn.output_tokens // 2
-                    itl_s = min(each.latency.decode_step_s(1, context) for each in types)
-                ttfts_s.append(ttft_s)
-                itls_s.append(itl_s)
-                both += ttft_s <= slo.ttft_s and itl_s <= slo.itl_s
+    by_type = [unloaded(each.latency, workload) for each in types]
+    ttfts_s = [min(each) for each in zip(*(ttfts_s for ttfts_s, _ in by_type), strict=True)]
+    itls_s = [min(each) for each in zip(*(itls_s for _, itls_s in by_type), strict=True)]
+    both = sum(
+        ttft_s <= slo.ttft_s and itl_s <= slo.itl_s for ttft_s, itl_s in zip(ttfts_s, itls_s, strict=True)
+    )
     ttfts_s.sort()
     itls_s.sort()
-    unloaded = Unloaded(
+    best = Unloaded(
         both / len(ttfts_s),
         sum(ttft_s <= slo.ttft_s for ttft_s in ttfts_s) / len(ttfts_s),
         sum(itl_s <= slo.itl_s for itl_s in itls_s) / len(itls_s),
@@ -131,8 +122,8 @@ def attainable(types: Sequence[EngineType], workload: Workload, slo: Slo) -> Unl
         _percentile(itls_s, 0.95),
     )
     if not both:
-        raise _too_tight(unloaded, slo, types)
-    return unloaded
+        raise _too_tight(best, slo, types)
+    return best
 
 
 def _engine_type(
@@ -202,18 +193,18 @@ def _nothing(
     return Infeasible(f"no engine of this ask can run {ask.model}: {reasons}", nearest)
 
 
-def _too_tight(unloaded: Unloaded, slo: Slo, types: Sequence[EngineType]) -> Infeasible:
+def _too_tight(best: Unloaded, slo: Slo, types: Sequence[EngineType]) -> Infeasible:
     told = []
-    if not unloaded.ttft_share:
+    if not best.ttft_share:
         told.append(f"a first token in {slo.ttft_s:g} s")
-    if not unloaded.itl_share:
+    if not best.itl_share:
         told.append(f"a gap of {slo.itl_s:g} s between tokens")
     what = " and ".join(told) or f"{slo.ttft_s:g} s and {slo.itl_s:g} s together"
     names = ", ".join(each.name for each in types)
     return Infeasible(
         f"no round can have {what}, even alone on the best of {names}",
-        f"half of the rounds could have TTFT {_up(unloaded.ttft_p50_s)} s and ITL {_up(unloaded.itl_p50_s)}"
-        f" s, 95 % TTFT {_up(unloaded.ttft_p95_s)} s and ITL {_up(unloaded.itl_p95_s)} s, each by itself",
+        f"half of the rounds could have TTFT {_up(best.ttft_p50_s)} s and ITL {_up(best.itl_p50_s)}"
+        f" s, 95 % TTFT {_up(best.ttft_p95_s)} s and ITL {_up(best.itl_p95_s)} s, each by itself",
     )
 
 

@@ -9,7 +9,7 @@ satisfies them, and tau depends on how the load is shared out. Completed (ours):
     sum of s * z = 8 * (1 - m)         of prefill, and of decode; = 8 * m of co-located: m = no prefill pool
     sum of r * tp * z <= budget        per kind of GPU
     u(phase, type) <= w(tp), sum of w = 1        equal degrees, unless they may be mixed
-    Z >= sum of tau(type, rate * s / 8 / r) * z  per phase and type
+    Z >= sum of tau(type, rate * s / 8 / r, r) * z  per phase and type
 
 z is there only where the KV of its share of the live sessions fits its r replicas. tau is `curves.py`'s: P95
 as a share of its target. `eq5`: least Z, never co-located, of equals the cheapest. `completed`: the cheapest
@@ -24,9 +24,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from antiphon.eval.planner.ask import Ask
-from antiphon.eval.planner.curves import DECODE_CK, PREFILL_CK, ROLES, Curves, Role
+from antiphon.eval.planner.curves import DECODE_CK, PREFILL_CK
 from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName
 from antiphon.eval.planner.solver import Program, total
+from antiphon.eval.planner.tau import ROLES, Curves, Role
 
 EIGHTHS = 8
 SLACK = 1e-6
@@ -102,7 +103,7 @@ def columns_of(
                 share_per_s = rate_per_s * eighths / EIGHTHS
                 best = float("inf")
                 for replicas in range(1, budget.get(each.gpu, 0) // each.tp + 1):
-                    tau = curve.tau(share_per_s / replicas, kv_factor) / looser
+                    tau = curve.tau(share_per_s / replicas, replicas, kv_factor) / looser
                     if tau < best:
                         best = tau
                         columns.append(Column(role, each, replicas, eighths, tau))

@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 from typing import NamedTuple
 
 from antiphon.eval.planner.ask import Ask, Infeasible, Solved
-from antiphon.eval.planner.curves import Curves, make_curves
+from antiphon.eval.planner.curves import make_curves
 from antiphon.eval.planner.engine_types import gpu_budget
 from antiphon.eval.planner.milp import (
     TIME_LIMIT_S,
@@ -26,6 +26,7 @@ from antiphon.eval.planner.milp import (
     plan_of,
 )
 from antiphon.eval.planner.plans import EngineType
+from antiphon.eval.planner.tau import Curves
 from antiphon.eval.planner.workload import Workload
 
 LOOSER = 1.1
