@@ -21,9 +21,12 @@ from antiphon.eval.least_squares import DecodePoint
 from antiphon.eval.probe import EngineInfo, Probe, ProbeError
 from antiphon.policies.latency import LatencyModel, PrefillCost, TransferCost, load_latency_model
 from tests.simulated_helpers import FLEET_KEY, simulated_pair
+from tests.virtual_time import run_virtually
 
 SPEED = 4.0
 TRUE = load_latency_model("tiny-cpu")
+EXACT = 0.01
+PATIENCE_S = 0.002
 BUSY = 0.3
 """How far a time that was really waited for may be off on a busy machine; on a quiet one it is below 0.1."""
 SIMULATED = SimulatedOptions(speed=SPEED, chunk_tokens=512, decode_interval=4, max_running_requests=16)
@@ -50,17 +53,22 @@ async def least(options: CalibrateOptions, rounds: int = 2) -> Calibration:
 
 
 def test_coefficients_of_a_simulated_engine_are_found_again(small: None) -> None:
-    """Prefill and decode times of an engine whose profile is known, over its HTTP."""
-    with simulated_pair(SIMULATED) as pair:
-        found = asyncio.run(least(CalibrateOptions(pair.decode.url), rounds=3))
+    """Prefill and decode times of an engine whose profile is known, over its HTTP, on a clock of its own."""
+
+    async def run() -> Calibration:
+        clock = asyncio.get_running_loop().time
+        async with SimulatedEngine(SIMULATED, fleet_key=FLEET_KEY, clock=clock) as engine:
+            return await least(CalibrateOptions(engine.record.url), rounds=1)
+
+    found = run_virtually(run(), PATIENCE_S)
     profile = found.profile
     for new, cached in ((128, 0), (512, 0), (512, 1024), (128, 1024)):
         expected = TRUE.prefill_s(new, cached) / SPEED
-        assert profile.prefill_s(new, cached) == pytest.approx(expected, rel=BUSY, abs=0.002), (new, cached)
+        assert profile.prefill_s(new, cached) == pytest.approx(expected, rel=EXACT), (new, cached)
     for batch, context in ((1, 100), (4, 2000), (8, 4000)):
         expected = TRUE.decode_step_s(batch, context) / SPEED
-        assert profile.decode_step_s(batch, context) == pytest.approx(expected, rel=BUSY), (batch, context)
-    assert 0 <= found.request_fixed_s < 0.01
+        assert profile.decode_step_s(batch, context) == pytest.approx(expected, rel=EXACT), (batch, context)
+    assert found.request_fixed_s == pytest.approx(0, abs=1e-4)
     assert (found.info.chunk_tokens, found.info.decode_interval, found.info.device_tokens) == (512, 4, 65536)
     assert profile.transfer == TRUE.transfer
     assert any("transfers are those of tiny-cpu" in note for note in found.notes)
