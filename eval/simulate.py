@@ -45,6 +45,8 @@ def run_simulation(options: SimulateOptions, prepared: Prepared | None = None) -
     starts = iter(schedule(tops, ready.arrivals))
     wall_s = _timed(simulation, starts, children)
     result = result_of(ready, simulation, list(records_of(ready, ends)), wall_s)
+    if isinstance(simulation, RepoolingSimulation):
+        result.flips = [flip.words() for flip in simulation.flips]
     if options.rounds_path is not None:
         write_rounds(result.rounds, options.rounds_path)
     if options.json_path is not None:

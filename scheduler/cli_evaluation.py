@@ -100,11 +100,13 @@ def simulate(
     form: Form = "auto",
     skip_bad: SkipBad = False,
     correction: Annotated[bool, typer.Option(help="Learn from rounds how far off the profiles are.")] = True,
+    repool: Annotated[bool, typer.Option("--repool", help="Engines change pool as the load drifts.")] = False,
 ) -> None:
     """Run a trace through the production scheduler on simulated engines."""
     from rich.console import Console
 
     from antiphon.eval.simulate import SimulateOptions, prepare, run_simulation
+    from antiphon.scheduler.repool_config import RepoolConfig
     from antiphon.traces.display import result_table
 
     options = SimulateOptions(
@@ -128,6 +130,7 @@ def simulate(
         skip_bad=skip_bad,
         form=form,  # type: ignore[arg-type]  # ReadOptions refuses others
         corrections=correction,
+        repool=RepoolConfig(enabled=True) if repool else None,
     )
     console = Console(stderr=True)
     with _user_errors("simulate"):
@@ -136,6 +139,8 @@ def simulate(
             console.print(line, markup=False, highlight=False)
         result = run_simulation(options, prepared)
     console.print(result_table(result))
+    for flip in result.flips or ():
+        console.print(flip, markup=False, highlight=False)
     for name, path in (("result", json_path), ("rounds", rounds_path)):
         if path is not None:
             console.print(f"{name}: {path}", markup=False, highlight=False)

@@ -49,6 +49,13 @@ class FlipRecord(NamedTuple):
     pools: str
     """Afterwards, as in receipts."""
 
+    def words(self) -> str:
+        return (
+            f"{self.began_s:.1f} s: {self.flip.engine_id} to {self.flip.to_pool.value}, {self.result} after "
+            f"{self.ended_s - self.began_s:.1f} s, {self.moved_sessions} sessions "
+            f"({self.moved_bytes / 1e9:.1f} GB) moved, then {self.pools}: {self.flip.reason}"
+        )
+
 
 class _Copy:
     """One session's KV on its way to another home."""

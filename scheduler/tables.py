@@ -45,9 +45,15 @@ def recorded(value: Any) -> str:
     return str(value).replace("_", " ")
 
 
+def destination(value: Any) -> str:
+    """Of an engine that changes pool."""
+    return str(value["to"]) if value else ""
+
+
 ENGINE_COLUMNS = (
     Column("engine", "engine_id"),
     Column("pool", "pool"),
+    Column("on its way to", "flip", destination),
     Column("standing", "standing", words),
     Column("linker", "can_transfer", yes_no),
     Column("batch", "batch", count, right=True),
@@ -112,6 +118,9 @@ def status_table(ready: Item, engines: Sequence[Item], receipts: Sequence[Item])
     table.add_row("policy", str(ready.get("policy", "-")))
     table.add_row("ledger", str(ready.get("ledger", "-")))
     table.add_row("engines", f"{ready.get('engines_alive', 0)} alive{_counts(pools)}")
+    for engine in engines:
+        if flip := engine.get("flip"):
+            table.add_row("changes pool", f"{engine.get('engine_id')} to {flip['to']}: {flip['reason']}")
     table.add_row("recent rounds", f"{len(receipts)}{_counts(arms)}")
     if ready.get("detail"):
         table.add_row("detail", str(ready["detail"]))

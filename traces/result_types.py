@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 RESULT_SCHEMA = "antiphon.result/1"
 LoadKind = Literal["session_rate", "rho", "as_recorded", "concurrency"]
@@ -219,5 +220,7 @@ class RunResult(msgspec.Struct, kw_only=True):
     cost_per_1k_rounds: float | None = None
     """None without prices in the cluster file."""
     simulated_s: float | None = None
+    flips: list[str] | UnsetType = UNSET
+    """Of a simulation whose engines change pool: each change in words. Not there otherwise."""
     wall_s: float
     rounds: list[RoundRecord] = []
