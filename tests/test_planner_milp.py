@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from antiphon.eval.planner.milp import (
     plan_of,
 )
 from antiphon.eval.planner.plans import EngineType
+from antiphon.eval.planner.score import score
 from antiphon.eval.planner.solve import solve, timings
 from antiphon.eval.planner.solver import Program
 from antiphon.eval.planner.tau import ROLES, Curve, Curves, Line, Role
@@ -303,6 +305,28 @@ def test_what_binds_the_price() -> None:
         "1 more a100: USD 3.00 instead of 5.00 per hour (-40.0%)",
     )
     assert solve(asked, REAL_TYPES[::2], WORKLOAD, curves=table, margin=0.3).plan_z <= 0.7 < solved.plan_z
+
+
+def test_nothing_binds_the_smallest_fleet() -> None:
+    """And where 10 % change nothing, the first that do are told."""
+    curves = real(flat(prefill=0.1, decode=0.1, colocated=0.1))
+    (told,) = solve(ask(h100=2), REAL_TYPES[:1], WORKLOAD, curves=curves).binding
+    assert told == "none: even targets and memory for KV that are 4 times as large change nothing"
+    slow = real(flat(prefill=9.0, decode=9.0, colocated=1.4))
+    solved = solve(ask(h100=2), REAL_TYPES[:1], WORKLOAD, curves=slow)
+    assert solved.binding == ("targets 50 % looser: USD 3.00 instead of 6.00 per hour (-50.0%)",)
+
+
+def test_solved_from_its_own_simulations() -> None:
+    """Rounds of 0.1 s and 1 s, 8 per second: one engine prefills them at 80 % of its time, two in time."""
+    roomy = replace(REAL_TYPES[0], device_tokens=200_000, store_tokens=400_000)
+    asked = msgspec.structs.replace(ask(h100=8), slo=Slo(0.3, 0.02))
+    solved = solve(asked, [roomy], WORKLOAD)
+    assert solved.curves_s > 0 and solved.gap == 0
+    assert solved.plan_z <= 1
+    seen = score(solved.plan, WORKLOAD.window(9, 300), asked.slo, asked.window_tokens)
+    assert seen.attainment > 0.9
+    assert solved.plan.engines >= 2
 
 
 def test_kv_that_fits_no_fleet() -> None:

@@ -1,7 +1,8 @@
 """The MILP's answer to an ask: tables of tau, AMPD's form alone, the completed form, and what binds it.
 
-A constraint binds if the answer is better without it: each is loosened alone, the form solved again, and the
-gain told, of the price (USD per hour) where the targets are met, else of Z (the worst P95 over its target).
+A constraint binds if the answer is better with it a little looser: each is loosened alone, the form solved
+again, and the gain told, of the price (USD per hour) where the targets are met, else of Z (the worst P95 over
+its target).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from antiphon.eval.planner.ask import Ask, Infeasible, Solved
 from antiphon.eval.planner.curves import make_curves
 from antiphon.eval.planner.engine_types import gpu_budget
 from antiphon.eval.planner.milp import (
+    SLACK,
     TIME_LIMIT_S,
     Choice,
     Form,
@@ -29,8 +31,8 @@ from antiphon.eval.planner.plans import EngineType
 from antiphon.eval.planner.tau import Curves
 from antiphon.eval.planner.workload import Workload
 
-LOOSER = 1.1
-"""Targets and memory of KV, when they are loosened."""
+LOOSER = 1.1, 1.25, 1.5, 2.0, 4.0
+"""Times the targets, or the memory for KV, when they are loosened: the next where the last gains nothing."""
 LEAST_GAIN = 0.001
 """Share of price or Z: less is no gain."""
 MOST_FLEETS = 64
@@ -72,13 +74,12 @@ def solve(
     alone, best = eq5(form), completed(form, asked.within_z)
     if best is None:
         raise asked.infeasible()
-    binding = tuple(asked.binding(best))
     return Solved(
         eq5=None if alone is None else plan_of(alone, ask),
         eq5_z=float("inf") if alone is None else alone.z,
         plan=plan_of(best, ask),
         plan_z=best.z,
-        binding=binding,
+        binding=asked.binding(best),
         curves_s=made_s - began_s,
         solve_s=time.perf_counter() - made_s,
         gap=max(best.gap, 0.0 if alone is None else alone.gap),
@@ -151,33 +152,39 @@ class _Asked(NamedTuple):
         mixed = mixed or self.ask.mixed_tensor_parallel
         return Form(columns, budget, mixed, time_limit_s=self.time_limit_s)
 
-    def binding(self, best: Choice) -> list[str]:
-        """In words, the largest gain first."""
-        within = best.z <= self.within_z * (1 + 2e-6)
-        gains: list[tuple[float, str]] = []
-        for what, form in self._loosened(best):
-            if within:
-                found = cheapest(form, self.within_z)
-                before, after = best.price, best.price if found is None else found.price
-                told = f"{what}: USD {after:.2f} instead of {before:.2f} per hour"
-            else:
-                found = least_z(form)
-                before, after = best.z, best.z if found is None else found.z
-                told = f"{what}: the worst P95 at {after:.2f} instead of {before:.2f} of its target"
-            gain = (before - after) / before
-            if gain > LEAST_GAIN:
-                gains.append((gain, f"{told} ({-gain:+.1%})"))
-        return [told for _, told in sorted(gains, key=lambda each: -each[0])]
+    def binding(self, best: Choice) -> tuple[str, ...]:
+        """In words, the largest gain first; at least one."""
+        within = best.z <= self.within_z * (1 + 2 * SLACK)
+        for number, looser in enumerate(LOOSER, 1):
+            gains: list[tuple[float, str]] = []
+            for what, form in self._loosened(best, number, looser):
+                if within:
+                    found = cheapest(form, self.within_z)
+                    before, after = best.price, best.price if found is None else found.price
+                    told = f"{what}: USD {after:.2f} instead of {before:.2f} per hour"
+                else:
+                    found = least_z(form)
+                    before, after = best.z, best.z if found is None else found.z
+                    told = f"{what}: the worst P95 at {after:.2f} instead of {before:.2f} of its target"
+                gain = (before - after) / before
+                if gain > LEAST_GAIN:
+                    gains.append((gain, f"{told} ({-gain:+.1%})"))
+            if gains:
+                return tuple(told for _, told in sorted(gains, key=lambda each: -each[0]))
+        return (
+            f"none: even targets and memory for KV that are {LOOSER[-1]:g} times as large change nothing",
+        )
 
-    def _loosened(self, best: Choice) -> Iterator[tuple[str, Form]]:
+    def _loosened(self, best: Choice, number: int, looser: float) -> Iterator[tuple[str, Form]]:
+        """`number`: engines more, of each kind."""
         budget = gpu_budget(self.ask)
-        step = max(column.type.tp for column in best.columns)
+        step = number * max(column.type.tp for column in best.columns)
         for gpu in budget:
             if any(each.gpu == gpu for each in self.types):
                 yield f"{step} more {gpu}", self.form({**budget, gpu: budget[gpu] + step})
-        percent = f"{LOOSER - 1:.0%}".replace("%", " %")
-        yield f"targets {percent} looser", self.form(looser=LOOSER)
-        yield f"{percent} more memory for KV", self.form(kv_factor=LOOSER)
+        percent = f"{100 * (looser - 1):.0f} %"
+        yield f"targets {percent} looser", self.form(looser=looser)
+        yield f"{percent} more memory for KV", self.form(kv_factor=looser)
         if not self.ask.mixed_tensor_parallel and len({each.tp for each in self.types}) > 1:
             yield "engines of different tensor-parallel degrees", self.form(mixed=True)
 
