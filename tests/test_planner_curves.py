@@ -138,9 +138,10 @@ def test_busy_rates_by_hand() -> None:
 
 def test_an_idle_engine_takes_what_its_profile_says() -> None:
     """0.128 s of prefill, of a target of 1 s; steps of 11 ms, of 50. A calm one takes little more."""
-    assert idle_point(ENGINE, "prefill", WORKLOAD, SLO) == (0.0, pytest.approx(0.128), 0.0)
-    assert idle_point(ENGINE, "decode", WORKLOAD, SLO) == (0.0, pytest.approx(0.22), 0.0)
-    assert idle_point(ENGINE, "colocated", WORKLOAD, Slo(0.1, 0.05)) == (0.0, pytest.approx(1.28), 1.0)
+    slo = Slo(0.1, 0.05)
+    assert idle_point(ENGINE, "prefill", WORKLOAD, SLO) == pytest.approx((0.0, 0.128, 0.0))
+    assert idle_point(ENGINE, "decode", WORKLOAD, SLO) == pytest.approx((0.0, 0.22, 0.0))
+    assert idle_point(ENGINE, "colocated", WORKLOAD, slo) == pytest.approx((0.0, 1.28, 1.0))
     for role, idle in (("prefill", 0.128), ("decode", 0.22), ("colocated", 0.22)):
         made = curve(role).alone
         assert made.taus[0] == pytest.approx(idle)

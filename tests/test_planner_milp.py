@@ -240,7 +240,7 @@ def test_of_equals() -> None:
     slow = Form(columns_of(two, curves, RATE, budget), budget)
     for choice in (eq5(slow), completed(slow, within_z=0.1)):  # all three, and so one dear one
         assert choice is not None
-        assert (choice.z, choice.price) == (pytest.approx(1 / 3, abs=0.01), 6.0)
+        assert (choice.z, choice.price) == pytest.approx((1 / 3, 6.0), abs=0.01)
     curves["decode", "1xbig"] = curve("decode", two[0], [0.6, 0.0, 0.0], INFINITE)
     both = Form(columns_of(two, curves, RATE, {"big": 1, "small": 1}), {"big": 1, "small": 1})
     best = completed(both)  # for the same price either way round: the one that decodes faster
