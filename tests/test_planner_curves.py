@@ -50,7 +50,7 @@ WORKLOAD = Workload.of([SessionTrace(f"s{n}", turns(4)) for n in range(5)], 4.0,
 
 
 def task(role: Role, engine: EngineType = ENGINE, workload: Workload = WORKLOAD) -> CurveTask:
-    return CurveTask(role, engine, workload, SLO, WINDOW_TOKENS, "local", 120, (0,))
+    return CurveTask(role, engine, workload, SLO, WINDOW_TOKENS, "local", 80, (0,))
 
 
 @lru_cache

@@ -353,6 +353,14 @@ def test_without_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
         Program(1.0)
 
 
+def test_no_time_for_any_answer() -> None:
+    budget = {"big": 40, "small": 40}
+    curves = flat(prefill=9.0, decode=8.0, colocated=19.0)
+    form = Form(columns_of(TYPES, curves, RATE, budget), budget, time_limit_s=0.0)
+    with pytest.raises(PlanError, match="Time limit reached; allow it more time"):
+        least_z(form)
+
+
 def test_the_solver_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     program = Program(10.0)
     a, b = program.binary(), program.positive()

@@ -32,7 +32,7 @@ class Program:
         self._highs = _silent(self._highspy)
         for option, value in (
             ("threads", 1), ("random_seed", 0), ("time_limit", time_limit_s), ("mip_rel_gap", TOLERANCE),
-            ("mip_abs_gap", TOLERANCE),
+            ("mip_abs_gap", TOLERANCE), ("presolve", "off"),  # it takes longer than it saves
         ):  # fmt: skip
             self._highs.setOptionValue(option, value)
         self._integers: list[int] = []
