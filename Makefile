@@ -54,8 +54,8 @@ eval: $(STAMP) ## every policy on every trace: docs/results.md; TRACES=folder, e
 eval-full: $(STAMP) ## the same with three seeds, a third cluster, more sessions; goes on where it stopped
 	$(PY) -m antiphon.eval.standard --full --resume --out build/eval-full $(if $(TRACES),--traces $(TRACES))
 
-drift: $(STAMP) ## a day with a shifting mix: static splits against pools that follow the load (half an hour on one core)
-	$(PY) -m antiphon.eval.drift
+drift: $(STAMP) ## a day with a shifting mix: static splits against pools that follow the load (20 min on one core): JOBS=n
+	$(PY) -m antiphon.eval.drift $(if $(JOBS),--jobs $(JOBS))
 
 faults: $(STAMP) ## faults on the live stack, real engines included (30 min): SEED=n, CELLS='redis.*', ENGINES=simulated
 	$(PY) -m tests.faults --seed $(or $(SEED),1) $(if $(CELLS),--cells '$(CELLS)') $(if $(ENGINES),--engines $(ENGINES))

@@ -168,7 +168,7 @@ def online_settings(found: Sequence[Run], policies: Sequence[str], days: Days) -
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m antiphon.eval.drift", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--policies", nargs="+", default=["adaptive", "ampd", "remote"])
+    parser.add_argument("--policies", nargs="+", default=["adaptive", "ampd", "mooncake", "remote"])
     parser.add_argument("--hour-s", type=float, default=100.0)
     parser.add_argument("--load", type=float, default=0.5)
     parser.add_argument("--jobs", type=int, default=1)

@@ -41,10 +41,9 @@ def engine(
 
 
 def fleet(prefill: int, decode: int, prefill_s: float, decode_s: float) -> list[PoolEngine]:
-    work = {"prefill_s": prefill_s, "decode_s": decode_s}
-    return [engine(f"p{n}", "prefill", **work) for n in range(prefill)] + [
-        engine(f"d{n}", "decode", **work) for n in range(decode)
-    ]
+    names = [f"p{n}" for n in range(prefill)] + [f"d{n}" for n in range(decode)]
+    pools = {"p": "prefill", "d": "decode"}
+    return [engine(name, pools[name[0]], prefill_s=prefill_s, decode_s=decode_s) for name in names]
 
 
 def test_shares_divide_a_pools_work_among_its_engines() -> None:
@@ -108,11 +107,10 @@ def test_the_kind_that_loses_least_changes() -> None:
 
 def test_less_kv_to_move_wins_between_equals_and_much_of_it_forbids() -> None:
     def with_drains(one_s: float, other_s: float) -> list[PoolEngine]:
-        work = {"prefill_s": 1.0, "decode_s": 0.1}
         return [
-            engine("p0", "prefill", **work),
-            engine("d0", "decode", **work, drain_s=one_s),
-            engine("d1", "decode", **work, drain_s=other_s),
+            engine("p0", "prefill", prefill_s=1.0, decode_s=0.1),
+            engine("d0", "decode", prefill_s=1.0, decode_s=0.1, drain_s=one_s),
+            engine("d1", "decode", prefill_s=1.0, decode_s=0.1, drain_s=other_s),
         ]
 
     flip = balanced_flip(with_drains(20.0, 10.0), RULE, CALM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -82,9 +83,10 @@ def test_the_table_is_that_of_the_docs() -> None:
 
 
 def test_a_bad_configuration_says_what_is_wrong() -> None:
-    for wrong in ({"rule": "best"}, {"sustain": 0}, {"least_decode": 0}, {"margin": -1.0}, {"period_s": 0.0}):
+    wrongs: list[dict[str, Any]] = [{"rule": "best"}, {"sustain": 0}, {"margin": -1.0}, {"period_s": 0.0}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            RepoolConfig(**wrong)  # type: ignore[arg-type]
+            RepoolConfig(**wrong)
 
 
 # ---------------------------------------------------------------- demand

@@ -56,7 +56,7 @@ async def test_the_leader_dies_in_mid_flip_and_pools_follow_the_load(
     fleet = Fleet(tmp_path / "fleet", tiny_model_dir, settings=SETTINGS + REPOOL)
     draw, rounds, over = random.Random(1), list[LogicalRound](), asyncio.Event()
     tokenizer = load_tokenizer(tiny_model_dir)
-    shape = [400, 2]
+    shape = 400, 2
     async with fleet.running():
         client = RetryingClient([fleet.gateway_url(n) for n in range(2)], DEADLINE_S, DEADLINE_S)
 
@@ -66,7 +66,7 @@ async def test_the_leader_dies_in_mid_flip_and_pools_follow_the_load(
                 made += 1
                 conversation = Conversation(f"s{number}-{made}", "text", True, draw, tokenizer)
                 for _ in range(3):
-                    each, request = conversation.ask(*shape, DEADLINE_S)
+                    each, request = conversation.ask(shape[0], shape[1], DEADLINE_S)
                     rounds.append(each)
                     conversation.heard(each, await client.ask(each, request, conversation.number % 2))
 
@@ -83,7 +83,7 @@ async def test_the_leader_dies_in_mid_flip_and_pools_follow_the_load(
                 await asyncio.to_thread(fleet.processes[killed].kill)
                 fleet.processes[killed].start()
                 await fleet.until(pools_are(fleet, {"prefill": 2, "decode": 1}), "nobody ends the flip")
-                shape[:] = 16, 120
+                shape = 16, 120
                 await fleet.until(pools_are(fleet, {"prefill": 1, "decode": 2}), "it does not come back")
                 over.set()
         finally:
