@@ -79,11 +79,10 @@ def read_imports(tree: ast.Module) -> Iterator[Import]:
     typing_only: set[int] = set()
     deferred: set[int] = set()
     for node in ast.walk(tree):
-        inside = {id(child) for child in ast.walk(node)}
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            typing_only |= inside
+            typing_only |= _inside(node)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            deferred |= inside
+            deferred |= _inside(node)
     for node in ast.walk(tree):
         flags = id(node) in typing_only, id(node) in deferred
         if isinstance(node, ast.Import):
@@ -93,6 +92,10 @@ def read_imports(tree: ast.Module) -> Iterator[Import]:
             assert node.level == 0, f"line {node.lineno}: relative import"
             for alias in node.names:
                 yield Import(f"{node.module}.{alias.name}", node.lineno, *flags)
+
+
+def _inside(node: ast.AST) -> set[int]:
+    return {id(child) for child in ast.walk(node)}
 
 
 def read_module(path: Path) -> Module:
