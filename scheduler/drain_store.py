@@ -16,7 +16,7 @@ from antiphon.scheduler.ledger_connection import LedgerConnection, escaped
 KEEP_MS = 24 * 3600 * 1000
 """What a forgotten drain leaves behind is gone after this."""
 SESSIONS_PER_READ = 500
-_FIELDS = ("session_id", "tenant", "home", "tip", "context_tokens", "lease_replica")
+_FIELDS = ("session_id", "tenant", "home", "tip", "context_tokens", "lease_replica", "updated_ms")
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -61,6 +61,8 @@ class AtHome:
     tip: str
     context_tokens: int
     in_flight: bool
+    updated_ms: int = 0
+    """When its last round was recorded, by the ledger's clock."""
 
 
 class DrainStore:
@@ -135,11 +137,11 @@ class DrainStore:
             some = names[start : start + SESSIONS_PER_READ]
             records = await self._connection.commands([("HMGET", name, *_FIELDS) for name in some])
             for name, record in zip(some, records, strict=True):
-                session_id, tenant, home, tip, context_tokens, holder = record
+                session_id, tenant, home, tip, context_tokens, holder, updated_ms = record
                 if session_id and home == engine_id:
                     tokens = int(context_tokens or 0)
-                    busy = holder in live
-                    found.append(AtHome(name, session_id, tenant or "", tip or "", tokens, busy))
+                    busy, when = holder in live, int(updated_ms or 0)
+                    found.append(AtHome(name, session_id, tenant or "", tip or "", tokens, busy, when))
         return found
 
     async def switch(

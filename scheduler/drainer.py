@@ -38,11 +38,14 @@ class Drainer:
         *,
         session_ttl_s: float,
         on_moved: Callable[[str, int], None] = lambda result, moved_bytes: None,
+        spared_after_s: Callable[[str], float | None] = lambda engine_id: None,
         times: DrainTimes | None = None,
     ) -> None:
         """`fleet_of`: engine id -> its model's core and driver; None if it is not up.
 
         `on_moved` gets how each move ended (whole | partly | busy | went_on | stuck) and its bytes.
+        `spared_after_s`: engine id -> for how long a session may have been idle to be moved off it, where the
+        engine stays and only changes pool; None = every session moves.
         """
         self._store = store
         self._replica = replica
@@ -50,6 +53,7 @@ class Drainer:
         self._fleet_of = fleet_of
         self._session_ttl_s = session_ttl_s
         self._on_moved = on_moved
+        self._spared_after_s = spared_after_s
         self._times = times or DrainTimes()
         self._told: dict[str, tuple[str, ModelFleet]] = {}
         """Engine -> its incarnation, and whose core has been told."""
@@ -127,8 +131,13 @@ class Drainer:
         began = clock()
         sessions = await self._store.at_home(engine_id)
         pause_s = self._times.pause_factor * (clock() - began)
+        spared_s = self._spared_after_s(engine_id)
+        if spared_s is not None:
+            since_ms = began_ms - 1000 * spared_s
+            sessions = [s for s in sessions if s.in_flight or s.updated_ms >= since_ms]
         left, stuck = len(sessions), ""
         resting = [session for session in sessions if not session.in_flight]
+        resting.sort(key=lambda session: -session.updated_ms)  # who is most likely to be back soon goes first
         for start in range(0, len(resting), self._times.at_once):
             some = resting[start : start + self._times.at_once]
             moves = await asyncio.gather(*(self._move(engine_id, incarnation, session) for session in some))

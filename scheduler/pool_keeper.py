@@ -90,6 +90,11 @@ class PoolKeeper:
         flip = self.flips.get(engine_id)
         return None if flip is None else {"to": flip.to_pool, "reason": flip.reason, "result": flip.result}
 
+    def spared_after_s(self, engine_id: str) -> float | None:
+        """Of an engine that changes pool: who has been idle for longer is not expected back, and stays."""
+        fleet = self._fleet_of(engine_id) if engine_id in self.flips else None
+        return fleet.core.books.fleet.returns.horizon_s if fleet is not None else None
+
     def shares(self) -> PoolShares | None:
         """How full the pools are by the last look: of the first model, at the replica that leads."""
         return next((r.shares for r in self._repoolers.values() if r.shares is not None), None)

@@ -93,6 +93,7 @@ class Replica:
             self._fleet_of.get,
             session_ttl_s=config.ledger.session_ttl_s,
             on_moved=metrics.observe_drained,
+            spared_after_s=lambda engine_id: self._pools.spared_after_s(engine_id),
         )
         self._pools = PoolKeeper(
             PoolStore(ledger.connection),

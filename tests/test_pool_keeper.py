@@ -133,34 +133,37 @@ def _flips(replica: Replica, direction: str, result: str) -> float:
 # ---------------------------------------------------------------- step by step
 
 
-@pytest.fixture
-def ghost() -> str:
-    return "ghost"
+@asynccontextmanager
+async def a_store(c: Cluster, valkey_url: str) -> AsyncIterator[PoolStore]:
+    """With more patience than a replica has."""
+    ledger = Ledger(valkey_url, fleet=c.ledger.connection.fleet, deadline_s=10.0)
+    try:
+        yield PoolStore(ledger.connection)
+    finally:
+        await ledger.close()
 
 
-async def begin(c: Cluster, engine_id: str, leader: str = "ghost") -> tuple[PoolStore, FlipUnderWay]:
+async def begin(c: Cluster, store: PoolStore, engine_id: str) -> FlipUnderWay:
     """What a leader leaves behind that begins a flip and dies: its lead runs out."""
-    store = PoolStore(c.ledger.connection)
     life = c.engines[engine_id].record.incarnation
-    clock = 0
-    for _ in range(400):
-        clock = await store.lead(leader, 0.3)
-        if clock:
-            break
-        await asyncio.sleep(0.02)
-    assert clock, "nobody lets it lead"
+    clock = await store.lead("ghost", 3.0)
     flip = FlipUnderWay("prefill", life, clock, "a test")
-    assert await store.step(leader, engine_id, None, flip, drain="mark", incarnation=life) == "done"
-    return store, flip
+    assert await store.step("ghost", engine_id, None, flip) == "done"
+    await until(lambda: engine_id in c.replica._pools.flips)
+    assert await store.step("ghost", engine_id, flip, flip, drain="mark", incarnation=life) == "done"
+    return flip
 
 
 async def test_a_flip_whose_leader_died_is_ended_by_the_next(valkey_url: str) -> None:
     """Sessions that were at home there are moved whole, and the engine is used for prefill afterwards."""
-    async with cluster(valkey_url, "remote_pull_always", engines="p0 d0 d1") as c:
+    async with (
+        cluster(valkey_url, "remote_pull_always", engines="p0 d0 d1") as c,
+        a_store(c, valkey_url) as store,
+    ):
         agents = Agents(c, [c.replica])
         for number in range(6):
             await agents._round(f"s{number}", [number * 50 + i for i in range(5, 205)])
-        store, _ = await begin(c, "d0")
+        await begin(c, store, "d0")
         async with another_replica(c, valkey_url, "remote_pull_always", STILL) as other:
             await until(lambda: pool_of(other, "d0") == pool_of(c.replica, "d0") == "prefill", 20.0)
             await until(lambda: not c.replica.core.standings.draining | other.core.standings.draining)
@@ -175,10 +178,25 @@ async def test_a_flip_whose_leader_died_is_ended_by_the_next(valkey_url: str) ->
                 await until(lambda: pool_of(late, "d0") == "prefill")
 
 
+async def test_who_is_not_expected_back_stays(valkey_url: str) -> None:
+    """An engine that changes pool keeps its store: of sessions that have been idle for long nothing moves."""
+    async with cluster(valkey_url, "local", engines="p0 d0 d1") as c, a_store(c, valkey_url) as store:
+        agents = Agents(c, [c.replica])
+        for number in range(6):
+            await agents._round(f"s{number}", [number * 50 + i for i in range(5, 205)])
+        homes = {s["session_id"]: s["home"] for s in await c.replica.sessions(100)}
+        c.replica.core.books.fleet.returns.horizon_s = 0.0
+        await begin(c, store, "d0")
+        async with another_replica(c, valkey_url, "local", STILL) as other:
+            await until(lambda: _flips(other, "decode_to_prefill", "done") == 1, 20.0)
+            assert {s["session_id"]: s["home"] for s in await other.sessions(100)} == homes
+        assert "d0" in homes.values()
+
+
 async def test_an_operators_drain_takes_over(valkey_url: str) -> None:
     """The engine that was leaving its pool is drained, and not used again by itself."""
-    async with cluster(valkey_url, "local", engines="p0 d0 d1") as c:
-        store, flip = await begin(c, "d0")
+    async with cluster(valkey_url, "local", engines="p0 d0 d1") as c, a_store(c, valkey_url) as store:
+        flip = await begin(c, store, "d0")
         await c.replica.drains.mark("d0", flip.incarnation)
         async with another_replica(c, valkey_url, "local", STILL) as other:
             await until(lambda: other._pools._repoolers)
@@ -188,8 +206,8 @@ async def test_an_operators_drain_takes_over(valkey_url: str) -> None:
 
 
 async def test_what_is_taken_back_stays_where_it_was(valkey_url: str) -> None:
-    async with cluster(valkey_url, "local", engines="p0 d0 d1") as c:
-        store, _ = await begin(c, "d0")
+    async with cluster(valkey_url, "local", engines="p0 d0 d1") as c, a_store(c, valkey_url) as store:
+        await begin(c, store, "d0")
         await c.replica.drains.unmark("d0")
         async with another_replica(c, valkey_url, "local", STILL) as other:
             await until(lambda: _flips(other, "decode_to_prefill", "given_up") == 1)
@@ -198,11 +216,10 @@ async def test_what_is_taken_back_stays_where_it_was(valkey_url: str) -> None:
 
 
 async def test_a_pool_is_of_the_engine_and_outlives_its_process(valkey_url: str) -> None:
-    async with cluster(valkey_url, "local", engines="d0") as c:
+    async with cluster(valkey_url, "local", engines="d0") as c, a_store(c, valkey_url) as store:
         options = SimulatedOptions(
             engine_id="d1", pool="decode", ledger=valkey_url, fleet=c.ledger.connection.fleet, speed=20.0
         )
-        store = PoolStore(c.ledger.connection)
         for life in range(2):
             async with SimulatedEngine(options, fleet_key=KEY):
                 await until(lambda: c.replica.readiness().engines_alive == 2)
@@ -214,8 +231,7 @@ async def test_a_pool_is_of_the_engine_and_outlives_its_process(valkey_url: str)
 
 
 async def test_a_step_needs_the_lead_and_what_was_read(valkey_url: str) -> None:
-    async with cluster(valkey_url, "local", engines="") as c:
-        store = PoolStore(c.ledger.connection)
+    async with cluster(valkey_url, "local", engines="") as c, a_store(c, valkey_url) as store:
         assert await store.lead("one", 5.0)
         assert not await store.lead("two", 5.0)
         flip = FlipUnderWay("prefill", "life", 1, "why")
@@ -232,10 +248,10 @@ async def test_a_step_needs_the_lead_and_what_was_read(valkey_url: str) -> None:
         assert await store.step("one", "d2", None, flip, drain="mark", incarnation="x") == "drains"
 
 
-async def test_without_the_ledger_nothing_changes(ghost: str) -> None:
+async def test_without_the_ledger_nobody_leads() -> None:
     connection = LedgerConnection("redis://127.0.0.1:1", "f", 0.5, 1)
     try:
         with pytest.raises(LedgerUnavailable):
-            await PoolStore(connection).lead(ghost, 5.0)
+            await PoolStore(connection).lead("one", 5.0)
     finally:
         await connection.close()
