@@ -12,7 +12,7 @@ import pytest
 
 from antiphon.scheduler.gateway.prompts import PromptTokenizer
 from antiphon.scheduler.gateway.response_events import ResponseEvents
-from antiphon.scheduler.response_store import ResponseStore
+from antiphon.scheduler.response_store import LedgerUnavailable, ResponseStore
 from tests.append_helpers import Gateway, line, stack
 from tests.ledger_helpers import until
 
@@ -259,6 +259,33 @@ def test_a_late_first_try_is_not_stored(
         assert await said_in(other, "c") == ["a"]
 
     run(work, [line(tokenizer, " old"), line(tokenizer, " new")])
+
+
+@TRIES
+def test_a_try_that_was_answered_and_not_stored(
+    run: Callable[..., None], first: dict[str, str], again: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its replica lost the ledger in between: the retry stores it, and the round is recorded once."""
+    put, failed = ResponseStore.put, []
+
+    async def fails_once(self: ResponseStore, *arguments: Any, **more: Any) -> bool:
+        if not failed:
+            failed.append(True)
+            raise LedgerUnavailable("away for a moment")
+        return await put(self, *arguments, **more)
+
+    async def work(gateway: Gateway, other: Gateway) -> None:
+        monkeypatch.setattr(ResponseStore, "put", fails_once)
+        made = await ask(gateway, "a", first, conversation="c")
+        assert not made["store"] and await said_in(gateway, "c") == []
+        same = await ask(other, "a", again, conversation="c")
+        assert same["store"] and (same["id"], same["output"]) == (made["id"], made["output"])
+        assert same["created_at"] == made["created_at"] and same["session"]["id"] == made["session"]["id"]
+        assert await said_in(other, "c") == ["a"]
+        assert (await counts(other))["completed"] == 1
+        assert (await ask(other, "b", conversation="c"))["session"]["round"] == 2
+
+    run(work)
 
 
 @TRIES

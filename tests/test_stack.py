@@ -207,6 +207,7 @@ async def _corrupted_rounds(stack: Stack, url: str, model: Path) -> list[VerifyR
     return records
 
 
+@pytest.mark.engine
 def test_corruption_is_seen_and_a_killed_engine_loses_no_round(
     tiny_model_dir: Path, tmp_path: Path, fleet_key_environment: None
 ) -> None:
