@@ -123,6 +123,37 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(scenario)
 
 
+# ---------------------------------------------------------------- pools
+
+
+def test_a_pool_that_an_engine_was_given_counts_until_it_is_taken_back(valkey_url: str) -> None:
+    """At once, and in its next life too; what is no pool is nothing that was given."""
+
+    async def scenario() -> None:
+        async with ledger_at(valkey_url) as ledger, watching(ledger) as watcher:
+            options = in_fleet(valkey_url, ledger.connection.fleet, "d0", pool="decode")
+            told = watcher.discovery.set_pools
+
+            def pools() -> list[str]:
+                return [event.pool for event in watcher.events if isinstance(event, EngineUp)]
+
+            async with simulated(options):
+                await watcher.until_kinds("EngineUp d0")
+                told({"d0": "prefill", "later": "decode"})
+                told({"d0": "prefill", "later": "decode"})
+                assert pools() == ["decode", "prefill"]
+                first, second = watcher.events
+                assert isinstance(first, EngineUp) and isinstance(second, EngineUp)
+                assert first.incarnation == second.incarnation
+            await watcher.until(lambda: watcher.kinds()[-1] == "EngineDown d0")
+            async with simulated(options):
+                await watcher.until(lambda: pools() == ["decode", "prefill", "prefill"])
+                told({"d0": "neither"})
+                assert pools()[-1] == "decode"
+
+    run(scenario())
+
+
 # ---------------------------------------------------------------- coming and going
 
 

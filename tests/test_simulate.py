@@ -69,6 +69,18 @@ def test_the_result_has_every_key_and_adds_up(tmp_path: Path) -> None:
     assert result["cost_per_1k_rounds"] is None, "half of the engines have no price"
 
 
+def test_pools_change_where_that_is_asked_for(tmp_path: Path) -> None:
+    """And each change is told, in the result too; without it the result has no such key."""
+    sessions = [
+        SessionTrace(f"s{n}", (RoundTrace(6000, 4), RoundTrace(7000, 4, 6004, 2.0))) for n in range(300)
+    ]
+    options = ("--policy", "remote", "--session-rate", "2")
+    assert "flips" not in simulate(tmp_path, *options, sessions=sessions)
+    result = simulate(tmp_path, *options, "--repool", sessions=sessions)
+    assert result["rounds_completed"] == 600
+    assert result["flips"] and "to prefill, done after" in result["flips"][0]
+
+
 def test_equal_runs_are_equal_bytes_but_for_the_wall_time(tmp_path: Path) -> None:
     """Result and rounds; another seed is another run."""
     rounds = tmp_path / "rounds.jsonl.gz"
