@@ -51,21 +51,32 @@ class Screen:
         """About the share of rounds within their targets; at overload at most 0, the less the worse."""
         decodes = [(g.count, self._works[g.type]) for g in plan.pool("decode")]
         prefills = [(g.count, self._works[g.type]) for g in plan.pool("prefill")]
-        decode_s = _together([(count, work.decode_load) for count, work in decodes])
-        here_s = _together([(count, work.prefill_load) for count, work in decodes])
-        kv = _together([(count, work.kv_load) for count, work in decodes])
-        share = 0.0  # of the prefill that the prefill pool does
-        used = here_s + decode_s
-        if prefills:
-            there_s = _together([(count, work.prefill_load) for count, work in prefills])
-            share = min(1.0, (here_s + decode_s) / (there_s + here_s))
-            used = max(share * there_s, (1 - share) * here_s + decode_s)
-        used = max(used, kv)
+        used, prefill_here = self._utilisation(prefills, decodes)
         if used >= 1:
             return 1 - used
-        ttft = self._ttft(prefills or decodes, used, plan.engines if prefills else len(decodes))
-        busy = min(0.95, (1 - share) * here_s)
-        return ttft * min(1.0, self._slo.itl_s * (1 - busy) / _step_s(decodes)) ** 2
+        ttft = self._ttft(prefills or decodes, used, plan.engines)
+        itl = self._slo.itl_s * (1 - min(0.95, prefill_here)) / _step_s(decodes)
+        return ttft * min(1.0, itl) ** 2
+
+    def utilisation(self, plan: Plan) -> float:
+        """Of its busiest part, or its KV memory; in proportion to the workload's rate."""
+        decodes = [(g.count, self._works[g.type]) for g in plan.pool("decode")]
+        prefills = [(g.count, self._works[g.type]) for g in plan.pool("prefill")]
+        return self._utilisation(prefills, decodes)[0]
+
+    def _utilisation(
+        self, prefills: Sequence[tuple[int, _Work]], decodes: Sequence[tuple[int, _Work]]
+    ) -> tuple[float, float]:
+        """Of the busiest part; of the engines that decode, by prefill."""
+        decode = _together([(count, work.decode_load) for count, work in decodes])
+        here = _together([(count, work.prefill_load) for count, work in decodes])
+        kv = _together([(count, work.kv_load) for count, work in decodes])
+        if not prefills:
+            return max(here + decode, kv), here
+        there = _together([(count, work.prefill_load) for count, work in prefills])
+        share = min(1.0, (here + decode) / (there + here))  # of the prefill that the prefill pool does
+        left = (1 - share) * here
+        return max(share * there, left + decode, kv), left
 
     def _ttft(self, engines: Sequence[tuple[int, _Work]], used: float, servers: int) -> float:
         """Share of prefills that wait and take no longer than the target."""

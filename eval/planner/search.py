@@ -14,11 +14,15 @@ ask has the same answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
 from time import perf_counter
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from antiphon.eval.planner.ask import Ask, Found, Infeasible, Rated, Rung, Solved, choose
 from antiphon.eval.planner.candidates import candidates, equal_splits
+from antiphon.eval.planner.engine_types import gpu_budget
 from antiphon.eval.planner.neighbours import neighbours, settings
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -31,18 +35,18 @@ OnProgress = Callable[[str], None]
 class Effort(NamedTuple):
     """How much is simulated. A rung: (plans, rounds of a window, windows)."""
 
-    rungs: tuple[tuple[int, int, int], ...] = ((60, 400, 1), (20, 1200, 1), (8, 2000, 2))
-    last: tuple[int, int, int] = (8, 3000, 3)
-    quick_rounds: int = 800
+    rungs: tuple[tuple[int, int, int], ...] = ((60, 400, 1), (20, 1000, 1), (7, 1500, 2))
+    last: tuple[int, int, int] = (5, 2000, 3)
+    quick_rounds: int = 700
     """Of the one window by which variations of a leader are looked at first."""
-    shortlist: int = 4
+    shortlist: int = 3
     """Of a leader's variations: so many are simulated as long as the leader was."""
-    refinement_rounds: int = 90_000
-    """Simulated for the refinement, at most; it ends at the step that passes them."""
+    refinement_rounds: int = 60_000
+    """Simulated for the refinement; it ends at the step that passes them."""
 
 
-CALM_ROUNDS_PER_S = 8.0
-"""Up to here the rungs' rounds are as `Effort` says; beyond, windows last as long as they would there."""
+FEW_LIVE = 60
+"""Live sessions up to which rounds are as `Effort` says; beyond, they grow as the root of their number."""
 FAR = 0.25
 """Plans that attain so much less than the best so far are given up within a simulation."""
 
@@ -81,6 +85,21 @@ def search(
             own.close()
 
 
+def tuned(plan: Plan, ask: Ask, pool: ScorePool, views: Sequence[View]) -> Rated:
+    """The plan with the best of policy, C and K that changing one at a time finds, by attainment."""
+    (score,) = pool.score((plan,), views)
+    best, tried = Rated(plan, score), {plan}
+    while True:
+        near = tuple(each for each in dict.fromkeys(settings(best.plan, ask)) if each not in tried)
+        tried.update(near)
+        least = max(0.0, best.score.attainment - 0.05)
+        rated = [Rated(p, s) for p, s in zip(near, pool.score(near, views, least), strict=True)]
+        better = max(rated, key=lambda each: each.score.attainment, default=best)
+        if better.score.attainment <= best.score.attainment:
+            return best
+        best = better
+
+
 def _silent(message: str) -> None:
     pass
 
@@ -89,8 +108,9 @@ class _Search:
     def __init__(
         self, ask: Ask, types: Sequence[EngineType], pool: ScorePool, told: OnProgress, effort: Effort
     ) -> None:
-        self.ask, self.types, self.pool, self.told, self.effort = ask, types, pool, told, effort
-        self.stretch = max(1.0, pool.workload.rounds_per_s / CALM_ROUNDS_PER_S)
+        self.ask = replace(ask, budget=gpu_budget(ask))
+        self.types, self.pool, self.told, self.effort = types, pool, told, effort
+        self.stretch = max(1.0, sqrt(pool.workload.live_sessions / FEW_LIVE))
         self.windows = _Seeds(ask.seed)
         self.rungs: list[Rung] = []
 

@@ -22,6 +22,7 @@ ENTRY_S = 1.0
 """Sessions under way bring their history in the first second, which costs nothing (`score.py`)."""
 WARM_UP_SHARE = 0.25
 LEAST_WARM_UP_S = 30.0
+"""Or twice as long as sessions last, where that is shorter."""
 
 
 class Timed(NamedTuple):
@@ -102,7 +103,8 @@ class Workload:
         """A window with about `rounds` rounds that count, times `rate_factor`, after a warm-up."""
         chance = Random(f"plan/{seed}")
         measured_s = self.measured_s(rounds)
-        from_s = ENTRY_S + max(LEAST_WARM_UP_S, WARM_UP_SHARE * measured_s)
+        least_s = min(LEAST_WARM_UP_S, 2 * self.live_sessions / self.rate_per_s)
+        from_s = ENTRY_S + max(least_s, WARM_UP_SHARE * measured_s)
         until_s = from_s + measured_s
         starts: list[tuple[float, SessionTrace]] = []
         children: dict[str, list[SessionTrace]] = {}

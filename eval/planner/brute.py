@@ -1,0 +1,63 @@
+"""Every plan of a budget simulated, under every policy of the menus: what the search is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from antiphon.eval.planner.ask import Ask, Rated, choose
+from antiphon.eval.planner.candidates import candidates
+from antiphon.eval.planner.plans import EngineType, Plan
+from antiphon.eval.planner.pool import ScorePool, View
+from antiphon.eval.planner.search import tuned
+
+BRUTE_SEEDS = 4_000_000
+FAR = 0.06
+"""Plans that are so far behind the best in the first window are not simulated in the others."""
+CONTENDERS = 1
+
+
+class Brute(Struct, frozen=True):
+    """The best of all plans."""
+
+    plan: Plan
+    plans: int
+    """That were simulated."""
+    took_s: float
+
+
+def all_plans(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
+    """All candidates with the defaults of C and K, under each policy of their menu."""
+    plans = (
+        replace(plan, policy=policy)
+        for plan in candidates(ask, types)
+        for policy in (ask.colocated_policies if plan.colocated else ask.policies)
+    )
+    return tuple(dict.fromkeys(plans))
+
+
+def brute_force(
+    ask: Ask, types: Sequence[EngineType], pool: ScorePool, rounds: int, told: Callable[[str], None]
+) -> Brute:
+    """The choice among all plans; then policy, C and K of the few that lead are tuned as the search does it,
+    on the same windows, and the choice is made among those."""
+    began_s = perf_counter()
+    plans = all_plans(ask, types)
+    first, *others = (View(BRUTE_SEEDS + n, rounds) for n in range(3))
+    few = pool.score(plans[:12], (first,))
+    least = max(score.attainment for score in few) - FAR
+    scores = (*few, *pool.score(plans[12:], (first,), max(0.0, least)))
+    best = max(score.attainment for score in scores)
+    near = [p for p, s in zip(plans, scores, strict=True) if s.attainment >= best - FAR]
+    views = (first, *others)
+    rated = [Rated(p, s) for p, s in zip(near, pool.score(near, views), strict=True)]
+    rated.sort(key=lambda each: -each.score.attainment)
+    leaders = dict.fromkeys((choose(rated, ask.tolerance).plan, *(r.plan for r in rated[:CONTENDERS])))
+    tuned_plans = [tuned(plan, ask, pool, views) for plan in leaders]
+    plan = choose((*rated, *tuned_plans), ask.tolerance).plan
+    took_s = perf_counter() - began_s
+    told(f"brute force: {len(plans)} plans, {len(near)} to the end, in {took_s:.1f} s: {plan.describe()}")
+    return Brute(plan, len(plans), took_s)

@@ -1,0 +1,286 @@
+"""`make plan-eval`: is the planner's plan any good? Three traces, three budgets; docs/planner_results.md.
+
+Each case is planned (MILP and search) and, where the budget is small, every plan is simulated (`brute.py`).
+Then all that came out is simulated again on windows that nobody chose by, at the load that was planned for
+and at 20 % more. Loads come from one rule (`question`), the tables from the result file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+from rich.console import Console
+
+from antiphon.engines.cluster import Slo
+from antiphon.eval.known_models import KnownModel, read_models
+from antiphon.eval.planner.ask import Ask, Found, Infeasible, PlanError, Solved, cost_per_1k_rounds
+from antiphon.eval.planner.brute import brute_force
+from antiphon.eval.planner.candidates import candidates
+from antiphon.eval.planner.engine_types import engine_types
+from antiphon.eval.planner.plans import EngineType, Plan
+from antiphon.eval.planner.pool import PoolError, ScorePool, View
+from antiphon.eval.planner.prices import read_prices
+from antiphon.eval.planner.screen import Screen
+from antiphon.eval.planner.search import search
+from antiphon.eval.planner.solve import solve
+from antiphon.eval.planner.standard_page import Case, Results, Row, Timed, page
+from antiphon.eval.planner.workload import Workload
+from antiphon.eval.standard_traces import Source, read_source, sources_of
+from antiphon.traces.provenance import commit
+from antiphon.traces.schema import SessionTrace, TraceError
+from antiphon.traces.shape import Shape, shape
+
+MODEL = "qwen3-32b"
+PROFILES = "claude-code", "swe-agent", "hotpotqa"
+BUDGETS: tuple[dict[str, int], ...] = ({"h200": 8}, {"h100": 8, "a100": 8}, {"h100": 16, "a100": 16})
+BRUTE_GPUS = 16
+"""Budgets up to here are planned by brute force too."""
+LARGE: dict[str, int] = {"h100": 64, "a100": 64}
+"""Planned once, for the time that it takes."""
+MAX_GAP_S = 60.0
+SLO = Slo(ttft_s=2.0, itl_s=0.05)
+SHARES = 1.6, 1.3, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3
+"""Of the rate at which the whole budget, co-located, would be busy all the time."""
+WANTED = 0.93
+OTHER_SEEDS = 5_000_000
+DEFAULT_OUT = Path("build/plan-eval")
+DEFAULT_PAGE = Path("docs/planner_results.md")
+RESULTS = Path("results/planner.json")
+"""Beside the page."""
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """How much is simulated."""
+
+    budgets: tuple[dict[str, int], ...] = BUDGETS
+    large: dict[str, int] | None = None
+    rounds: int = 2000
+    """Of each window by which the results are compared."""
+    windows: int = 3
+    brute_rounds: int = 1200
+    jobs: int = 2
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+class Question(msgspec.Struct, frozen=True):
+    """One case: a trace on a budget."""
+
+    ask: Ask
+    types: tuple[EngineType, ...]
+    workload: Workload
+    share: float
+    """Of the budget's time."""
+
+
+def question(
+    sessions: Sequence[SessionTrace], budget: dict[str, int], model: KnownModel, jobs: int
+) -> Question:
+    """The load is the largest of `SHARES` at which the best of the six plans that the screen puts first
+    attains `WANTED` in one window (else the least of them)."""
+    fitted = shape(sessions, Shape(window_tokens=model.window_tokens)).sessions
+    ask = Ask(
+        model=MODEL,
+        budget=budget,
+        slo=SLO,
+        session_rate_per_s=1.0,
+        window_tokens=model.window_tokens,
+        jobs=jobs,
+    )
+    longest = max(turn.total_tokens for session in fitted for turn in session.rounds)
+    types = engine_types(ask, model, read_prices(), longest).types
+    idle = next((each for each in types if each.tp == 4), types[0]).latency
+    one = Workload.of(fitted, 1.0, idle)
+    full_rate = busy_rate(ask, types, one)
+    for share in SHARES:
+        rate = share * full_rate
+        asked = replace(ask, session_rate_per_s=rate)
+        workload = Workload.of(fitted, rate, idle)
+        screen = Screen(workload, ask.slo, types)
+        first = sorted(candidates(asked, types), key=lambda plan: -screen.estimate(plan))[:6]
+        with ScorePool(workload, ask.slo, ask.window_tokens, jobs) as pool:
+            scores = pool.score(first, (View(OTHER_SEEDS - 1, 1200),), WANTED)
+        if any(score.attainment >= WANTED for score in scores):
+            break
+    return Question(asked, types, workload, share)
+
+
+def busy_rate(ask: Ask, types: Sequence[EngineType], workload: Workload) -> float:
+    """Sessions per second that keep the busiest part of the least busy co-located plan busy."""
+    screen = Screen(workload, ask.slo, types)
+    plans = (plan for plan in candidates(ask, types) if plan.colocated)
+    return workload.rate_per_s / min(screen.utilisation(plan) for plan in plans)
+
+
+# ---------------------------------------------------------------- one case
+
+
+def run_case(name: str, asked: Question, scale: Scale, console: Console) -> Case:
+    """Planned, and compared on other windows."""
+    ask, types, workload = asked.ask, asked.types, asked.workload
+
+    def told(message: str) -> None:
+        console.print(f"  {message}", highlight=False)
+
+    with ScorePool(workload, ask.slo, ask.window_tokens, scale.jobs) as pool:
+        began_s = time.perf_counter()
+        solved, found = planned(ask, types, workload, pool, told)
+        plan_s = time.perf_counter() - began_s
+        simulated = pool.simulated_rounds
+        told(f"planned in {plan_s:.1f} s: {found.best.plan.describe()}")
+        plans = named_plans(found, solved)
+        brute = None
+        if sum(ask.budget.values()) <= BRUTE_GPUS:
+            brute = brute_force(ask, types, pool, scale.brute_rounds, told)
+            plans = {**plans, "brute force": brute.plan}
+        rows = compared(plans, asked, pool, scale)
+    return Case(
+        trace=name,
+        budget=ask.budget,
+        slo=ask.slo,
+        tolerance=ask.tolerance,
+        rate_per_s=ask.session_rate_per_s,
+        rounds_per_s=workload.rounds_per_s,
+        live_sessions=workload.live_sessions,
+        share=asked.share,
+        plans=len(candidates(ask, types)),
+        brute_plans=brute.plans if brute else 0,
+        rows=rows,
+        timed=Timed(sum(ask.budget.values()), plan_s, solved.curves_s, solved.solve_s, simulated),
+    )
+
+
+def planned(
+    ask: Ask, types: Sequence[EngineType], workload: Workload, pool: ScorePool, told: Callable[[str], None]
+) -> tuple[Solved, Found]:
+    """As `antiphon plan` does."""
+    solved = solve(ask, types, workload, executor=pool.executor)
+    return solved, search(ask, types, workload, (), told, solved=solved, pool=pool)
+
+
+def named_plans(found: Found, solved: Solved) -> dict[str, Plan]:
+    """What is compared, by what it is called in the table."""
+    of = {
+        "the plan": found.best.plan,
+        "equal split": found.equal_split and found.equal_split.plan,
+        "Eq. 5 alone": solved.eq5,
+        "Eq. 5 completed": solved.plan,
+        "best co-located": found.colocated and found.colocated.plan,
+        "best disaggregated": found.disaggregated and found.disaggregated.plan,
+        "best of one kind": found.single_tier and found.single_tier.plan,
+    }
+    return {name: plan for name, plan in of.items() if plan is not None}
+
+
+def compared(plans: dict[str, Plan], asked: Question, pool: ScorePool, scale: Scale) -> tuple[Row, ...]:
+    """Each plan on the same windows, which nobody has seen, at the load asked for and at 20 % more."""
+    rounds = scale.rounds
+    seeds = range(OTHER_SEEDS, OTHER_SEEDS + scale.windows)
+    distinct = tuple(dict.fromkeys(plans.values()))
+    scores = {}
+    for factor in (1.0, 1.2):
+        views = [View(seed, rounds, factor) for seed in seeds]
+        scores[factor] = dict(zip(distinct, pool.score(distinct, views), strict=True))
+    return tuple(
+        Row(
+            name=name,
+            plan=plan.describe(),
+            settings=tuple((group.chunk_tokens, group.decode_interval) for group in plan.groups),
+            gpus=plan.gpus,
+            price_per_hour=plan.price_per_hour,
+            per_1k_rounds=cost_per_1k_rounds(plan, asked.workload.rounds_per_s),
+            asked=scores[1.0][plan],
+            more=scores[1.2][plan],
+        )
+        for name, plan in plans.items()
+    )
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def run(
+    sources: Sequence[Source], scale: Scale, out: Path, console: Console, resume: bool
+) -> Iterator[Results]:
+    """Small budgets first, each case in a file of its own; what is known after each of them.
+
+    Raises `TraceError`, `PlanError`, `Infeasible`, `PoolError`.
+    """
+    began_s = time.perf_counter()
+    model = read_models()[MODEL]
+    out.mkdir(parents=True, exist_ok=True)
+    cases: list[Case] = []
+    wanted = [(source, budget) for budget in scale.budgets for source in sources]
+    if scale.large:
+        wanted.append((sources[0], scale.large))
+    for source, budget in wanted:
+        sessions = read_source(source, MAX_GAP_S)
+        gpus = "-".join(f"{gpu}x{count}" for gpu, count in budget.items())
+        file = out / f"{source.name}-{gpus}.json"
+        if resume and file.is_file():
+            case = msgspec.json.decode(file.read_bytes(), type=Case)
+        else:
+            console.print(f"{source.name} on {gpus}", highlight=False)
+            case = run_case(source.name, question(sessions, budget, model, scale.jobs), scale, console)
+            file.write_bytes(msgspec.json.format(msgspec.json.encode(case)))
+        cases.append(case)
+        yield Results(
+            model=MODEL,
+            commit=commit(),
+            traces={source.name: source.describe() for source in sources},
+            rounds=scale.rounds,
+            windows=scale.windows,
+            tolerance=case.tolerance,
+            cases=tuple(cases),
+            took_s=time.perf_counter() - began_s,
+        )
+
+
+def write(results: Results, target: Path) -> None:
+    """The results and the page that is made of them."""
+    data = target.parent / RESULTS
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+    target.write_text(page(results))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 = done, 2 = it could not be done (said on stderr)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m antiphon.eval.planner.standard", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--traces", type=Path, help="a folder of traces; without, they are generated")
+    parser.add_argument("--only", help="names of traces, with commas")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="a file for each case")
+    parser.add_argument("--page", type=Path, default=DEFAULT_PAGE)
+    parser.add_argument("--resume", action="store_true", help="cases whose file is there are not run again")
+    parser.add_argument("--large", action="store_true", help="plan for 128 GPUs too: minutes")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        sources = sources_of(given.traces, PROFILES)
+        if given.only:
+            sources = [source for source in sources if source.name in given.only.split(",")]
+        scale = Scale(large=LARGE if given.large else None, jobs=given.jobs)
+        for results in run(sources, scale, given.out, console, given.resume):
+            write(results, given.page)
+            words = f"{given.page}: {len(results.cases)} cases, {results.took_s / 60:.1f} minutes"
+            console.print(words, highlight=False)
+    except (TraceError, PlanError, Infeasible, PoolError, OSError, ValueError) as error:
+        print(f"evaluation failed: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
