@@ -117,6 +117,16 @@ def score(plan: Plan, window: Window, slo: Slo, window_tokens: int, least: float
     A plan whose attainment is certain to be below `least` is given up: its score is one of the rounds until
     then, and below `least` too.
     """
+    ends = _simulated(plan, window, slo, window_tokens, least)
+    return _score(ends.counted, slo, ends.simulated, ends.hopeless)
+
+
+def rounds_of(plan: Plan, window: Window, slo: Slo, window_tokens: int) -> tuple[RoundEnd, ...]:
+    """What a score is made of: every round that was sent within the window."""
+    return tuple(_simulated(plan, window, slo, window_tokens, 0.0).counted)
+
+
+def _simulated(plan: Plan, window: Window, slo: Slo, window_tokens: int, least: float) -> _Ends:
     entering = _Entering(window.until_s)
     policy = make_policy(plan.policy)
     core = Scheduler(entering, make_ordering("fcfs"), plan.groups[0].type.latency, CoreConfig(publish=False))
@@ -142,7 +152,7 @@ def score(plan: Plan, window: Window, slo: Slo, window_tokens: int, least: float
     finally:
         if collecting:
             gc.enable()
-    return _score(ends.counted, slo, ends.simulated, ends.hopeless)
+    return ends
 
 
 def costless(latency: LatencyModel) -> LatencyModel:

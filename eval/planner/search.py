@@ -61,6 +61,15 @@ class _Seeds(NamedTuple):
         return tuple(View(first + n, rounds) for n in range(windows))
 
 
+LAST = 90
+"""The last rung's place among the windows."""
+
+
+def last_views(ask: Ask, found: Found) -> tuple[View, ...]:
+    """The windows on which `found` was chosen."""
+    return _Seeds(ask.seed).views(LAST, found.rungs[-1].rounds, found.rungs[-1].windows)
+
+
 def search(
     ask: Ask,
     types: Sequence[EngineType],
@@ -138,7 +147,7 @@ class _Search:
         leaders = self._refined(rated, views)
         last = self.effort.last
         finalists = dict.fromkeys((*leaders, *staying))
-        rated = self._rung(tuple(finalists), self.windows.views(90, self._rounds(last[1]), last[2]))
+        rated = self._rung(tuple(finalists), self.windows.views(LAST, self._rounds(last[1]), last[2]))
         return self._found(rated, solved, equal, perf_counter() - began_s)
 
     # ---------------------------------------------------------------- rungs
