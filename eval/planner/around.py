@@ -43,7 +43,7 @@ class Around(NamedTuple):
     changes: tuple[Change, ...]
 
 
-def around(ask: Ask, types: Sequence[EngineType], found: Found, pool: ScorePool) -> Around:
+def around(ask: Ask, found: Found, pool: ScorePool) -> Around:
     """One engine of each kind more and fewer; each other policy, C and K, one at a time."""
     plan = found.best.plan
     views = last_views(ask, found)[:1]

@@ -94,7 +94,7 @@ def _variants(
         replace(ask, budget={gpu: gpus}, session_rate_per_s=rate * share),
         model, prices, sessions,
     )  # fmt: skip
-    shorter = shape(sessions, Shape(divide=SHORTER, window_tokens=model.window_tokens)).sessions
+    shorter = shape(sessions, Shape(divisor=SHORTER, window_tokens=model.window_tokens)).sessions
     yield _Variant("short prompts", f"all lengths / {SHORTER}", ask, model, prices, shorter)
     yield _Variant(
         "low concurrency", f"{rate / RARER:.3g} sessions/s", replace(ask, session_rate_per_s=rate / RARER),
