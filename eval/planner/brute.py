@@ -17,7 +17,6 @@ from antiphon.eval.planner.search import tuned
 BRUTE_SEEDS = 4_000_000
 FAR = 0.06
 """Plans that are so far behind the best in the first window are not simulated in the others."""
-CONTENDERS = 1
 
 
 class Brute(Struct, frozen=True):
@@ -42,8 +41,8 @@ def all_plans(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
 def brute_force(
     ask: Ask, types: Sequence[EngineType], pool: ScorePool, rounds: int, told: Callable[[str], None]
 ) -> Brute:
-    """The choice among all plans; then policy, C and K of the few that lead are tuned as the search does it,
-    on the same windows, and the choice is made among those."""
+    """The choice among all plans; then policy, C and K of it and of the best of each form are tuned by
+    `search.tuned`, on the same windows, and the choice is made among all of them."""
     began_s = perf_counter()
     plans = all_plans(ask, types)
     first, *others = (View(BRUTE_SEEDS + n, rounds) for n in range(3))
@@ -54,9 +53,11 @@ def brute_force(
     near = [p for p, s in zip(plans, scores, strict=True) if s.attainment >= best - FAR]
     views = (first, *others)
     rated = [Rated(p, s) for p, s in zip(near, pool.score(near, views), strict=True)]
-    rated.sort(key=lambda each: -each.score.attainment)
-    leaders = dict.fromkeys((choose(rated, ask.tolerance).plan, *(r.plan for r in rated[:CONTENDERS])))
-    tuned_plans = [tuned(plan, ask, pool, views) for plan in leaders]
+    leaders = [choose(rated, ask.tolerance).plan]
+    for colocated in (True, False):
+        of_form = [each for each in rated if each.plan.colocated is colocated]
+        leaders += [choose(of_form, 0.0).plan] if of_form else []
+    tuned_plans = [tuned(plan, ask, pool, views) for plan in dict.fromkeys(leaders)]
     plan = choose((*rated, *tuned_plans), ask.tolerance).plan
     took_s = perf_counter() - began_s
     told(f"brute force: {len(plans)} plans, {len(near)} to the end, in {took_s:.1f} s: {plan.describe()}")

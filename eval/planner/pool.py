@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from types import TracebackType
 from typing import NamedTuple
 
@@ -114,9 +116,18 @@ _scorer: Scorer | None = None
 
 def _begin(workload: Workload, slo: Slo, window_tokens: int) -> None:
     global _scorer
+    Thread(target=_end_with_parent, daemon=True).start()
     _scorer = Scorer(workload, slo, window_tokens)
 
 
 def _score(plan: Plan, view: View, least: float) -> Score:
     assert _scorer is not None, "a process is begun before it is asked"
     return _scorer.score(plan, view, least)
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

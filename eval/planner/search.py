@@ -45,7 +45,7 @@ class Effort(NamedTuple):
     """Simulated for the refinement; it ends at the step that passes them."""
 
 
-FEW_LIVE = 60
+FEW_LIVE = 200
 """Live sessions up to which rounds are as `Effort` says; beyond, they grow as the root of their number."""
 FAR = 0.25
 """Plans that attain so much less than the best so far are given up within a simulation."""
@@ -275,7 +275,7 @@ class _Search:
         if not fresh:
             return
         (own,) = self.pool.score((leader.plan,), quick)
-        scores = self.pool.score(fresh, quick, max(0.0, own.attainment - 0.1))
+        scores = self.pool.score(fresh, quick, max(0.0, own.attainment - 0.03))
         valued = [(plan, score.attainment) for plan, score in zip(fresh, scores, strict=True)]
         # what is worth a longer look: better, or cheaper and hardly worse
         hopeful = [
