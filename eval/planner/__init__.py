@@ -16,4 +16,10 @@ curves.py        such tables, made by simulation
 solver.py        a mixed-integer linear program for HiGHS
 milp.py          AMPD's Eq. 5, alone and completed, as such a program
 solve.py         the program's answer to an ask, and the constraints that bind it
+around.py        an engine more or fewer, other settings, cheaper plans; the front
+explain.py       `--explain`: what keeps a plan from being better or cheaper
+cases.py         `--cases`: where co-location is said to win, tried with the ask's load
+plan_files.py    a plan as cluster.toml, antiphon.toml and the engines' start lines
+plan_plots.py    the front of attainment against cost, as PNG
+plan_page.py     all of it as one HTML page
 """

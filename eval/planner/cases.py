@@ -30,6 +30,8 @@ SHORTER = 8
 RARER = 5
 SLOW_BYTES_PER_S = 1.25e9
 SMALL_MODEL = "qwen3-8b"
+LEAST = 0.01
+"""Where both attain less, nothing is won."""
 ERRORS = 2.0
 """Standard errors that a difference must pass to count."""
 
@@ -137,6 +139,8 @@ def verdict(found: Found, tolerance: float) -> tuple[str, str]:
     if colocated is None or other is None:
         alone = "neither" if colocated is other else "co-located" if other is None else "disaggregated"
         return alone, "the other form has no plan within the budget"
+    if max(colocated.score.attainment, other.score.attainment) < LEAST:
+        return "neither", f"both attain less than {LEAST:.0%} of the rounds"
     gap = colocated.score.attainment - other.score.attainment
     noise = ERRORS * sqrt(colocated.score.noise**2 + other.score.noise**2)
     if abs(gap) > max(tolerance, noise):

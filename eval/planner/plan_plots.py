@@ -53,8 +53,9 @@ def front_plot(planned: Planned) -> Plot:
     return Plot(
         "front",
         QUESTION,
-        f"Each point is a plan that was simulated on the same {score.rounds:,} rounds; bars are one standard"
-        " error as if rounds were independent. Nothing that is cheaper attains more than a plan on the line."
+        f"Each point is a plan that was simulated on the same windows ({score.rounds:,} rounds of the choice"
+        "); bars are one standard error as if rounds were independent. Nothing that is cheaper attains more"
+        " than a plan on the line."
         " Plans below the choice's price are those that a quick estimate puts first at some price levels, not"
         " all there are.",
         front_png(planned),

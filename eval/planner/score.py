@@ -191,6 +191,8 @@ def _score(ends: Sequence[RoundEnd], slo: Slo, simulated: int, hopeless: bool) -
 
 def _p95(values: list[float], of: int) -> float:
     """Of `of` values, those that are missing counting as infinite."""
+    if not of:
+        return 0.0  # a quiet window
     place = ceil(0.95 * of)
     if place > len(values):
         return float("inf")

@@ -1,0 +1,260 @@
+"""What a plan is told by: front, surroundings, explanation, cases, page. A real search on small windows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from antiphon.engines.cluster import Slo
+from antiphon.eval.known_models import KnownModel, read_models
+from antiphon.eval.planner.around import around, cheaper, front
+from antiphon.eval.planner.ask import Ask, Found, Rated, Solved, choose
+from antiphon.eval.planner.cases import Case, cases, verdict
+from antiphon.eval.planner.curves import make_curves
+from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
+from antiphon.eval.planner.explain import explain, left_out_lines
+from antiphon.eval.planner.plan_page import page
+from antiphon.eval.planner.plan_plots import front_png, rated_plans
+from antiphon.eval.planner.planned import Planned, headline
+from antiphon.eval.planner.plans import EngineType, Group, Plan
+from antiphon.eval.planner.pool import ScorePool
+from antiphon.eval.planner.prices import read_prices
+from antiphon.eval.planner.score import Score, rounds_of
+from antiphon.eval.planner.search import Effort, last_views, search
+from antiphon.eval.planner.solve import solve
+from antiphon.eval.planner.workload import Workload
+from antiphon.policies.latency import load_latency_model
+from tests.test_planner_workload import SESSIONS, WINDOW_TOKENS
+
+SHORT = Effort(((8, 60, 1), (5, 120, 1)), (3, 150, 2), 60, 2, 1000)
+TINY = Effort(((4, 40, 1),), (3, 80, 1), 40, 1, 0)
+MODELS, PRICES = read_models(), read_prices()
+MODEL: KnownModel = MODELS["qwen3-32b"]
+ASK = Ask(
+    model="qwen3-32b", budget={"h100": 8, "a100": 8}, slo=Slo(2.0, 0.05), session_rate_per_s=0.03,
+    window_tokens=WINDOW_TOKENS, tensor_parallel=(1, 4), jobs=1,
+)  # fmt: skip
+
+
+class World(NamedTuple):
+    menu: Menu
+    workload: Workload
+    found: Found
+    solved: Solved
+    pool: ScorePool
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    sessions = SESSIONS["claude-code"]
+    menu = engine_types(ASK, MODEL, PRICES, max(t.total_tokens for s in sessions for t in s.rounds))
+    workload = Workload.of(sessions, ASK.session_rate_per_s, menu.types[0].latency)
+    with ScorePool(workload, ASK.slo, ASK.window_tokens, 1) as pool:
+        curves = make_curves(menu.types, workload, ASK.slo, ASK.window_tokens, rounds=60, seeds=(0,), jobs=1)
+        solved = solve(ASK, menu.types, workload, curves=curves)
+        found = search(ASK, menu.types, workload, solved=solved, pool=pool, effort=SHORT)
+        yield World(menu, workload, found, solved, pool)
+
+
+@pytest.fixture(scope="module")
+def planned(world: World) -> Planned:
+    found = world.found
+    window = world.workload.window(*last_views(ASK, found)[0])
+    rounds = rounds_of(found.best.plan, window, ASK.slo, ASK.window_tokens)
+    beside = around(ASK, found, world.pool)
+    lines = explain(ASK, MODEL, world.workload, found, world.solved, beside, rounds)
+    unloaded = attainable(world.menu.types, world.workload, ASK.slo)
+    return Planned(
+        ask=ASK,
+        trace="<sessions> & more",
+        trace_sha256="",
+        sessions=len(SESSIONS["claude-code"]),
+        rounds=sum(len(session.rounds) for session in SESSIONS["claude-code"]),
+        rounds_per_s=world.workload.rounds_per_s,
+        live_sessions=world.workload.live_sessions,
+        live_tokens=world.workload.live_tokens,
+        headline=headline(found, ASK.tolerance),
+        found=found,
+        cheaper=cheaper(ASK, world.menu.types, found, world.pool),
+        solved=world.solved,
+        left_out=world.menu.left_out,
+        unloaded=unloaded,
+        explanation=(*lines, *left_out_lines(world.menu.left_out, unloaded)),
+        cases=(Case("short prompts", "all lengths / 8", "co-located", "25% cheaper", found.best, None),),
+        commit="",
+        took_s=1.0,
+    )
+
+
+# ---------------------------------------------------------------- the front
+
+TYPE = EngineType("h100", 1, load_latency_model("qwen3-8b-h100-tp1"), 64_000, 64_000, 50e9, 1.0)
+
+
+def rated(count: int, attained: int, pool: bool = False) -> Rated:
+    groups = (Group("decode", TYPE, count, 2048, 4),)
+    if pool:
+        groups = (Group("prefill", TYPE, 1, 8192, 4), *groups)
+    return Rated(Plan(groups, "local"), Score(1000, attained, 1000 - attained, 0, 0, 0.5, 0.5, 1000))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 1000)), min_size=1, max_size=20))
+def test_the_front_is_what_nothing_as_cheap_beats(values: list[tuple[int, int]]) -> None:
+    every = [rated(count, attained) for count, attained in values]
+    best = front(every)
+    assert best[-1].score.attainment == max(each.score.attainment for each in every)
+    for each in every:
+        price, share = each.plan.price_per_hour, each.score.attainment
+        assert any(b.plan.price_per_hour <= price and b.score.attainment >= share for b in best)
+    for one, other in pairwise(best):
+        assert one.plan.price_per_hour < other.plan.price_per_hour
+        assert one.score.attainment < other.score.attainment
+
+
+def test_cheaper_plans_are_cheaper_and_new(world: World, planned: Planned) -> None:
+    best = world.found.best.plan
+    known = {each.plan for each in world.found.rated}
+    assert planned.cheaper
+    for each in planned.cheaper:
+        assert each.plan.price_per_hour < best.price_per_hour and each.plan.fits(ASK.budget)
+        assert each.plan not in known
+    again = cheaper(ASK, world.menu.types, world.found, world.pool)
+    assert again == planned.cheaper
+    assert len(rated_plans(planned)) == len({each.plan for each in rated_plans(planned)})
+
+
+# ---------------------------------------------------------------- around and explanation
+
+
+def test_an_engine_more_and_fewer(world: World) -> None:
+    beside = around(ASK, world.found, world.pool)
+    plan = world.found.best.plan
+    assert beside.best.plan == plan
+    counts = [change for change in beside.changes if change.kind == "count"]
+    assert {"more" in change.what for change in counts} == {True, False} or plan.engines == 1
+    for change in counts:
+        if change.rated is None:
+            assert "more" in change.what
+        else:
+            assert abs(change.rated.plan.engines - plan.engines) == 1
+            assert change.rated.plan.fits(ASK.budget)
+    kinds = {change.kind for change in beside.changes}
+    assert kinds >= {"policy", "C", "K"}
+    for change in beside.changes:
+        if change.kind in ("policy", "C", "K"):
+            assert change.rated is not None and change.rated.plan.engines == plan.engines
+            assert change.rated.plan != plan
+
+
+def test_the_explanation_has_its_numbers(planned: Planned) -> None:
+    told = planned.explanation
+    assert told[0].startswith("binding, by the MILP: ")
+    score = planned.found.best.score
+    assert any(f"TTFT by {score.ttft_missed / score.rounds:.2%}" in line for line in told)
+    assert any(line.startswith("policy is ") for line in told)
+    for name in ("C", "K"):
+        assert any(line.startswith(f"{name} is ") and "points" in line for line in told)
+    # 32,761,446,400 parameters of 2 bytes on 4 GPUs
+    assert any("16.4 GB of weights" in line for line in told)
+    device = sum(g.count * g.type.device_tokens for g in planned.found.best.plan.pool("decode"))
+    (memory,) = (line for line in told if line.startswith("live sessions: "))
+    assert f"{planned.live_tokens / 1e6:.2f} million tokens of KV" in memory
+    assert f"hold {device / 1e6:.2f} million on their devices" in memory
+    assert memory.endswith("they fit the devices") == (planned.live_tokens <= device)
+    assert any(line.startswith("no engine 1xh100: ") for line in told)
+
+
+def test_live_sessions_that_do_not_fit(world: World) -> None:
+    """Memory is told by the load, whatever the plan attained."""
+    crowded = dataclasses.replace(world.workload, rate_per_s=100 * world.workload.rate_per_s)
+    beside = around(ASK, world.found, world.pool)
+    lines = explain(ASK, MODEL, crowded, world.found, world.solved, beside, ())
+    assert lines[-4:] and any(line.endswith("they do not fit") for line in lines)
+
+
+# ---------------------------------------------------------------- cases
+
+
+def found_of(colocated: Rated | None, other: Rated | None) -> Found:
+    known = [each for each in (colocated, other) if each is not None]
+    best = choose(known, 0.005) if known else rated(1, 0)
+    return Found(best, colocated, other, None, None, None, None, tuple(known), (), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("colocated", "other", "winner", "margin"),
+    [
+        (rated(2, 990), rated(2, 900, True), "co-located", "9.0 ± 2.0 points"),
+        (rated(2, 900), rated(2, 990, True), "disaggregated", "9.0 ± 2.0 points"),
+        (rated(2, 990), rated(3, 990, True), "co-located", "50% cheaper"),
+        (rated(4, 990), rated(1, 988, True), "disaggregated", "50% cheaper"),
+        (rated(2, 990), rated(1, 989, True), "equal", "same cost"),
+        (rated(2, 5), rated(1, 0, True), "neither", "both attain less than 1% of the rounds"),
+        (rated(2, 990), None, "co-located", "no plan within the budget"),
+        (None, None, "neither", "no plan within the budget"),
+    ],
+)
+def test_who_wins_a_case(colocated: Rated | None, other: Rated | None, winner: str, margin: str) -> None:
+    told = verdict(found_of(colocated, other), 0.005)
+    assert told[0] == winner
+    assert margin in told[1]
+
+
+def test_the_known_cases() -> None:
+    said: list[str] = []
+    tried = cases(ASK, MODEL, MODELS, PRICES, SESSIONS["claude-code"], said.append, TINY)
+    assert [case.name for case in tried] == [
+        "single node", "short prompts", "low concurrency", "slow network", "small model",
+    ]  # fmt: skip
+    assert len(said) == len(tried)
+    by_name = {case.name: case for case in tried}
+    for case in tried:
+        assert case.colocated is not None and case.colocated.plan.colocated
+        assert case.disaggregated is not None and not case.disaggregated.plan.colocated
+        assert case.winner in ("co-located", "disaggregated", "equal")
+    assert by_name["single node"].disaggregated.plan.gpus.keys() == {"h100"}  # type: ignore[union-attr]
+    slow = by_name["slow network"].disaggregated.plan  # type: ignore[union-attr]
+    assert {group.type.link_bytes_per_s for group in slow.groups} == {1.25e9}
+    small = by_name["small model"].colocated.plan  # type: ignore[union-attr]
+    assert {group.type.latency.name.rpartition("-h")[0] for group in small.groups} <= {"qwen3-8b", ""}
+    shares = {case.name: case.rounds_per_s for case in tried}
+    assert shares["single node"] == pytest.approx(shares["slow network"] / 2)
+    assert shares["low concurrency"] == pytest.approx(shares["slow network"] / 5)
+
+
+def test_a_case_that_nothing_can_do() -> None:
+    """Less than any prefill takes."""
+    asked = replace(ASK, slo=Slo(0.001, 0.05))
+    for case in cases(asked, MODEL, MODELS, PRICES, SESSIONS["claude-code"], print, TINY):
+        assert (case.winner, case.colocated, case.disaggregated) == ("neither", None, None)
+        assert "no round can have a first token in 0.001 s" in case.margin
+
+
+# ---------------------------------------------------------------- page and picture
+
+
+def test_the_page_and_its_picture(planned: Planned) -> None:
+    png = front_png(planned)
+    assert png.startswith(b"\x89PNG") and png == front_png(planned)
+    html = page(planned)
+    assert "&lt;sessions&gt; &amp; more" in html and "<sessions>" not in html
+    assert "data:image/png;base64," in html
+    assert planned.headline.replace("+", "&#43;") in html or planned.headline in html
+    for name, _ in planned.named():
+        assert name in html
+    assert "short prompts" in html and "25% cheaper" in html
+    for line in planned.explanation[:1]:
+        assert line in html
+    assert page(replace(planned, cases=(), explanation=(), cheaper=())).count("<section") == 4
+
+
+def test_the_answer_has_what_json_can_say(planned: Planned) -> None:
+    assert msgspec.json.decode(msgspec.json.encode(planned.explanation)) == list(planned.explanation)
