@@ -36,10 +36,13 @@ ENGINES = 8
 PEAKS = {"review": 2.6, "reasoning": 2.2, "agents": 0.3}
 """Sessions per second at load 1, when each kind at its height asks for about all of the fleet's time."""
 
-FAST = RepoolConfig(enabled=True, period_s=5, window_s=60, sustain=2, cool_down_s=20, drain_limit_s=30)
+FAST = RepoolConfig(
+    enabled=True, period_s=5, window_s=60, sustain=2, cool_down_s=20, drain_limit_s=30, memory_s=60
+)
 ONLINE = {
     "online": FAST,
     "held": replace(FAST, margin=1e9),
+    "long memory": replace(FAST, memory_s=300),
     "no margin": replace(FAST, margin=0.0),
     "no cool-down": replace(FAST, cool_down_s=0.0, sustain=1, window_s=20),
     "neither": replace(FAST, margin=0.0, cool_down_s=0.0, sustain=1, window_s=20),

@@ -12,6 +12,7 @@ at a time: that which makes the fuller pool least full, if that gains enough.
                         + its misses; KV: its share where it is over 1, for room that is left is of no use.
                         Misses: rounds that missed a target, TTFT where they were prefilled, ITL where they
                         decoded. A flip is taken to make them as much more or less as the share
+    peak                the pool that is to give an engine away counts with the most work that it had lately
     gain of a flip      worst pressure now - worst pressure then - seconds of KV to move / horizon
 """
 
@@ -25,6 +26,9 @@ from msgspec import Struct
 from antiphon.policies.base import Pool
 
 PREFILL, DECODE = Pool
+
+OVERLOADED = 1.0
+"""A pressure from which on a pool is helped, whatever the other may need soon."""
 
 FULL = 0.02
 """Nearer to 1 no share is taken to be: the wait would be endless."""
@@ -105,8 +109,21 @@ class Flip(Struct, frozen=True, gc=False):
         return f"{self.from_pool.value}_to_{self.to_pool.value}"
 
 
-def shares(engines: Iterable[PoolEngine], changed: PoolEngine | None = None) -> PoolShares:
-    """How full each pool is, or would be with one engine in the other pool."""
+class Peaks(Struct, frozen=True, gc=False):
+    """How many times its work of now a pool has got at most lately: for the one that gives an engine away."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+NO_PEAKS = Peaks()
+
+
+def shares(
+    engines: Iterable[PoolEngine], changed: PoolEngine | None = None, peaks: Peaks = NO_PEAKS
+) -> PoolShares:
+    """How full each pool is, or would be with one engine in the other pool, and the one that it leaves at its
+    peak."""
     rates = {PREFILL: 0.0, DECODE: 0.0}
     idle = {PREFILL: True, DECODE: True}
     kv_tokens = room_tokens = count = 0
@@ -124,9 +141,13 @@ def shares(engines: Iterable[PoolEngine], changed: PoolEngine | None = None) -> 
         if engine.pool is DECODE:
             kv_tokens += engine.kv_tokens
     prefill = 0.0 if idle[PREFILL] else 1.0 / rates[PREFILL]
+    decode = 0.0 if idle[DECODE] else 1.0 / rates[DECODE]
+    if changed is not None:
+        prefill *= peaks.prefill if changed.pool is PREFILL else 1.0
+        decode *= peaks.decode if changed.pool is DECODE else 1.0
     return PoolShares(
         prefill,
-        0.0 if idle[DECODE] else 1.0 / rates[DECODE],
+        decode,
         kv_tokens / room_tokens if room_tokens else 0.0,
         _wait_s(prefill, count, rest_s / count) if count else 0.0,
     )
@@ -147,7 +168,9 @@ def pressure(then: PoolShares, now: PoolShares, rounds: WindowRounds) -> float:
     )
 
 
-def balanced_flip(engines: Sequence[PoolEngine], rule: PoolRule, rounds: WindowRounds) -> Flip | None:
+def balanced_flip(
+    engines: Sequence[PoolEngine], rule: PoolRule, rounds: WindowRounds, peaks: Peaks = NO_PEAKS
+) -> Flip | None:
     """The flip after which the worst pressure is least; None where none gains enough.
 
     Ties go to the engine with the least other share, the least KV to move, the lowest id.
@@ -156,9 +179,11 @@ def balanced_flip(engines: Sequence[PoolEngine], rule: PoolRule, rounds: WindowR
     worst = pressure(before, before, rounds)
     if worst < rule.floor:
         return None
+    if worst >= OVERLOADED:
+        peaks = NO_PEAKS
     best: tuple[tuple[float, float, float, str], Flip] | None = None
     for engine in _candidates(engines, rule):
-        after = shares(engines, engine)
+        after = shares(engines, engine, peaks)
         drain_s = engine.drain_s if engine.pool is DECODE else 0.0
         loss = pressure(after, before, rounds) + drain_s / rule.horizon_s
         rank = (round(loss, 6), round(after.prefill + after.decode + after.kv, 6), drain_s, engine.engine_id)

@@ -210,9 +210,10 @@ class PoolKeeper:
         if answer != "done":
             return
         log.info("engine %s: its way to the %s pool is over: %s", engine_id, flip.to_pool, result)
-        for repooler in self._repoolers.values():
-            repooler.ended(now)
-        self._on_flip("decode_to_prefill", result)
+        for model, fleet in self._fleets.items():
+            if self._fleet_of(engine_id) in (fleet, None):
+                self._repoolers[model].ended(now)
+        self._on_flip(f"decode_to_{flip.to_pool}", result)
 
     def _over(self, repooler: Repooler, direction: str, step: Step, now: float) -> None:
         repooler.ended(now)

@@ -28,6 +28,8 @@ class RepoolConfig:
     """After a flip, before the next one begins."""
     drain_limit_s: float = 120.0
     """An engine that leaves the decode pool changes it after so long, whoever still has its home there."""
+    memory_s: float = 600.0
+    """The most work that a pool has had for so long is what it must still be able to do without an engine."""
     horizon_s: float = 900.0
     """Over which the seconds that a flip costs are spread."""
     least_prefill: int = 1
@@ -40,7 +42,7 @@ class RepoolConfig:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
-        for name in ("period_s", "window_s", "drain_limit_s", "horizon_s"):
+        for name in ("period_s", "window_s", "drain_limit_s", "memory_s", "horizon_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("margin", "floor", "cool_down_s", "expand", "shrink"):

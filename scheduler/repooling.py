@@ -13,12 +13,15 @@ An engine's life between pools (a test compares with docs/operations.md):
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType
 
+from antiphon.policies.base import Pool
 from antiphon.policies.pools import (
     Flip,
+    Peaks,
     PoolEngine,
     PoolShares,
     WindowRounds,
@@ -95,6 +98,8 @@ class Repooler:
         self._wanted = 0
         """Looks in a row that wanted this direction."""
         self._rests_until_s = float("-inf")
+        self._works: deque[tuple[float, float, float]] = deque()
+        """When looked, and how many engines' work either pool had then."""
         self.shares: PoolShares | None = None
         """As of the last look; None = nobody knows yet."""
 
@@ -120,13 +125,26 @@ class Repooler:
         if self._config.rule == "arrow":
             wanted = arrow_flip(engines, rule, rounds)
         elif known:
-            wanted = balanced_flip(engines, rule, rounds)
+            wanted = balanced_flip(engines, rule, rounds, self._peaks(engines, now))
         self.shares = shares(engines) if known else None
         direction = wanted.direction if wanted is not None else ""
         self._wanted = self._wanted + 1 if direction and direction == self._direction else bool(direction)
         self._direction = direction
         ready = self._wanted >= self._config.sustain and now >= self._rests_until_s
         return wanted if ready and not busy else None
+
+    def _peaks(self, engines: Sequence[PoolEngine], now: float) -> Peaks:
+        """Work is told in engines of the pool: what a share is of."""
+        found, works = shares(engines), self._works
+        prefill = found.prefill * sum(engine.pool is Pool.PREFILL for engine in engines)
+        decode = found.decode * sum(engine.pool is Pool.DECODE for engine in engines)
+        works.append((now, prefill, decode))
+        while works[0][0] < now - self._config.memory_s:
+            works.popleft()
+        most_prefill, most_decode = max(w[1] for w in works), max(w[2] for w in works)
+        return Peaks(
+            most_prefill / prefill if prefill > 0 else 1.0, most_decode / decode if decode > 0 else 1.0
+        )
 
     def ended(self, now: float) -> None:
         """A flip is over, or given up: the cool-down begins, and the window anew."""

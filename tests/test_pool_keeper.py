@@ -23,7 +23,7 @@ from tests.replica_helpers import KEY, Cluster, cluster, until
 
 QUICK = RepoolConfig(
     enabled=True, period_s=0.2, window_s=1.0, margin=0.0005, floor=0.0, sustain=1, cool_down_s=0.5,
-    drain_limit_s=8.0,
+    drain_limit_s=8.0, memory_s=1.0,
 )  # fmt: skip
 STILL = RepoolConfig(enabled=True, period_s=0.2, window_s=1.0, margin=1e9, drain_limit_s=1.0)
 """Leads, and flips nothing by itself."""

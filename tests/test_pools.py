@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from antiphon.policies.base import Pool
 from antiphon.policies.pools import (
+    Peaks,
     PoolEngine,
     PoolRule,
     WindowRounds,
@@ -116,6 +117,16 @@ def test_less_kv_to_move_wins_between_equals_and_much_of_it_forbids() -> None:
     flip = balanced_flip(with_drains(20.0, 10.0), RULE, CALM)
     assert flip is not None and flip.engine_id == "d1" and flip.drain_s == 10.0
     assert balanced_flip(with_drains(900.0, 900.0), RULE, CALM) is None
+
+
+def test_who_gives_an_engine_away_must_be_able_to_do_its_peak_without() -> None:
+    """Prefill 0.4 / 4 = 0.1, and 0.13 with one less; it had five times as much, which is 0.67."""
+    engines = fleet(4, 4, 0.4, 3.0)
+    flip = balanced_flip(engines, RULE, CALM)
+    assert flip is not None and math.isclose(flip.after.prefill, 0.4 / 3)
+    assert balanced_flip(engines, RULE, CALM, Peaks(prefill=5.0)) is None
+    flip = balanced_flip(engines, RULE, CALM, Peaks(prefill=2.0, decode=9.0))
+    assert flip is not None and math.isclose(flip.after.prefill, 0.8 / 3)
 
 
 def test_arrows_rule_by_hand() -> None:

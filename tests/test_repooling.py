@@ -43,6 +43,16 @@ def test_after_a_flip_it_cools_down() -> None:
     assert [flip is not None for flip in looks] == [False] * 9 + [True]
 
 
+def test_the_most_work_of_a_while_is_remembered() -> None:
+    """A pool that was busy a moment ago gives nothing away, until that is forgotten."""
+    repooler = Repooler(RepoolConfig(enabled=True, sustain=1, memory_s=100.0))
+    assert repooler.look(fleet(4, 4, 2.4, 2.4), CALM, 0.0) is None
+    calm = fleet(4, 4, 0.4, 3.0)
+    assert repooler.look(calm, CALM, 50.0) is None
+    assert repooler.look(calm, CALM, 100.0) is None
+    assert repooler.look(calm, CALM, 101.0) is not None
+
+
 def test_one_flip_at_a_time_and_none_of_the_unknown() -> None:
     repooler = Repooler(RepoolConfig(enabled=True, sustain=1))
     assert repooler.look(FULL, CALM, 0.0, busy=True) is None

@@ -25,6 +25,7 @@ floor = 0.0
 sustain = 1
 cool_down_s = 1.0
 drain_limit_s = 10.0
+memory_s = 1.5
 """
 
 
