@@ -72,7 +72,7 @@ Doors
     metrics.py, logs.py, errors.py
     cli.py         the `antiphon` command; doctor.py proves an installation
     cli_evaluation.py      simulate, sweep, report, ...; cli_trace.py: antiphon trace ..
-    cli_keys.py    antiphon keys ..; cli_drain.py: antiphon drain
+    cli_keys.py    antiphon keys ..; cli_drain.py: antiphon drain; cli_plan.py: plan
     cli_options.py options that several of them have
     sources.py     where its listings come from: gateway or ledger; tables.py shows them
 """

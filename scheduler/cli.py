@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from antiphon.scheduler import cli_drain, cli_evaluation
+from antiphon.scheduler import cli_drain, cli_evaluation, cli_plan
 from antiphon.scheduler.cli_keys import app as keys_app
 from antiphon.scheduler.cli_options import DEFAULT_URL, Url
 from antiphon.scheduler.cli_trace import app as trace_app
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.add_typer(trace_app)
 app.add_typer(keys_app)
 cli_evaluation.register(app)
+cli_plan.register(app)
 cli_drain.register(app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Default: ./antiphon.toml if it is there.")]

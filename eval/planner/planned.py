@@ -1,0 +1,249 @@
+"""The answer of `antiphon plan` as a whole, and its JSON.
+
+The JSON (`Document`) is for other programs and stays as it is within a schema version; what is inside
+(`Planned`) is for the table, the page and the files.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Literal
+
+from msgspec import Struct
+
+from antiphon.eval.planner.ask import Ask, Found, Rated, Rung, Solved, cost_per_1k_rounds
+from antiphon.eval.planner.cases import Case
+from antiphon.eval.planner.engine_types import LeftOut, Unloaded
+from antiphon.eval.planner.plans import Group, Plan
+
+SCHEMA = "antiphon.plan/1"
+
+
+class Planned(Struct, frozen=True):
+    """Everything that is told of a plan."""
+
+    ask: Ask
+    trace: str
+    """As the user named it."""
+    trace_sha256: str
+    """"" of generated sessions."""
+    sessions: int
+    """That the trace has, sub-agents included."""
+    rounds: int
+    rounds_per_s: float
+    live_sessions: float
+    """Under way at any time, if nothing waits."""
+    live_tokens: float
+    """Their KV."""
+    headline: str
+    found: Found
+    cheaper: tuple[Rated, ...]
+    """Plans below the choice's price, for the front; () where nobody asked for it."""
+    solved: Solved
+    left_out: tuple[LeftOut, ...]
+    unloaded: Unloaded
+    explanation: tuple[str, ...]
+    cases: tuple[Case, ...]
+    commit: str
+    took_s: float
+
+    def named(self) -> tuple[tuple[str, Rated], ...]:
+        """The plans that have a name: the choice, the best of a form, the MILP's; what there is not is left
+        out, and one plan may have several names."""
+        found = self.found
+        named = (
+            ("plan", found.best),
+            ("co-located", found.colocated),
+            ("disaggregated", found.disaggregated),
+            ("one kind of GPU", found.single_tier),
+            ("equal split", found.equal_split),
+            ("Eq. 5 alone (AMPD)", found.eq5),
+            ("Eq. 5 completed", found.solved),
+        )
+        return tuple((name, rated) for name, rated in named if rated is not None)
+
+
+def headline(found: Found, tolerance: float) -> str:
+    """The plan in one sentence; where co-location wins, that it does and by how much."""
+    best, other = found.best, found.disaggregated if found.best.plan.colocated else found.colocated
+    said = f"{best.plan.describe()}: {_does(best)}"
+    if best.plan.colocated:
+        said = f"do not disaggregate: {said}"
+    if other is None:
+        return said
+    kind = "disaggregated" if best.plan.colocated else "co-located"
+    gap = best.score.attainment - other.score.attainment
+    price = other.plan.price_per_hour - best.plan.price_per_hour
+    if abs(gap) > tolerance:
+        wins = f"{gap * 100:+.1f} points"
+    elif price:
+        wins = f"as good for USD {price:.2f} less per hour"
+    else:
+        wins = "no better"
+    return f"{said}; the best {kind} plan ({other.plan.describe()}): {_does(other)} ({wins})"
+
+
+def _does(rated: Rated) -> str:
+    return f"{rated.score.attainment:.1%} attained at USD {rated.plan.price_per_hour:.2f} per hour"
+
+
+# ---------------------------------------------------------------- JSON
+
+
+class GroupDocument(Struct, frozen=True, forbid_unknown_fields=True):
+    pool: Literal["prefill", "decode"]
+    gpu: str
+    tensor_parallel: int
+    engines: int
+    chunk_tokens: int
+    decode_interval: int
+    profile: str
+    device_tokens: int
+    store_tokens: int
+    usd_per_hour: float
+
+
+class PlanDocument(Struct, frozen=True, forbid_unknown_fields=True):
+    names: tuple[str, ...]
+    """What it is among the plans: plan, co-located, ...; () = it was simulated, no more."""
+    policy: str
+    colocated: bool
+    groups: tuple[GroupDocument, ...]
+    usd_per_hour: float
+    usd_per_1k_rounds: float
+    attainment: float
+    attainment_error: float
+    """Standard error, if rounds were independent."""
+    rounds: int
+    """That the attainment is a share of."""
+    ttft_p95_of_target: float | None
+    """None: so many had no first token."""
+    itl_p95_of_target: float | None
+    refused: int
+
+
+class CaseDocument(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    what: str
+    winner: str
+    margin: str
+    colocated: PlanDocument | None
+    disaggregated: PlanDocument | None
+
+
+class Document(Struct, frozen=True, forbid_unknown_fields=True):
+    """`--json`. The first of `plans` is the plan."""
+
+    schema: str
+    headline: str
+    ask: Ask
+    trace: str
+    trace_sha256: str
+    sessions: int
+    rounds: int
+    rounds_per_s: float
+    live_sessions: float
+    live_tokens: float
+    plans: tuple[PlanDocument, ...]
+    milp_z: float | None
+    """Of the completed form; None: infinite."""
+    eq5_z: float | None
+    milp_curves_s: float
+    milp_solve_s: float
+    search_s: float
+    rungs: tuple[Rung, ...]
+    binding: tuple[str, ...]
+    explanation: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    attainable: float
+    """Share of rounds that the best engine would answer in time if nothing waited."""
+    cases: tuple[CaseDocument, ...]
+    commit: str
+    took_s: float
+
+
+def document(planned: Planned) -> Document:
+    names: dict[Plan, list[str]] = {}
+    for name, rated in planned.named():
+        names.setdefault(rated.plan, []).append(name)
+    others = (*planned.found.rated, *planned.cheaper)
+    every = {rated.plan: rated for rated in (planned.found.best, *others)}
+    others = (*(rated for _, rated in planned.named()), *planned.cheaper)
+    every |= {rated.plan: rated for rated in others if rated.plan not in every}
+    rate, found, solved = planned.rounds_per_s, planned.found, planned.solved
+    return Document(
+        schema=SCHEMA,
+        headline=planned.headline,
+        ask=planned.ask,
+        trace=planned.trace,
+        trace_sha256=planned.trace_sha256,
+        sessions=planned.sessions,
+        rounds=planned.rounds,
+        rounds_per_s=rate,
+        live_sessions=planned.live_sessions,
+        live_tokens=planned.live_tokens,
+        plans=tuple(_plan(rated, rate, tuple(names.get(plan, ()))) for plan, rated in every.items()),
+        milp_z=_finite(solved.plan_z),
+        eq5_z=_finite(solved.eq5_z),
+        milp_curves_s=solved.curves_s,
+        milp_solve_s=solved.solve_s,
+        search_s=found.took_s,
+        rungs=found.rungs,
+        binding=solved.binding,
+        explanation=planned.explanation,
+        left_out=planned.left_out,
+        attainable=planned.unloaded.share,
+        cases=tuple(_case(case) for case in planned.cases),
+        commit=planned.commit,
+        took_s=planned.took_s,
+    )
+
+
+def _plan(rated: Rated, rounds_per_s: float, names: tuple[str, ...] = ()) -> PlanDocument:
+    plan, score = rated.plan, rated.score
+    return PlanDocument(
+        names=names,
+        policy=plan.policy,
+        colocated=plan.colocated,
+        groups=tuple(_group(group) for group in plan.groups),
+        usd_per_hour=plan.price_per_hour,
+        usd_per_1k_rounds=cost_per_1k_rounds(plan, rounds_per_s),
+        attainment=score.attainment,
+        attainment_error=score.noise,
+        rounds=score.rounds,
+        ttft_p95_of_target=_finite(score.ttft_p95),
+        itl_p95_of_target=_finite(score.itl_p95),
+        refused=score.refused,
+    )
+
+
+def _group(group: Group) -> GroupDocument:
+    each = group.type
+    return GroupDocument(
+        pool=group.pool,
+        gpu=each.gpu,
+        tensor_parallel=each.tp,
+        engines=group.count,
+        chunk_tokens=group.chunk_tokens,
+        decode_interval=group.decode_interval,
+        profile=each.latency.name,
+        device_tokens=each.device_tokens,
+        store_tokens=each.store_tokens,
+        usd_per_hour=group.count * each.price_per_hour,
+    )
+
+
+def _case(case: Case) -> CaseDocument:
+    colocated, other, rounds_per_s = case.colocated, case.disaggregated, case.rounds_per_s
+    return CaseDocument(
+        name=case.name,
+        what=case.what,
+        winner=case.winner,
+        margin=case.margin,
+        colocated=None if colocated is None else _plan(colocated, rounds_per_s),
+        disaggregated=None if other is None else _plan(other, rounds_per_s),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None

@@ -1,0 +1,199 @@
+"""`antiphon plan` as a user has it: its answer, its files' schema, its exit statuses."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from antiphon.eval.planner.ask import Found, Rated, choose
+from antiphon.eval.planner.plan import PlanOptions, make_plan
+from antiphon.eval.planner.plan_table import lines
+from antiphon.eval.planner.planned import SCHEMA, Document, Planned, headline
+from antiphon.eval.planner.plans import EngineType, Group, Plan
+from antiphon.eval.planner.score import Score
+from antiphon.eval.planner.search import Effort
+from antiphon.policies.latency import load_latency_model
+from antiphon.scheduler.cli import app, main
+
+QUICK = Effort(rungs=((6, 120, 1), (4, 200, 1)), last=(4, 300, 1), quick_rounds=100, refinement_rounds=0)
+ARGUMENTS = [
+    "plan", "swe-agent", "--gpus", "h100:4", "--model", "qwen3-32b",
+    "--slo-ttft", "1", "--slo-itl", "0.05", "--session-rate", "0.5",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the answer
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Planned, Path]:
+    folder = tmp_path_factory.mktemp("plan")
+    options = PlanOptions(
+        "swe-agent", "h100:8", "qwen3-32b", 1.0, 0.05, 0.5, tensor_parallel="4", max_sessions=40, jobs=1,
+        explain=True, json_path=folder / "plan.json", out=folder / "out", effort=QUICK,
+    )  # fmt: skip
+    return make_plan(options, lambda line: None), folder
+
+
+def test_the_first_line_is_the_plan_and_its_numbers(planned: tuple[Planned, Path]) -> None:
+    answer, _ = planned
+    first, *others = lines(answer)
+    best = answer.found.best
+    assert isinstance(first, str) and best.plan.describe() in first
+    assert f"{best.score.attainment:.1%} attained at USD {best.plan.price_per_hour:.2f} per hour" in first
+    assert first.startswith("do not disaggregate: ") == best.plan.colocated
+    console = Console(width=130, file=StringIO())
+    for line in others:
+        console.print(line, markup=False)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "equal split" in shown and "Eq. 5 alone (AMPD)" in shown and "Eq. 5 completed" in shown
+
+
+def test_the_plan_is_the_choice_of_what_was_rated(planned: tuple[Planned, Path]) -> None:
+    answer, _ = planned
+    found = answer.found
+    assert found.best == choose(found.rated, answer.ask.tolerance)
+    assert found.colocated is not None and found.colocated.plan.colocated
+    assert found.disaggregated is not None and not found.disaggregated.plan.colocated
+    assert all(rated.plan.fits(answer.ask.budget) for rated in (*found.rated, *answer.cheaper))
+
+
+def test_the_json_says_the_same_and_is_read_back(planned: tuple[Planned, Path]) -> None:
+    answer, folder = planned
+    document = msgspec.json.decode((folder / "plan.json").read_bytes(), type=Document)
+    assert document.schema == SCHEMA and document.headline == answer.headline and document.ask == answer.ask
+    first, best = document.plans[0], answer.found.best
+    assert "plan" in first.names and first.attainment == best.score.attainment
+    assert first.usd_per_hour == pytest.approx(sum(group.usd_per_hour for group in first.groups))
+    assert first.usd_per_1k_rounds == pytest.approx(first.usd_per_hour / 3.6 / document.rounds_per_s)
+    assert [(g.pool, g.gpu, g.tensor_parallel, g.engines) for g in first.groups] == [
+        (g.pool, g.type.gpu, g.type.tp, g.count) for g in best.plan.groups
+    ]
+    names = [name for plan in document.plans for name in plan.names]
+    assert sorted(names) == sorted(name for name, _ in answer.named())
+
+
+def test_all_files_are_written(planned: tuple[Planned, Path]) -> None:
+    _, folder = planned
+    written = {path.name for path in (folder / "out").iterdir()}
+    assert {"cluster.toml", "antiphon.toml", "engines.sh", "front.png", "report.html"} <= written
+    assert (folder / "out" / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- the headline, by hand
+
+H100 = EngineType("h100", 4, load_latency_model("qwen3-32b-h100-tp4"), 800_000, 1_000_000, 50e9, 2.5)
+COLOCATED = Plan((Group("decode", H100, 2, 2048, 4),), "local")
+SPLIT = Plan((Group("prefill", H100, 1, 8192, 4), Group("decode", H100, 1, 2048, 4)))
+LARGER = SPLIT.with_counts((1, 2))
+
+
+def rated(plan: Plan, attained: int) -> Rated:
+    return Rated(plan, Score(1000, attained, 1000 - attained, 0, 0, 0.5, 0.5, 1000))
+
+
+CO = "co-located 2 x 4xh100, local"
+PD = "prefill 1 x 4xh100, decode {} x 4xh100, adaptive"
+DOES = "{}: {} attained at USD {}.00 per hour"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (
+            rated(COLOCATED, 950),
+            rated(SPLIT, 900),
+            f"do not disaggregate: {DOES.format(CO, '95.0%', 20)}; the best disaggregated plan"
+            f" ({DOES.format(PD.format(1) + ')', '90.0%', 20)} (+5.0 points)",
+        ),
+        (
+            rated(SPLIT, 950),
+            rated(COLOCATED, 949),
+            f"{DOES.format(PD.format(1), '95.0%', 20)}; the best co-located plan"
+            f" ({DOES.format(CO + ')', '94.9%', 20)} (no better)",
+        ),
+        (
+            rated(COLOCATED, 950),
+            rated(LARGER, 951),
+            f"do not disaggregate: {DOES.format(CO, '95.0%', 20)}; the best disaggregated plan"
+            f" ({DOES.format(PD.format(2) + ')', '95.1%', 30)} (as good for USD 10.00 less per hour)",
+        ),
+    ],
+)
+def test_who_wins_and_by_how_much(first: Rated, second: Rated, expected: str) -> None:
+    both = sorted((first, second), key=lambda each: not each.plan.colocated)
+    found = Found(first, *both, None, None, None, None, (first, second), (), 0.0)
+    assert headline(found, 0.005) == expected
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def run(*change: str) -> tuple[int, str]:
+    """Exit status and output of the command with some of its options changed."""
+    arguments = dict(zip(ARGUMENTS[2::2], ARGUMENTS[3::2], strict=True))
+    arguments |= dict(zip(change[::2], change[1::2], strict=True))
+    trace = arguments.pop("trace", ARGUMENTS[1])
+    flat = [part for pair in arguments.items() for part in pair]
+    result = CliRunner().invoke(app, ["plan", trace, *flat])
+    said = result.output + (str(result.exception) if result.exception is not None else "")
+    return result.exit_code, said
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "nearest"),
+    [
+        (
+            ("--model", "llama-3.1-70b", "--tp", "2"),
+            "no engine of this ask can run",
+            "h100:4 with tensor parallel 4",
+        ),
+        (
+            ("--slo-ttft", "0.001"),
+            "no round can have a first token in 0.001 s",
+            "half of the rounds could have",
+        ),
+        (("--slo-itl", "0.0001"), "a gap of 0.0001 s between tokens", "95 % TTFT"),
+        (("--gpus", "h100:1"), "the budget has 1 x h100", "h100:2"),
+    ],
+)
+def test_what_no_fleet_can_do_gets_the_nearest_ask(
+    change: tuple[str, ...], reason: str, nearest: str
+) -> None:
+    status, said = run(*change)
+    assert status == 3, said
+    assert "no plan: " in said and reason in said and "nearest: " in said and nearest in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--gpus", "h100"), "--gpus"),
+        (("--gpus", "tpu:4"), "tpu"),
+        (("--model", "gpt-5"), "--model: no model 'gpt-5'"),
+        (("--session-rate", "0"), "--session-rate must be above 0"),
+        (("trace", "no-such-trace.jsonl"), "neither a trace"),
+        (("--prices", "no-such-file.toml"), "cannot be read"),
+        (("--json", "/dev/null/plan.json"), "/dev/null"),
+    ],
+)
+def test_bad_input_is_one_line(change: tuple[str, ...], message: str) -> None:
+    status, said = run(*change)
+    assert status == 1 and message in said
+    assert "Traceback" not in said
+
+
+def test_main_shows_it_as_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["antiphon", *ARGUMENTS[:3], "h100", *ARGUMENTS[4:]])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert "is not KIND:NUMBER" in shown.err and "Traceback" not in shown.err
