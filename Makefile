@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP = $(VENV)/.antiphon-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test fuzz faults check bench fidelity eval eval-full drift wheel
+.PHONY: help setup demo serve test fuzz faults check bench fidelity eval eval-full plan-eval drift wheel
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,9 @@ eval-full: $(STAMP) ## the same with three seeds, a third cluster, more sessions
 
 drift: $(STAMP) ## a day with a shifting mix: static splits against pools that follow the load (20 min on one core): JOBS=n
 	$(PY) -m antiphon.eval.drift $(if $(JOBS),--jobs $(JOBS))
+
+plan-eval: $(STAMP) ## the planner's plans against brute force and others: docs/planner_results.md; TRACES=folder
+	$(PY) -m antiphon.eval.planner.standard --large $(if $(TRACES),--traces $(TRACES))
 
 faults: $(STAMP) ## faults on the live stack, real engines included (30 min): SEED=n, CELLS='redis.*', ENGINES=simulated
 	$(PY) -m tests.faults --seed $(or $(SEED),1) $(if $(CELLS),--cells '$(CELLS)') $(if $(ENGINES),--engines $(ENGINES))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, sqrt
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -55,7 +55,7 @@ class Score(Struct, frozen=True):
     def noise(self) -> float:
         """Standard error of the attainment if rounds were independent; they are not quite."""
         share = self.attainment
-        return (share * (1 - share) / max(1, self.rounds)) ** 0.5
+        return sqrt(share * (1 - share) / max(1, self.rounds))
 
 
 class _Enough(Exception):
@@ -202,7 +202,11 @@ def _p95(values: list[float], of: int) -> float:
 def together(scores: Sequence[Score]) -> Score:
     """Several windows as one; percentiles are the means of theirs."""
     return Score(
-        *(sum(getattr(score, name) for score in scores) for name in Score.__struct_fields__[:5]),
+        sum(score.rounds for score in scores),
+        sum(score.attained for score in scores),
+        sum(score.ttft_missed for score in scores),
+        sum(score.itl_missed for score in scores),
+        sum(score.refused for score in scores),
         sum(score.ttft_p95 for score in scores) / len(scores),
         sum(score.itl_p95 for score in scores) / len(scores),
         sum(score.simulated_rounds for score in scores),

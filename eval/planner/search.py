@@ -14,6 +14,7 @@ ask has the same answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from math import sqrt
 from time import perf_counter
 from typing import NamedTuple
@@ -35,13 +36,13 @@ OnProgress = Callable[[str], None]
 class Effort(NamedTuple):
     """How much is simulated. A rung: (plans, rounds of a window, windows)."""
 
-    rungs: tuple[tuple[int, int, int], ...] = ((60, 400, 1), (20, 1000, 1), (7, 1500, 2))
-    last: tuple[int, int, int] = (5, 2000, 3)
-    quick_rounds: int = 700
+    rungs: tuple[tuple[int, int, int], ...] = ((60, 400, 1), (18, 900, 1), (7, 1400, 2))
+    last: tuple[int, int, int] = (5, 1800, 3)
+    quick_rounds: int = 600
     """Of the one window by which variations of a leader are looked at first."""
     shortlist: int = 3
     """Of a leader's variations: so many are simulated as long as the leader was."""
-    refinement_rounds: int = 60_000
+    refinement_rounds: int = 45_000
     """Simulated for the refinement; it ends at the step that passes them."""
 
 
@@ -209,10 +210,10 @@ class _Search:
             regrets.append((cheaper - each[1], each))
         front = [each for _, each in sorted(regrets, key=lambda r: (r[0], -r[1][1]))]
         kept: dict[Plan, float] = {}
-        for ranks in zip(_padded(cheapest, len(valued)), highest, front, strict=True):
-            for each in ranks:
-                if each is not None and len(kept) < count:
-                    kept.setdefault(*each)
+        for ranks in zip_longest(cheapest, highest, front):
+            for ranked in ranks:
+                if ranked is not None and len(kept) < count:
+                    kept.setdefault(*ranked)
         for form in self._forms():
             of_form = [v for v in highest if form(v[0])]
             for each in of_form[:2]:
@@ -326,7 +327,3 @@ def _colocated(plan: Plan) -> bool:
 
 def _disaggregated(plan: Plan) -> bool:
     return not plan.colocated
-
-
-def _padded(values: Sequence[tuple[Plan, float]], length: int) -> Sequence[tuple[Plan, float] | None]:
-    return (*values, *(None for _ in range(length - len(values))))

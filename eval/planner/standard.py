@@ -60,10 +60,10 @@ class Scale(msgspec.Struct, frozen=True):
 
     budgets: tuple[dict[str, int], ...] = BUDGETS
     large: dict[str, int] | None = None
-    rounds: int = 2000
+    rounds: int = 1500
     """Of each window by which the results are compared."""
     windows: int = 3
-    brute_rounds: int = 1200
+    brute_rounds: int = 900
     jobs: int = 2
 
 
@@ -135,7 +135,7 @@ def run_case(name: str, asked: Question, scale: Scale, console: Console) -> Case
         plan_s = time.perf_counter() - began_s
         simulated = pool.simulated_rounds
         told(f"planned in {plan_s:.1f} s: {found.best.plan.describe()}")
-        plans = named_plans(found, solved)
+        plans = named_plans(found)
         brute = None
         if sum(ask.budget.values()) <= BRUTE_GPUS:
             brute = brute_force(ask, types, pool, scale.brute_rounds, told)
@@ -165,18 +165,18 @@ def planned(
     return solved, search(ask, types, workload, (), told, solved=solved, pool=pool)
 
 
-def named_plans(found: Found, solved: Solved) -> dict[str, Plan]:
+def named_plans(found: Found) -> dict[str, Plan]:
     """What is compared, by what it is called in the table."""
-    of = {
-        "the plan": found.best.plan,
-        "equal split": found.equal_split and found.equal_split.plan,
-        "Eq. 5 alone": solved.eq5,
-        "Eq. 5 completed": solved.plan,
-        "best co-located": found.colocated and found.colocated.plan,
-        "best disaggregated": found.disaggregated and found.disaggregated.plan,
-        "best of one kind": found.single_tier and found.single_tier.plan,
+    rated = {
+        "the plan": found.best,
+        "equal split": found.equal_split,
+        "Eq. 5 alone": found.eq5,
+        "Eq. 5 completed": found.solved,
+        "best co-located": found.colocated,
+        "best disaggregated": found.disaggregated,
+        "best of one kind": found.single_tier,
     }
-    return {name: plan for name, plan in of.items() if plan is not None}
+    return {name: each.plan for name, each in rated.items() if each is not None}
 
 
 def compared(plans: dict[str, Plan], asked: Question, pool: ScorePool, scale: Scale) -> tuple[Row, ...]:
