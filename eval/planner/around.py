@@ -22,7 +22,6 @@ from antiphon.eval.planner.search import last_views
 
 LEVELS = 0.2, 0.35, 0.5, 0.65, 0.8, 0.95
 """Of the plan's price: where cheaper plans are looked for."""
-OF_EACH = 2
 
 
 class Change(Struct, frozen=True):
@@ -88,8 +87,11 @@ def _settings(plan: Plan, ask: Ask) -> Iterator[tuple[str, str, Plan | None]]:
 
 
 def cheaper(ask: Ask, types: Sequence[EngineType], found: Found, pool: ScorePool) -> tuple[Rated, ...]:
-    """Plans below the choice's price, the most promising of each of some price levels by the screen: what the
-    search left out, since they attain less, and the front of attainment against cost begins with."""
+    """Plans below the choice's price: at some price levels the co-located and the disaggregated one that the
+    screen puts first. The search left them out, since they attain less; the front begins with them.
+
+    Simulated on the first window of the last rung only.
+    """
     best = found.best.plan
     screen = Screen(pool.workload, ask.slo, types)
     known = {each.plan for each in found.rated}
@@ -97,11 +99,12 @@ def cheaper(ask: Ask, types: Sequence[EngineType], found: Found, pool: ScorePool
     ordered = sorted(plans, key=lambda plan: (-screen.estimate(plan), plan.price_per_hour))
     chosen: dict[Plan, None] = {}
     for level in LEVELS:
-        within = (plan for plan in ordered if plan.price_per_hour <= level * best.price_per_hour)
-        for plan, _ in zip(within, range(OF_EACH), strict=False):
-            if plan not in known:
+        within = [plan for plan in ordered if plan.price_per_hour <= level * best.price_per_hour]
+        for colocated in (True, False):
+            plan = next((each for each in within if each.colocated is colocated), None)
+            if plan is not None and _as_set(plan, best) not in known:
                 chosen.setdefault(_as_set(plan, best))
-    views = last_views(ask, found)
+    views = last_views(ask, found)[:1]
     return tuple(Rated(p, s) for p, s in zip(chosen, pool.score(tuple(chosen), views), strict=True))
 
 

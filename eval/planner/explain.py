@@ -118,7 +118,8 @@ def _settings(beside: Around) -> Iterator[str]:
     plan = beside.best.plan
     now = {"policy": plan.policy}
     for name in ("C", "K"):
-        now[name] = ", ".join(f"{_pool(group, plan.colocated)}{_value(group, name)}" for group in plan.groups)
+        values = (f"{_pool(group, plan.colocated)}{_value(group, name)}" for group in plan.groups)
+        now[name] = ", ".join(dict.fromkeys(values))
     for kind, value in now.items():
         others = [change for change in beside.changes if change.kind == kind]
         told = "; ".join(f"{change.what}: {_points(change, beside.best)}" for change in others)

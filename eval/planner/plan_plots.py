@@ -56,16 +56,16 @@ def front_plot(planned: Planned) -> Plot:
         f"Each point is a plan that was simulated on the same windows ({score.rounds:,} rounds of the choice"
         "); bars are one standard error as if rounds were independent. Nothing that is cheaper attains more"
         " than a plan on the line."
-        " Plans below the choice's price are those that a quick estimate puts first at some price levels, not"
-        " all there are.",
+        " Of the plans below the choice's price only those are here that a quick estimate puts first at some"
+        " price levels, simulated on one of the windows.",
         front_png(planned),
     )
 
 
 def _cloud(axis: Axes, rated: Sequence[Rated]) -> None:
     for colocated, name, colour in (
-        (True, "co-located", SERIES_COLOURS[1]),
-        (False, "disaggregated", SERIES_COLOURS[0]),
+        (True, "co-located plans", SERIES_COLOURS[1]),
+        (False, "disaggregated plans", SERIES_COLOURS[0]),
     ):
         of_form = [each for each in rated if each.plan.colocated is colocated]
         if of_form:
