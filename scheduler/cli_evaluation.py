@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from antiphon.scheduler.cli_options import DEFAULT_URL, Url
 from antiphon.scheduler.errors import UserError
+
+if TYPE_CHECKING:
+    from antiphon.eval.simulation_plan import SimulateOptions
 
 Trace = Annotated[Path, typer.Argument(help="A file, a folder, or a .tar, .gz or .xz of them.")]
 SloTtft = Annotated[float | None, typer.Option("--slo-ttft", help="TTFT target in seconds, for all rounds.")]
@@ -103,11 +106,8 @@ def simulate(
     repool: Annotated[bool, typer.Option("--repool", help="Engines change pool as the load drifts.")] = False,
 ) -> None:
     """Run a trace through the production scheduler on simulated engines."""
-    from rich.console import Console
-
-    from antiphon.eval.simulate import SimulateOptions, prepare, run_simulation
+    from antiphon.eval.simulate import SimulateOptions
     from antiphon.scheduler.repool_config import RepoolConfig
-    from antiphon.traces.display import result_table
 
     options = SimulateOptions(
         trace=trace,
@@ -132,6 +132,16 @@ def simulate(
         corrections=correction,
         repool=RepoolConfig(enabled=True) if repool else None,
     )
+    _simulate(options)
+
+
+def _simulate(options: SimulateOptions) -> None:
+    """Run it and show what it found."""
+    from rich.console import Console
+
+    from antiphon.eval.simulate import prepare, run_simulation
+    from antiphon.traces.display import result_table
+
     console = Console(stderr=True)
     with _user_errors("simulate"):
         prepared = prepare(options)
@@ -141,7 +151,7 @@ def simulate(
     console.print(result_table(result))
     for flip in result.flips or ():
         console.print(flip, markup=False, highlight=False)
-    for name, path in (("result", json_path), ("rounds", rounds_path)):
+    for name, path in (("result", options.json_path), ("rounds", options.rounds_path)):
         if path is not None:
             console.print(f"{name}: {path}", markup=False, highlight=False)
 
