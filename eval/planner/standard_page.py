@@ -87,9 +87,8 @@ class Verdict(Struct, frozen=True):
         return self.behind <= GOAL and self.dearer <= 0
 
     def words(self) -> str:
-        by = f"{self.behind:+.2%} points behind" if self.behind > 0 else f"{-self.behind:.2%} points ahead"
-        cost = "at the same cost" if not self.dearer else f"{self.dearer:+.2f} USD/h"
-        return f"{by.replace('%', '').replace('+', '')}, {cost}"
+        points = f"{abs(self.behind) * 100:.2f} points {'behind' if self.behind > 0 else 'ahead'}"
+        return f"{points}, {f'{self.dearer:+.2f} USD/h' if self.dearer else 'at the same cost'}"
 
 
 def verdict(case: Case) -> Verdict | None:
