@@ -90,8 +90,12 @@ def test_a_budget_that_is_twice_as_large_takes_twice_the_load() -> None:
     rates = []
     for gpus in (8, 16):
         ask = Ask(
-            model="qwen3-32b", budget={"h200": gpus}, slo=SLO, session_rate_per_s=1, window_tokens=WINDOW_TOKENS
-        )  # fmt: skip
+            model="qwen3-32b",
+            budget={"h200": gpus},
+            slo=SLO,
+            session_rate_per_s=1,
+            window_tokens=WINDOW_TOKENS,
+        )
         rates.append(busy_rate(ask, (H200,), workload))
     assert rates[1] == pytest.approx(2 * rates[0])
 

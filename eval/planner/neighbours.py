@@ -111,6 +111,15 @@ def settings(plan: Plan, ask: Ask) -> Iterator[Plan]:
                 yield _with(plan, pool, now.chunk_tokens, interval)
 
 
+def set_like(plan: Plan, other: Plan) -> Plan:
+    """The same fleet with the C and K that `other` has in its pools."""
+    for pool in POOLS:
+        theirs = other.pool(pool)
+        if theirs and plan.pool(pool):
+            plan = _with(plan, pool, theirs[0].chunk_tokens, theirs[0].decode_interval)
+    return plan
+
+
 def _with(plan: Plan, pool: PoolName, chunk_tokens: int, interval: int) -> Plan:
     groups = (
         replace(each, chunk_tokens=chunk_tokens, decode_interval=interval) if each.pool == pool else each

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from antiphon.eval.planner.ask import Ask, Found, Infeasible, Rated, Rung, Solved, choose
 from antiphon.eval.planner.candidates import candidates, equal_splits
 from antiphon.eval.planner.engine_types import gpu_budget
-from antiphon.eval.planner.neighbours import neighbours, settings
+from antiphon.eval.planner.neighbours import neighbours, set_like, settings
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.screen import Screen
@@ -147,7 +147,8 @@ class _Search:
             staying = self._kept(valued, following, margin, fixed)
         leaders = self._refined(rated, views)
         last = self.effort.last
-        finalists = dict.fromkeys((*leaders, *staying))
+        alike = (set_like(plan, leaders[0]) for plan in leaders)
+        finalists = dict.fromkeys((*leaders, *alike, *staying))
         rated = self._rung(tuple(finalists), self.windows.views(LAST, self._rounds(last[1]), last[2]))
         return self._found(rated, solved, equal, perf_counter() - began_s)
 
