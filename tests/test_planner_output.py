@@ -16,8 +16,9 @@ from msgspec.structs import replace
 from antiphon.engines.cluster import Slo
 from antiphon.eval.known_models import KnownModel, read_models
 from antiphon.eval.planner.around import around, cheaper, front
-from antiphon.eval.planner.ask import Ask, Found, Rated, Solved, choose
+from antiphon.eval.planner.ask import Ask, Found, Rated, Solved
 from antiphon.eval.planner.cases import Case, cases, verdict
+from antiphon.eval.planner.cases import Effort as CaseEffort
 from antiphon.eval.planner.curves import make_curves
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
 from antiphon.eval.planner.explain import explain, left_out_lines
@@ -35,7 +36,7 @@ from antiphon.policies.latency import load_latency_model
 from tests.test_planner_workload import SESSIONS, WINDOW_TOKENS
 
 SHORT = Effort(((8, 60, 1), (5, 120, 1)), (3, 150, 2), 60, 2, 1000)
-TINY = Effort(((4, 40, 1),), (3, 80, 1), 40, 1, 0)
+TINY = CaseEffort((0.3, 1.0), 1, (40, 1), (80, 1), 1)
 MODELS, PRICES = read_models(), read_prices()
 MODEL: KnownModel = MODELS["qwen3-32b"]
 ASK = Ask(
@@ -183,12 +184,6 @@ def test_live_sessions_that_do_not_fit(world: World) -> None:
 # ---------------------------------------------------------------- cases
 
 
-def found_of(colocated: Rated | None, other: Rated | None) -> Found:
-    known = [each for each in (colocated, other) if each is not None]
-    best = choose(known, 0.005) if known else rated(1, 0)
-    return Found(best, colocated, other, None, None, None, None, tuple(known), (), 0.0)
-
-
 @pytest.mark.parametrize(
     ("colocated", "other", "winner", "margin"),
     [
@@ -203,7 +198,7 @@ def found_of(colocated: Rated | None, other: Rated | None) -> Found:
     ],
 )
 def test_who_wins_a_case(colocated: Rated | None, other: Rated | None, winner: str, margin: str) -> None:
-    told = verdict(found_of(colocated, other), 0.005)
+    told = verdict(colocated, other, 0.005)
     assert told[0] == winner
     assert margin in told[1]
 

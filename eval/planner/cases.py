@@ -1,8 +1,9 @@
 """`--cases`: where co-location is said to win over disaggregation, tried with the user's load.
 
-Each case changes one thing of the ask, and is searched with little effort: the best co-located plan against
-the best disaggregated one, on the same windows. What is within two standard errors is called equal; then the
-cheaper wins.
+Each case changes one thing of the ask. Both forms are searched alike, with little effort: at some price
+levels the plans that the screen puts first, the promising ones for longer on other windows, with the defaults
+of C, K and policy. The best of the one stands against the best of the other, on the same windows. What is
+within two standard errors is called equal; then the cheaper wins.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from antiphon.eval.known_models import KnownModel
-from antiphon.eval.planner.ask import Ask, Found, Infeasible, PlanError, Rated
+from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated, choose
+from antiphon.eval.planner.candidates import candidates
 from antiphon.eval.planner.engine_types import attainable, engine_types
+from antiphon.eval.planner.plans import Plan
+from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.prices import GpuPrice
-from antiphon.eval.planner.search import Effort, search
+from antiphon.eval.planner.screen import Screen
 from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(rungs=((16, 250, 1), (6, 500, 1)), last=(4, 800, 2), quick_rounds=250, refinement_rounds=0)
-"""Some seconds a case."""
+LEVELS = 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0
+"""Of the dearest plan's price."""
+SEEDS = 6_000_000
+"""Windows that no search uses."""
 SINGLE_NODE = 8
 SHORTER = 8
 RARER = 5
@@ -34,6 +40,18 @@ LEAST = 0.01
 """Where both attain less, nothing is won."""
 ERRORS = 2.0
 """Standard errors that a difference must pass to count."""
+
+
+class Effort(NamedTuple):
+    """How much is simulated for one form in one case: some seconds."""
+
+    levels: tuple[float, ...] = LEVELS
+    of_level: int = 2
+    first: tuple[int, int] = (300, 1)
+    """Rounds of a window, windows."""
+    last: tuple[int, int] = (900, 2)
+    kept: int = 3
+    """Of the cheapest that may be as good as the best, and as many of the best."""
 
 
 class Case(Struct, frozen=True):
@@ -69,12 +87,12 @@ def cases(
     prices: Mapping[str, GpuPrice],
     sessions: Sequence[SessionTrace],
     on_progress: Callable[[str], None],
-    effort: Effort = EFFORT,
+    effort: Effort | None = None,
 ) -> tuple[Case, ...]:
     """All of the list. Raises `PoolError`."""
     found: list[Case] = []
     for variant in _variants(ask, model, models, prices, sessions):
-        found.append(_searched(variant, effort))
+        found.append(_searched(variant, effort or Effort()))
         on_progress(f"case {variant.name}: {found[-1].winner} ({found[-1].margin})")
     return tuple(found)
 
@@ -121,21 +139,51 @@ def _searched(variant: _Variant, effort: Effort) -> Case:
         idle = next((each for each in types if each.tp == 4), types[0]).latency
         workload = Workload.of(sessions, ask.session_rate_per_s, idle)
         attainable(types, workload, ask.slo)
-        found = search(ask, types, workload, effort=effort)
+        with ScorePool(workload, ask.slo, ask.window_tokens, ask.jobs) as pool:
+            screen = Screen(workload, ask.slo, types)
+            every = [(plan, screen.estimate(plan)) for plan in candidates(ask, types)]
+            colocated, other = (
+                best_of([each for each in every if each[0].colocated is form], ask, pool, effort)
+                for form in (True, False)
+            )
     except Infeasible as error:
         return Case(variant.name, variant.what, "neither", error.reason, None, None)
     except (PlanError, TraceError) as error:
         return Case(variant.name, variant.what, "neither", str(error), None, None)
-    winner, margin = verdict(found, ask.tolerance)
-    return Case(
-        variant.name, variant.what, winner, margin, found.colocated, found.disaggregated,
-        workload.rounds_per_s,
-    )  # fmt: skip
+    winner, margin = verdict(colocated, other, ask.tolerance)
+    return Case(variant.name, variant.what, winner, margin, colocated, other, workload.rounds_per_s)
 
 
-def verdict(found: Found, tolerance: float) -> tuple[str, str]:
+def best_of(
+    screened: Sequence[tuple[Plan, float]], ask: Ask, pool: ScorePool, effort: Effort
+) -> Rated | None:
+    """The choice among plans of one form; None if there are none."""
+    if not screened:
+        return None
+    dearest = max(plan.price_per_hour for plan, _ in screened)
+    ordered = sorted(screened, key=lambda each: (-each[1], each[0].price_per_hour))
+    chosen: dict[Plan, None] = {}
+    for level in effort.levels:
+        within = [plan for plan, _ in ordered if plan.price_per_hour <= level * dearest]
+        chosen.update(dict.fromkeys(within[: effort.of_level]))
+    rated = _rated(tuple(chosen), pool, SEEDS, effort.first)
+    best = max(rated, key=lambda each: each.score.attainment)
+    least = best.score.attainment - ask.tolerance - ERRORS * best.score.noise
+    cheapest = sorted(rated, key=lambda each: each.plan.price_per_hour)
+    good = [each.plan for each in cheapest if each.score.attainment >= least][: effort.kept]
+    highest = sorted(rated, key=lambda each: -each.score.attainment)[: effort.kept]
+    finalists = dict.fromkeys((*good, *(each.plan for each in highest)))
+    return choose(_rated(tuple(finalists), pool, SEEDS + 100, effort.last), ask.tolerance)
+
+
+def _rated(plans: Sequence[Plan], pool: ScorePool, seed: int, size: tuple[int, int]) -> list[Rated]:
+    rounds, windows = size
+    views = tuple(View(seed + n, rounds) for n in range(windows))
+    return [Rated(plan, score) for plan, score in zip(plans, pool.score(plans, views), strict=True)]
+
+
+def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> tuple[str, str]:
     """Who wins and by how much."""
-    colocated, other = found.colocated, found.disaggregated
     if colocated is None or other is None:
         alone = "neither" if colocated is other else "co-located" if other is None else "disaggregated"
         return alone, "the other form has no plan within the budget"
