@@ -141,7 +141,8 @@ def _cases(planned: Planned) -> Section:
         "",
         ("case", "differs by", "wins here", "by", "best co-located", "best disaggregated"),
         rows,
-        note="A small search each, with the defaults of C, K and policy. A difference within two standard errors is none; then the cheaper wins.",
+        note="A small search each, with the defaults of C, K and policy. A difference within two standard"
+        " errors is none; then the cheaper wins.",
         left=6,
     )
     return Section("Where co-location is said to win", "cases", items=[table])
