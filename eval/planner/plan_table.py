@@ -64,7 +64,7 @@ def _gpus(planned: Planned) -> Iterator[str]:
 def plans_table(planned: Planned) -> Table:
     """All plans that have a name, simulated on the same windows."""
     score = planned.found.best.score
-    table = Table(title=f"simulated on the same {score.rounds:,} rounds")
+    table = Table(title=f"simulated on the same windows: {score.rounds:,} rounds of the plan")
     for name in ("", "plan", "attained", "TTFT p95", "ITL p95", "USD/h", "USD/1k rounds"):
         table.add_column(name, justify="left" if name in ("", "plan") else "right", no_wrap=name == "")
     names: dict[Rated, list[str]] = {}
