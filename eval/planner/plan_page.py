@@ -102,7 +102,7 @@ def _load(planned: Planned) -> Section:
         ("GPUs at most", ", ".join(f"{count} x {gpu}" for gpu, count in ask.budget.items())),
         ("tensor-parallel degrees", ", ".join(map(str, ask.tensor_parallel))),
         ("degrees may differ", "yes: no such fleet can be run yet" if ask.mixed_tensor_parallel else "no"),
-        ("policies", ", ".join((*ask.policies, *ask.colocated_policies))),
+        ("policies", ", ".join(dict.fromkeys((*ask.policies, *ask.colocated_policies)))),
         ("attainments count as equal within", f"{ask.tolerance:.1%}"),
         ("seed", str(ask.seed)),
         ("source", planned.commit or "no checkout"),
