@@ -60,10 +60,9 @@ def left_out_lines(left_out: Sequence[LeftOut], unloaded: Unloaded) -> Iterator[
 
 def _missed(ask: Ask, best: Rated, rounds: Sequence[RoundEnd]) -> Iterator[str]:
     score = best.score
-    yield (
-        f"missed in {score.rounds:,} rounds: TTFT by {score.ttft_missed / score.rounds:.2%},"
-        f" ITL by {score.itl_missed / score.rounds:.2%}, refused {score.refused / score.rounds:.2%}"
-    )
+    counts = (score.ttft_missed, score.itl_missed, score.refused)
+    ttft, itl, refused = (f"{count / max(1, score.rounds):.2%}" for count in counts)
+    yield f"missed in {score.rounds:,} rounds: TTFT by {ttft}, ITL by {itl}, refused {refused}"
     done = [
         end for end in rounds if end.receipt.outcome is Outcome.COMPLETED and end.receipt.ttft_s is not None
     ]
