@@ -13,7 +13,7 @@ from antiphon.eval.planner.ask import Ask
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.score import Score
 from antiphon.eval.planner.standard import Question as Asked
-from antiphon.eval.planner.standard import Scale, busy_rate, compared, main, write
+from antiphon.eval.planner.standard import busy_rate, compared, main, write
 from antiphon.eval.planner.standard_page import Case, Results, Row, Timed, page, verdict
 from antiphon.eval.planner.workload import Workload
 from tests.test_planner_workload import H200, SESSIONS, WINDOW_TOKENS, fleet
@@ -78,7 +78,7 @@ def test_what_is_compared_is_compared_on_equal_windows() -> None:
     asked = Asked(ask, (H200,), workload, 0.5)
     one, two = fleet(0, 1, "local"), fleet(1, 1)
     with ScorePool(workload, SLO, WINDOW_TOKENS, 1) as pool:
-        rows = compared({"a": one, "b": two, "c": one}, asked, pool, Scale(rounds=60, windows=2))
+        rows = compared({"a": one, "b": two, "c": one}, asked, pool, rounds=60, windows=2)
     assert [each.name for each in rows] == ["a", "b", "c"]
     assert rows[0] == replace(rows[2], name="a") and rows[0].asked.rounds == rows[1].asked.rounds
     assert rows[0].more.rounds != rows[0].asked.rounds

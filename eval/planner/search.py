@@ -50,6 +50,9 @@ FEW_LIVE = 200
 """Live sessions up to which rounds are as `Effort` says; beyond, they grow as the root of their number."""
 FAR = 0.25
 """Plans that attain so much less than the best so far are given up within a simulation."""
+DROWNING_TARGETS = 30
+"""TTFT targets that a window of the last rung lasts: the queue of a fleet that is 3 % too small has grown by
+one by then."""
 
 
 class _Seeds(NamedTuple):
@@ -149,13 +152,20 @@ class _Search:
         last = self.effort.last
         alike = (set_like(plan, leaders[0]) for plan in leaders)
         finalists = dict.fromkeys((*leaders, *alike, *staying))
-        rated = self._rung(tuple(finalists), self.windows.views(LAST, self._rounds(last[1]), last[2]))
+        views = self.windows.views(LAST, self._last_rounds(last[1]), last[2])
+        rated = self._rung(tuple(finalists), views)
         return self._found(rated, solved, equal, perf_counter() - began_s)
 
     # ---------------------------------------------------------------- rungs
 
     def _rounds(self, rounds: int) -> int:
         return round(rounds * self.stretch)
+
+    def _last_rounds(self, rounds: int) -> int:
+        """Long enough to see a fleet drown that is a little too small, at most three times the rounds."""
+        usual = self._rounds(rounds)
+        lasting = self.pool.workload.rounds_per_s * DROWNING_TARGETS * self.ask.slo.ttft_s
+        return max(usual, min(3 * usual, round(lasting)))
 
     def _screened(self, plans: Sequence[Plan]) -> list[tuple[Plan, float]]:
         began_s = perf_counter()

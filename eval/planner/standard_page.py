@@ -117,13 +117,14 @@ def _head(results: Results) -> Iterator[str]:
         + ". Gaps are at most 60 s."
     )
     yield (
-        "The load is the largest of some shares (160, 130, 100, 80, 65, 50, 40, 30 %) of what keeps the whole"
+        "The load is the largest of some shares (80, 65, 50, 40, 30 %) of what keeps the whole"
         " budget busy, co-located, at which one of six plans (those that the screen puts first) attains 93 %"
         " in one window."
     )
     yield (
-        f"Every figure is of {results.windows} windows of {results.rounds:,} rounds, the same for all plans"
-        " of a case, with seeds that nobody chose by; `+20 %` are other windows at 1.2 times the rate."
+        f"Every figure is of {results.windows} windows of {results.rounds:,} rounds (more where those last less"
+        " than a minute), the same for all plans of a case, with seeds that nobody chose by; `+20 %` are other"
+        " windows at 1.2 times the rate."
         f" Plans whose attainments differ by less than {results.tolerance:.1%} count as equal: the cheaper is"
         " chosen."
     )
