@@ -122,9 +122,9 @@ def _head(results: Results) -> Iterator[str]:
         " in one window."
     )
     yield (
-        f"Every figure is of {results.windows} windows of {results.rounds:,} rounds (more where those last less"
-        " than a minute), the same for all plans of a case, with seeds that nobody chose by; `+20 %` are other"
-        " windows at 1.2 times the rate."
+        f"Every figure is of {results.windows} windows of {results.rounds:,} rounds (more where that is less"
+        " than a minute), the same for all plans of a case, with seeds that nobody chose by; `+20 %` are"
+        " other windows at 1.2 times the rate."
         f" Plans whose attainments differ by less than {results.tolerance:.1%} count as equal: the cheaper is"
         " chosen."
     )
