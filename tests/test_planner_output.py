@@ -101,7 +101,7 @@ TYPE = EngineType("h100", 1, load_latency_model("qwen3-8b-h100-tp1"), 64_000, 64
 
 
 def rated(count: int, attained: int, pool: bool = False) -> Rated:
-    groups = (Group("decode", TYPE, count, 2048, 4),)
+    groups: tuple[Group, ...] = (Group("decode", TYPE, count, 2048, 4),)
     if pool:
         groups = (Group("prefill", TYPE, 1, 8192, 4), *groups)
     return Rated(Plan(groups, "local"), Score(1000, attained, 1000 - attained, 0, 0, 0.5, 0.5, 1000))
