@@ -126,8 +126,8 @@ DOES = "{}: {} attained at USD {}.00 per hour"
     ],
 )
 def test_who_wins_and_by_how_much(first: Rated, second: Rated, expected: str) -> None:
-    both = sorted((first, second), key=lambda each: not each.plan.colocated)
-    found = Found(first, *both, None, None, None, None, (first, second), (), 0.0)
+    together, apart = sorted((first, second), key=lambda each: not each.plan.colocated)
+    found = Found(first, together, apart, None, None, None, None, (first, second), (), 0.0)
     assert headline(found, 0.005) == expected
 
 

@@ -266,7 +266,8 @@ def test_a_try_that_was_answered_and_not_stored(
     run: Callable[..., None], first: dict[str, str], again: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its replica lost the ledger in between: the retry stores it, and the round is recorded once."""
-    put, failed = ResponseStore.put, []
+    put = ResponseStore.put
+    failed: list[bool] = []
 
     async def fails_once(self: ResponseStore, *arguments: Any, **more: Any) -> bool:
         if not failed:

@@ -11,16 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from antiphon.eval.planner.ask import Ask
-from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName
-
-PREFILL_CK = 8192, 4
-"""C and K of engines that only prefill, where nothing was searched."""
-DECODE_CK = 2048, 4
-
-
-def group(pool: PoolName, each: EngineType, count: int) -> Group:
-    """With the defaults of C and K."""
-    return Group(pool, each, count, *(PREFILL_CK if pool == "prefill" else DECODE_CK))
+from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group
 
 
 def candidates(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:

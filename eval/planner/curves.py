@@ -22,7 +22,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from antiphon.engines.cluster import Slo
-from antiphon.eval.planner.plans import EngineType, Group, Plan
+from antiphon.eval.planner.plans import EngineType, Plan, group
 from antiphon.eval.planner.score import Score, costless, score, together
 from antiphon.eval.planner.tau import (
     POOLED,
@@ -38,10 +38,6 @@ from antiphon.eval.planner.tau import (
     line,
 )
 from antiphon.eval.planner.workload import Workload
-
-PREFILL_CK = 8192, 4
-"""C and K of prefill engines before anything is searched."""
-DECODE_CK = 2048, 4
 
 FRACTIONS = (0.07, 0.2, 0.4, 0.7, 1.0, 1.25)
 """Of the rate at which an engine would be busy all the time: where a curve is simulated."""
@@ -160,11 +156,11 @@ def _missed(role: Role, scored: Score) -> float:
 def role_plan(each: EngineType, role: Role, policy: str, replicas: int = 1) -> Plan:
     """Real engines in their role. Every round goes to the other pool for its prefill, with its history."""
     if role == "colocated":
-        return Plan((Group("decode", each, replicas, *DECODE_CK),), policy)
+        return Plan((group("decode", each, replicas),), policy)
     real = replace(each, link_bytes_per_s=ENDLESS * 1e9)
     ideal = replace(real, latency=costless(each.latency), device_tokens=ENDLESS, store_tokens=ENDLESS)
     if role == "prefill":
-        groups = Group("prefill", real, replicas, *PREFILL_CK), Group("decode", ideal, 1, *DECODE_CK)
+        groups = group("prefill", real, replicas), group("decode", ideal, 1)
     else:
-        groups = Group("prefill", ideal, 1, *PREFILL_CK), Group("decode", real, replicas, *DECODE_CK)
+        groups = group("prefill", ideal, 1), group("decode", real, replicas)
     return Plan(groups, "remote_pull_always")

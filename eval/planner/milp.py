@@ -24,8 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from antiphon.eval.planner.ask import Ask
-from antiphon.eval.planner.curves import DECODE_CK, PREFILL_CK
-from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName
+from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group
 from antiphon.eval.planner.solver import Program, total
 from antiphon.eval.planner.tau import ROLES, Curves, Role
 
@@ -149,8 +148,7 @@ def plan_of(choice: Choice, ask: Ask) -> Plan:
     groups: list[Group] = []
     for column in choice.columns:
         pool: PoolName = "prefill" if column.role == "prefill" else "decode"
-        ck = PREFILL_CK if pool == "prefill" else DECODE_CK
-        groups.append(Group(pool, column.type, column.replicas, *ck))
+        groups.append(group(pool, column.type, column.replicas))
     colocated = any(column.role == "colocated" for column in choice.columns)
     return Plan(tuple(groups), (ask.colocated_policies if colocated else ask.policies)[0])
 

@@ -8,8 +8,7 @@ from itertools import chain
 from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask
-from antiphon.eval.planner.candidates import group
-from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName
+from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group
 
 POOLS: tuple[PoolName, ...] = ("prefill", "decode")
 

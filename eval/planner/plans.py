@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from msgspec import Struct
@@ -56,6 +58,15 @@ class Group(Struct, frozen=True):
     """C."""
     decode_interval: int
     """K."""
+
+
+FIRST_CK: Mapping[PoolName, tuple[int, int]] = MappingProxyType({"prefill": (8192, 4), "decode": (2048, 4)})
+"""C and K of each pool's engines before any search: where nobody decodes, large chunks cost nobody."""
+
+
+def group(pool: PoolName, each: EngineType, count: int) -> Group:
+    """With the first C and K."""
+    return Group(pool, each, count, *FIRST_CK[pool])
 
 
 class Plan(Struct, frozen=True):
