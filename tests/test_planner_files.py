@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 from antiphon.engines.cluster import Slo, load_cluster, resolve_engines
 from antiphon.engines.launch_options import EngineOptions
 from antiphon.eval.known_models import read_models
-from antiphon.eval.planner.ask import Ask
+from antiphon.eval.planner.ask import Ask, PlanError
 from antiphon.eval.planner.engine_types import engine_types
+from antiphon.eval.planner.plan import PlanOptions, make_plan
 from antiphon.eval.planner.plan_files import FIRST_PORT, Engine, placed, write_files
 from antiphon.eval.planner.plans import Group, Plan
 from antiphon.eval.planner.prices import read_prices
@@ -142,6 +144,9 @@ def test_the_script_says_how_it_is_used(tmp_path: Path) -> None:
     write_files(tmp_path, PLAN, ASK, NODES)
     env = {"MODEL": "m", "LEDGER": "redis://127.0.0.1:1", "INTERFACE": "lo", "PATH": "/usr/bin:/bin"}
     script = str(tmp_path / "engines.sh")
+    for shell in ("sh", "bash"):
+        checked = subprocess.run([shell, "-n", script], capture_output=True, text=True, timeout=10)
+        assert (checked.returncode, checked.stderr) == (0, "")
     wrong = subprocess.run(["sh", script, "b300-1"], env=env, capture_output=True, text=True, timeout=10)
     assert wrong.returncode == 2
     assert wrong.stderr == "usage: sh engines.sh a100-1|a100-2|h100-1|h100-2\n"
@@ -183,3 +188,15 @@ def test_where_the_example_lies() -> None:
         "h100-1", "h100-2", "h100-2", "a100-2",
     ]  # fmt: skip
     assert by_id["decode-0"].gpus == (4, 5, 6, 7) and by_id["decode-0"].port == 30_001
+
+
+def test_without_matplotlib_nothing_is_simulated_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra is named before a search that would be lost."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said: list[str] = []
+    options = PlanOptions("swe-agent", "h100:4", "qwen3-32b", 1.0, 0.05, 0.5, out=tmp_path / "out")
+    with pytest.raises(PlanError, match=r"--out: .*pip install 'antiphon\[eval\]'"):
+        make_plan(options, said.append)
+    assert not said and not (tmp_path / "out").exists()

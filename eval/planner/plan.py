@@ -33,10 +33,12 @@ from antiphon.eval.planner.score import rounds_of
 from antiphon.eval.planner.search import Effort, last_views, search
 from antiphon.eval.planner.solve import solve
 from antiphon.eval.planner.workload import Workload
+from antiphon.eval.report_style import require_matplotlib
 from antiphon.policies.registry import make_policy
 from antiphon.traces.formats import Form
 from antiphon.traces.output import check_writable
 from antiphon.traces.provenance import commit
+from antiphon.traces.results import ResultError
 
 OnProgress = Callable[[str], None]
 
@@ -254,6 +256,10 @@ def _tables(options: PlanOptions) -> tuple[dict[str, KnownModel], dict[str, GpuP
 def _check_outputs(options: PlanOptions) -> None:
     """Before minutes of simulation are lost."""
     if options.out is not None:
+        try:
+            require_matplotlib()
+        except ResultError as error:
+            raise PlanError(f"--out: {error}") from error
         options.out.mkdir(parents=True, exist_ok=True)
         check_writable(options.out / "report.html")
     if options.json_path is not None:

@@ -12,6 +12,7 @@ from antiphon.eval.report_style import (
     INK,
     QUIET,
     SERIES_COLOURS,
+    SERIES_MARKERS,
     Plot,
     drawing,
     legend_outside,
@@ -63,9 +64,9 @@ def front_plot(planned: Planned) -> Plot:
 
 
 def _cloud(axis: Axes, rated: Sequence[Rated]) -> None:
-    for colocated, name, colour in (
-        (True, "co-located plans", SERIES_COLOURS[1]),
-        (False, "disaggregated plans", SERIES_COLOURS[0]),
+    for colocated, name, colour, marker in (  # told apart in grey too
+        (True, "co-located plans", SERIES_COLOURS[1], SERIES_MARKERS[1]),
+        (False, "disaggregated plans", SERIES_COLOURS[0], SERIES_MARKERS[0]),
     ):
         of_form = [each for each in rated if each.plan.colocated is colocated]
         if of_form:
@@ -73,7 +74,7 @@ def _cloud(axis: Axes, rated: Sequence[Rated]) -> None:
                 [each.plan.price_per_hour for each in of_form],
                 [100 * each.score.attainment for each in of_form],
                 yerr=[100 * each.score.noise for each in of_form],
-                fmt="o", color=colour, markersize=4.5, elinewidth=0.8, alpha=0.75, label=name, zorder=3,
+                fmt=marker, color=colour, markersize=4.5, elinewidth=0.8, alpha=0.75, label=name, zorder=3,
             )  # fmt: skip
 
 
