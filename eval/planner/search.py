@@ -249,7 +249,7 @@ class _Search:
     # ---------------------------------------------------------------- refinement
 
     def _refined(self, rated: Sequence[Rated], views: Sequence[View]) -> list[Plan]:
-        """The best of each form with the best settings and neighbours that were found for it."""
+        """The best of all, then of each form, with the best settings and neighbours that were found."""
         began_s, simulated = perf_counter(), self.pool.simulated_rounds
         tried = {each.plan: each for each in rated}
         quick = self.windows.views(80, self._rounds(self.effort.quick_rounds), 1)
@@ -276,7 +276,8 @@ class _Search:
             f"{len(tried) - len(rated)} variations of {len(looked)} leaders refined"
             f" in {perf_counter() - began_s:.1f} s"
         )
-        return list(dict.fromkeys(found))
+        best = choose(tried.values(), self.ask.tolerance).plan
+        return list(dict.fromkeys((best, *found)))
 
     def _vary(
         self, leader: Rated, quick: Sequence[View], views: Sequence[View], tried: dict[Plan, Rated]
