@@ -177,6 +177,8 @@ def test_what_no_fleet_can_do_gets_the_nearest_ask(
         (("--gpus", "tpu:4"), "tpu"),
         (("--model", "gpt-5"), "--model: no model 'gpt-5'"),
         (("--session-rate", "0"), "--session-rate must be above 0"),
+        (("--session-rate", "1000"), "sessions under way at any time, more than 20000: plan a part"),
+        (("--gpus", "h100:100000"), "plans, more than 200000: name fewer GPUs"),
         (("trace", "no-such-trace.jsonl"), "neither a trace"),
         (("--prices", "no-such-file.toml"), "cannot be read"),
         (("--json", "/dev/null/plan.json"), "/dev/null"),

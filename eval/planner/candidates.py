@@ -10,8 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from antiphon.eval.planner.ask import Ask
+from antiphon.eval.planner.ask import Ask, PlanError
 from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group
+
+MOST_PLANS = 200_000
+"""That are screened: about a minute, and some hundred MB."""
+
+
+def check_number(ask: Ask, types: Sequence[EngineType]) -> None:
+    """Raises `PlanError` where all plans of the ask are too many to look at each."""
+    number = 0
+    for one in types:
+        engines = ask.budget.get(one.gpu, 0) // one.tp
+        number += engines
+        for other in types:
+            if other.tp != one.tp and not ask.mixed_tensor_parallel:
+                continue
+            beside = ask.budget.get(other.gpu, 0) // other.tp
+            # of one kind they share the GPUs: half of the pairs; of two, also side by side (half: each once)
+            number += engines * beside // 2 if other.gpu == one.gpu else engines * beside * 3 // 2
+    if number > MOST_PLANS:
+        raise PlanError(
+            f"--gpus allows about {number} plans, more than {MOST_PLANS}: name fewer GPUs or degrees (--tp),"
+            " or plan a part of the load: a tenth of the rate on a tenth of the GPUs"
+        )
 
 
 def candidates(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:

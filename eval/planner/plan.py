@@ -19,6 +19,7 @@ from antiphon.engines.cluster import Slo
 from antiphon.eval.known_models import KnownModel, model_named, read_models
 from antiphon.eval.planner.around import around, cheaper
 from antiphon.eval.planner.ask import Ask, Found, PlanError, Rated, Solved
+from antiphon.eval.planner.candidates import check_number
 from antiphon.eval.planner.cases import Case, cases
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types, gpu_budget
 from antiphon.eval.planner.explain import explain, left_out_lines
@@ -41,6 +42,9 @@ from antiphon.traces.provenance import commit
 from antiphon.traces.results import ResultError
 
 OnProgress = Callable[[str], None]
+
+MOST_LIVE = 20_000
+"""Sessions under way in a window that is simulated; more would take hours and all memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,10 @@ def make_plan(options: PlanOptions, on_progress: OnProgress) -> Planned:
     read = read_sessions(options, model.window_tokens)
     longest = max(turn.total_tokens for session in read.sessions for turn in session.rounds)
     menu = engine_types(ask, model, prices, longest)
+    check_number(ask, menu.types)
     idle = next((each for each in menu.types if each.tp == 4), menu.types[0]).latency
     workload = Workload.of(read.sessions, ask.session_rate_per_s, idle)
+    _check_live(workload)
     unloaded = attainable(menu.types, workload, ask.slo)
     on_progress(
         f"{read.described}: {workload.rounds_per_s:.3g} rounds per second, {workload.live_sessions:.0f}"
@@ -125,6 +131,16 @@ def make_plan(options: PlanOptions, on_progress: OnProgress) -> Planned:
     )
     _write(options, planned, prices)
     return planned
+
+
+def _check_live(workload: Workload) -> None:
+    live = workload.live_sessions
+    if live > MOST_LIVE:
+        raise PlanError(
+            f"--session-rate {workload.rate_per_s:g} has {live:.0f} sessions under way at any time, more than"
+            f" {MOST_LIVE}: plan a part of the load, at most {workload.rate_per_s * MOST_LIVE / live:.3g}"
+            " sessions per second, on its share of the GPUs"
+        )
 
 
 class _Chosen(NamedTuple):
