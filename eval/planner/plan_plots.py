@@ -15,7 +15,6 @@ from antiphon.eval.report_style import (
     SERIES_MARKERS,
     Plot,
     drawing,
-    legend_outside,
     png_of,
 )
 
@@ -44,7 +43,7 @@ def front_png(planned: Planned) -> bytes:
         axis.set_xlabel("cost of the fleet, USD per hour")
         axis.set_ylabel("rounds that attain, %")
         axis.set_xlim(left=0)
-        legend_outside(figure, *axis.get_legend_handles_labels())
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", alignment="left")
         return png_of(figure)
 
 
@@ -96,5 +95,5 @@ def _named(axis: Axes, planned: Planned) -> None:
         axis.plot(
             [rated.plan.price_per_hour], [100 * rated.score.attainment], linestyle="", color=INK,
             marker=BEST if first else NAMED_MARKERS[(number - 1) % len(NAMED_MARKERS)],
-            markersize=15 if first else 10, fillstyle="none", label=", ".join(called), zorder=4,
+            markersize=15 if first else 10, fillstyle="none", label=",\n".join(called), zorder=4,
         )  # fmt: skip
