@@ -32,7 +32,7 @@ def case(*rows: Row) -> Case:
 
 
 def results(*cases: Case) -> Results:
-    return Results("qwen3-32b", "abc", {"agents": "generated"}, 2000, 3, 0.005, cases, 60.0)
+    return Results("qwen3-32b", "abc", {"agents": "generated"}, 2000, 3, 0.005, cases, 3, 60.0)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,8 @@ def test_the_page_says_what_was_missed() -> None:
     good = case(row("the plan", 950, 10.0), row("brute force", 955, 10.0), row("equal split", 800, 10.0))
     bad = case(row("the plan", 900, 10.0), row("brute force", 955, 10.0))
     text = page(results(good, bad, case(row("the plan", 990, 20.0))))
-    assert "Met in 1 of 2 cases." in text
+    assert "Met in 1 of 2 cases." in text and "cases are done" not in text
+    assert "**1 of 3 cases are done**" in page(results(good))
     assert text.count("**missed**") == 1 and text.count("## agents on 8 x h200") == 3
     assert "| equal split | co-located equal split | 2048, 4 | 80.0% | 80.0% |" in text
 

@@ -241,6 +241,7 @@ def run(
             windows=scale.windows,
             tolerance=case.tolerance,
             cases=tuple(cases),
+            wanted=len(wanted),
             took_s=time.perf_counter() - began_s,
         )
 

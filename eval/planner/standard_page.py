@@ -71,6 +71,8 @@ class Results(Struct, frozen=True):
     windows: int
     tolerance: float
     cases: tuple[Case, ...]
+    wanted: int
+    """Cases that the evaluation has."""
     took_s: float
 
 
@@ -128,6 +130,8 @@ def _head(results: Results) -> Iterator[str]:
         f" Plans whose attainments differ by less than {results.tolerance:.1%} count as equal: the cheaper is"
         " chosen."
     )
+    if len(results.cases) < results.wanted:
+        yield f"**{len(results.cases)} of {results.wanted} cases are done**: the others were not simulated yet."
     yield ""
 
 
