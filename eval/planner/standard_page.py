@@ -131,7 +131,7 @@ def _head(results: Results) -> Iterator[str]:
         " chosen."
     )
     if len(results.cases) < results.wanted:
-        yield f"**{len(results.cases)} of {results.wanted} cases are done**: the others were not simulated yet."
+        yield f"**{len(results.cases)} of {results.wanted} cases are done**: the others were not simulated."
     yield ""
 
 
