@@ -43,6 +43,7 @@ def test_an_ask_by_its_options() -> None:
         ({"tolerance": 1.0}, "--tolerance is a share"),
         ({"jobs": 0}, "--jobs must be at least 1"),
         ({"policies": ","}, "--policies names no policy"),
+        ({"policies": "adaptive,local"}, "--policies: local sends nothing to a prefill pool"),
         ({"policies": "adaptive,best"}, "--policies: unknown policy 'best'"),
         ({"tensor_parallel": "2,x"}, "--tp '2,x'"),
     ],

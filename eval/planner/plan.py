@@ -43,6 +43,9 @@ from antiphon.traces.results import ResultError
 
 OnProgress = Callable[[str], None]
 
+NO_PREFILL_POOL = "local"
+"""The policy under which engines of that pool would idle."""
+
 MOST_LIVE = 20_000
 """Sessions under way in a window that is simulated; more would take hours and all memory."""
 
@@ -206,6 +209,11 @@ def ask_of(options: PlanOptions, model_name: str, model: KnownModel) -> Ask:
     policies = tuple(filter(None, (name.strip() for name in options.policies.split(","))))
     if not policies:
         raise PlanError("--policies names no policy")
+    if NO_PREFILL_POOL in policies:
+        raise PlanError(
+            f"--policies: {NO_PREFILL_POOL} sends nothing to a prefill pool; co-located plans have it"
+            " without being told"
+        )
     for name in policies:
         try:
             make_policy(name)
