@@ -6,6 +6,8 @@ import asyncio
 import random
 from pathlib import Path
 
+import httpx
+
 from antiphon.engines.simulated_request import expected_tokens
 from antiphon.scheduler.pool_store import PoolStore
 from tests.faults.client import RetryingClient
@@ -40,7 +42,12 @@ def pools_are(fleet: Fleet, expected: dict[str, int], gateways: int = 2) -> Cond
 
     async def agreed() -> bool:
         for number in range(gateways):
-            answer = await fleet.http.get(f"{fleet.gateway_url(number)}/v1/engines")
+            try:
+                answer = await fleet.http.get(f"{fleet.gateway_url(number)}/v1/engines")
+            except httpx.TransportError:
+                return False  # it is being started again
+            if answer.status_code != 200:
+                return False
             pools = [engine["pool"] for engine in answer.json()["data"]]
             if {pool: pools.count(pool) for pool in expected} != expected:
                 return False
