@@ -299,7 +299,7 @@ def test_what_binds_the_price() -> None:
             table[key] = replace(fast, alone=slow, pooled=slow)
     asked = ask(h100=2, a100=2)
     solved = solve(asked, REAL_TYPES[::2], WORKLOAD, curves=table)
-    assert solved.plan.describe() == "co-located 1 x 1xh100 + 2 x 1xa100, local"
+    assert solved.plan.describe() == "co-located 1 x 1xh100 + 2 x 1xa100, adaptive"
     assert solved.binding == (
         "targets 10 % looser: USD 2.00 instead of 5.00 per hour (-60.0%)",
         "1 more a100: USD 3.00 instead of 5.00 per hour (-40.0%)",

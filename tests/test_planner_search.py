@@ -68,15 +68,15 @@ def test_all_plans_of_a_small_budget() -> None:
         "prefill 2 x 2xh200, decode 1 x 2xh200, adaptive",
         "prefill 2 x 2xh200, decode 2 x 2xh200, adaptive",
         "prefill 3 x 2xh200, decode 1 x 2xh200, adaptive",
-        *(f"co-located {n} x 4xh200, local" for n in (1, 2)),
-        *(f"co-located {n} x 2xh200, local" for n in (1, 2, 3, 4)),
+        *(f"co-located {n} x 4xh200, adaptive" for n in (1, 2)),
+        *(f"co-located {n} x 2xh200, adaptive" for n in (1, 2, 3, 4)),
     }
 
 
 def test_kinds_side_by_side_and_degrees_that_may_be_mixed() -> None:
     asked = ask({"h100": 4, "a100": 8}, 1.0)
     words = {plan.describe() for plan in candidates(asked, MIXED)}
-    assert "co-located 1 x 4xh100 + 2 x 4xa100, local" in words
+    assert "co-located 1 x 4xh100 + 2 x 4xa100, adaptive" in words
     assert "prefill 1 x 4xh100, decode 2 x 4xa100, adaptive" in words
     assert "prefill 1 x 4xh100, decode 1 x 4xh100, adaptive" not in words
     mixed = candidates(ask({"h200": 8}, 1.0, mixed_tensor_parallel=True), H200)
@@ -117,7 +117,7 @@ def test_steps_from_a_plan() -> None:
     assert "prefill 1 x 4xh100, decode 2 x 4xa100 + 1 x 4xh100, adaptive" in words or (
         "prefill 1 x 4xh100, decode 1 x 4xh100 + 2 x 4xa100, adaptive" not in words
     )
-    assert "co-located 2 x 4xa100, local" in words
+    assert "co-located 2 x 4xa100, adaptive" in words
     varied = {
         (each.policy, *((g.chunk_tokens, g.decode_interval) for g in each.groups))
         for each in settings_of(plan, asked)

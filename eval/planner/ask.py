@@ -42,7 +42,8 @@ class Ask(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Engines of different degrees in one plan. Our linker moves KV between equal ranks only."""
     policies: tuple[str, ...] = ("adaptive", "ampd")
     """Of plans with a prefill pool; the first is that of the first rungs."""
-    colocated_policies: tuple[str, ...] = ("local", "adaptive")
+    colocated_policies: tuple[str, ...] = ("adaptive", "local")
+    """The first is that of the first rungs: with several engines `adaptive` can do all that `local` can."""
     chunk_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """C, per pool."""
     decode_intervals: tuple[int, ...] = (1, 4, 16)
