@@ -27,6 +27,12 @@ def test_an_ask_by_its_options() -> None:
     assert ask.policies == ("adaptive", "ampd") and ask.window_tokens == MODEL.window_tokens
 
 
+def test_both_forms_begin_under_the_same_policy() -> None:
+    """Else the comparison of pools with co-location, and the early rungs, are one of policies."""
+    ask = ask_of(OPTIONS, NAME, MODEL)
+    assert ask.policies[0] == ask.colocated_policies[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
