@@ -13,7 +13,7 @@ from antiphon.eval.planner.ask import Ask
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.score import Score
 from antiphon.eval.planner.standard import Question as Asked
-from antiphon.eval.planner.standard import busy_rate, compared, main, write
+from antiphon.eval.planner.standard import busy_rate, compared, main, read_case, write
 from antiphon.eval.planner.standard_page import Case, Results, Row, Timed, page, verdict
 from antiphon.eval.planner.workload import Workload
 from tests.test_planner_workload import H200, SESSIONS, WINDOW_TOKENS, fleet
@@ -69,6 +69,13 @@ def test_the_files(tmp_path: Path) -> None:
     assert (tmp_path / "planner_results.md").read_text() == page(known)
     kept = (tmp_path / "results" / "planner.json").read_bytes()
     assert msgspec.json.decode(kept, type=Results) == known
+
+
+def test_a_case_is_read_as_it_was_written() -> None:
+    """Also where so few rounds were answered that a percentile is infinite, which JSON cannot say."""
+    drowned = replace(row("Eq. 5", 10, 10.0).asked, ttft_p95=float("inf"))
+    known = case(row("the plan", 950, 10.0), replace(row("Eq. 5", 10, 10.0), more=drowned))
+    assert read_case(msgspec.json.encode(known)) == known
 
 
 def test_what_is_compared_is_compared_on_equal_windows() -> None:

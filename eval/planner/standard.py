@@ -227,7 +227,7 @@ def run(
         gpus = "-".join(f"{gpu}x{count}" for gpu, count in budget.items())
         file = out / f"{source.name}-{gpus}.json"
         if resume and file.is_file():
-            case = msgspec.json.decode(file.read_bytes(), type=Case)
+            case = read_case(file.read_bytes())
         else:
             console.print(f"{source.name} on {gpus}", highlight=False)
             case = run_case(source.name, question(sessions, budget, model, scale.jobs), scale, console)
@@ -244,6 +244,15 @@ def run(
             wanted=len(wanted),
             took_s=time.perf_counter() - began_s,
         )
+
+
+def read_case(written: bytes) -> Case:
+    """As it was written: JSON has no infinity, so that a percentile that is infinite stands there as null."""
+    plain = msgspec.json.decode(written)
+    for row in plain["rows"]:
+        for score in (row["asked"], row["more"]):
+            score |= {name: float("inf") for name in ("ttft_p95", "itl_p95") if score[name] is None}
+    return msgspec.convert(plain, Case)
 
 
 def write(results: Results, target: Path) -> None:
