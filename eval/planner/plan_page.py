@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isfinite
 
 from antiphon.eval.planner.around import front
-from antiphon.eval.planner.ask import Rated, cost_per_1k_rounds
+from antiphon.eval.planner.ask import Rated
 from antiphon.eval.planner.plan_plots import front_plot, rated_plans
+from antiphon.eval.planner.plan_table import cells
 from antiphon.eval.planner.planned import Planned
 from antiphon.eval.report_page import Picture, Section, Strong, Table, render
 
@@ -66,14 +66,8 @@ def _plan(planned: Planned) -> Section:
 
 
 def _cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
-    plan, score = rated.plan, rated.score
-    yield plan.describe()
-    yield f"{score.attainment:.1%} ± {score.noise:.1%}"
-    for share in (score.ttft_p95, score.itl_p95):
-        yield f"{share:.2f}" if isfinite(share) else "-"
-    yield f"{plan.price_per_hour:.2f}"
-    yield f"{cost_per_1k_rounds(plan, rounds_per_s):.2f}"
-    yield "; ".join(f"{group.chunk_tokens}, {group.decode_interval}" for group in plan.groups)
+    yield from cells(rated, rounds_per_s)
+    yield "; ".join(f"{group.chunk_tokens}, {group.decode_interval}" for group in rated.plan.groups)
 
 
 def _front(planned: Planned) -> Section:

@@ -71,7 +71,7 @@ def plans_table(planned: Planned) -> Table:
     for name, rated in planned.named():
         names.setdefault(rated, []).append(name)
     for rated, its_names in names.items():
-        table.add_row("\n".join(its_names), *_cells(rated, planned.rounds_per_s))
+        table.add_row("\n".join(its_names), *cells(rated, planned.rounds_per_s))
     table.caption = "p95 as a share of the target; C and K may differ between equal fleets"
     return table
 
@@ -94,7 +94,8 @@ def _short(rated: Rated | None) -> str:
     return f"{rated.score.attainment:.1%}, USD {plan.price_per_hour:.2f}/h: {plan.describe()}"
 
 
-def _cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
+def cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
+    """Plan, attainment, both percentiles, price and cost in words: a row of any table of plans."""
     plan, score = rated.plan, rated.score
     yield plan.describe()
     yield f"{score.attainment:.1%} ± {score.noise:.1%}"
