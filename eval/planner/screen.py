@@ -112,13 +112,10 @@ def _work(each: EngineType, workload: Workload, slo: Slo) -> _Work:
     latency, families = each.latency, len(workload.families)
     prefills_s: list[float] = []
     tokens = context_tokens = 0.0
-    for family in workload.families:
-        for session, *_ in family:
-            for number, turn in enumerate(session.rounds):
-                cached = turn.kept_tokens if number else session.shared_tokens
-                prefills_s.append(latency.prefill_s(turn.prompt_tokens - cached, cached))
-                tokens += turn.output_tokens
-                context_tokens += turn.output_tokens * (turn.prompt_tokens + turn.output_tokens / 2)
+    for turn, cached in workload.rounds():
+        prefills_s.append(latency.prefill_s(turn.prompt_tokens - cached, cached))
+        tokens += turn.output_tokens
+        context_tokens += turn.output_tokens * (turn.prompt_tokens + turn.output_tokens / 2)
     prefills_s.sort()
     sum_s, squares = sum(prefills_s), sum(s * s for s in prefills_s)
     context = context_tokens / tokens

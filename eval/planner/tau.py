@@ -127,13 +127,10 @@ def busy_rate(each: EngineType, role: Role, workload: Workload, slo: Slo) -> flo
     """
     families = len(workload.families)
     prefill_s = tokens = context = 0.0
-    for family in workload.families:
-        for session, *_ in family:
-            for number, turn in enumerate(session.rounds):
-                cached = turn.kept_tokens if number else session.shared_tokens
-                prefill_s += each.latency.prefill_s(turn.prompt_tokens - cached, cached)
-                tokens += turn.output_tokens
-                context += turn.output_tokens * (turn.prompt_tokens + turn.output_tokens / 2)
+    for turn, cached in workload.rounds():
+        prefill_s += each.latency.prefill_s(turn.prompt_tokens - cached, cached)
+        tokens += turn.output_tokens
+        context += turn.output_tokens * (turn.prompt_tokens + turn.output_tokens / 2)
     prefills = families / prefill_s
     if role == "prefill":
         return prefills
@@ -165,13 +162,10 @@ def unloaded(latency: LatencyModel, workload: Workload) -> tuple[list[float], li
     """(TTFT, mean gap) of every round of the workload on an engine that it has for itself; no gap: 0."""
     ttfts_s: list[float] = []
     itls_s: list[float] = []
-    for family in workload.families:
-        for session, *_ in family:
-            for number, turn in enumerate(session.rounds):
-                cached = turn.kept_tokens if number else session.shared_tokens
-                ttfts_s.append(latency.prefill_s(max(1, turn.prompt_tokens - cached), cached))
-                context = turn.prompt_tokens + turn.output_tokens // 2
-                itls_s.append(latency.decode_step_s(1, context) if turn.output_tokens > 1 else 0.0)
+    for turn, cached in workload.rounds():
+        ttfts_s.append(latency.prefill_s(max(1, turn.prompt_tokens - cached), cached))
+        context = turn.prompt_tokens + turn.output_tokens // 2
+        itls_s.append(latency.decode_step_s(1, context) if turn.output_tokens > 1 else 0.0)
     return ttfts_s, itls_s
 
 

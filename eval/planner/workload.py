@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from antiphon.eval.load import with_cached
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.simulated_sessions import split_children
 from antiphon.traces.schema import RoundTrace, SessionTrace, TraceError
@@ -71,6 +72,12 @@ class Workload:
         if not families:
             raise TraceError("no session arrives by itself: there is nothing to plan for")
         return cls(families, rate_per_s)
+
+    def rounds(self) -> Iterator[tuple[RoundTrace, int]]:
+        """Every round of every session once, with the tokens of its prompt that were there before it."""
+        for family in self.families:
+            for session, *_ in family:
+                yield from with_cached(session)
 
     @property
     def rounds_per_s(self) -> float:
@@ -140,10 +147,9 @@ def _timed(
     sent_s: list[float] = []
     ended_s: list[float] = []
     now_s = start_s
-    for index, turn in enumerate(session.rounds):
+    for index, (turn, cached) in enumerate(with_cached(session)):
         now_s += turn.gap_s if index else 0.0
         sent_s.append(now_s)
-        cached = turn.kept_tokens if index else session.shared_tokens
         now_s += idle.prefill_s(turn.prompt_tokens - cached, cached)
         now_s += (turn.output_tokens - 1) * idle.decode_step_s(1, turn.total_tokens)
         ended_s.append(now_s)
