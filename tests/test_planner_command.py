@@ -11,12 +11,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from antiphon.eval.planner.ask import Found, Rated, choose
+from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.plan import PlanOptions, make_plan
 from antiphon.eval.planner.plan_table import lines
 from antiphon.eval.planner.planned import SCHEMA, Document, Planned, headline
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.score import Score
-from antiphon.eval.planner.search import Effort
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.cli import app, main
 

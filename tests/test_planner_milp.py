@@ -115,7 +115,7 @@ def curve(role: Role, each: EngineType, steps: list[float], kv_rate: float, pool
     """tau grows by each of the steps, from one rate to the next. `pooled`: times that, in a pool."""
     rates = tuple(RATE * share for share in (0.125, 0.5, 1.0))
     taus = tuple(sum(steps[: n + 1]) for n in range(3))
-    alone = Line((0.0, *rates), (taus[0], *taus), (0.0, 0.0, 0.0, 0.0))
+    alone = Line((0.0, *rates), (taus[0], *taus))
     return Curve(role, each, alone, replace(alone, taus=tuple(pooled * tau for tau in alone.taus)), kv_rate)
 
 

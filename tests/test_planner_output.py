@@ -20,6 +20,7 @@ from antiphon.eval.planner.ask import Ask, Found, Rated, Solved
 from antiphon.eval.planner.cases import Case, cases, verdict
 from antiphon.eval.planner.cases import Effort as CaseEffort
 from antiphon.eval.planner.curves import make_curves
+from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
 from antiphon.eval.planner.explain import explain, left_out_lines
 from antiphon.eval.planner.plan_page import page
@@ -29,7 +30,7 @@ from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import read_prices
 from antiphon.eval.planner.score import Score, rounds_of
-from antiphon.eval.planner.search import Effort, last_views, search
+from antiphon.eval.planner.search import last_views, search
 from antiphon.eval.planner.solve import solve
 from antiphon.eval.planner.workload import Workload
 from antiphon.policies.latency import load_latency_model

@@ -20,13 +20,14 @@ from antiphon.eval.planner import score as score_module
 from antiphon.eval.planner.ask import Ask, Found, Infeasible, Solved, choose
 from antiphon.eval.planner.brute import all_plans, brute_force
 from antiphon.eval.planner.candidates import candidates, equal_splits
+from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.neighbours import neighbours
 from antiphon.eval.planner.neighbours import settings as settings_of
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import PoolError, ScorePool, View
 from antiphon.eval.planner.score import score
 from antiphon.eval.planner.screen import Screen
-from antiphon.eval.planner.search import Effort, search
+from antiphon.eval.planner.search import search
 from antiphon.eval.planner.workload import Window, Workload
 from antiphon.policies.latency import load_latency_model
 from tests.test_planner_workload import SESSIONS, WINDOW_TOKENS, fleet

@@ -12,7 +12,7 @@ from antiphon.eval.planner.ask import Ask, Rated, choose
 from antiphon.eval.planner.candidates import candidates
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
-from antiphon.eval.planner.search import tuned
+from antiphon.eval.planner.refinement import tuned
 
 BRUTE_SEEDS = 4_000_000
 FAR = 0.06
@@ -42,7 +42,7 @@ def brute_force(
     ask: Ask, types: Sequence[EngineType], pool: ScorePool, rounds: int, told: Callable[[str], None]
 ) -> Brute:
     """The choice among all plans; then policy, C and K of it and of the best of each form are tuned by
-    `search.tuned`, on the same windows, and the choice is made among all of them."""
+    `refinement.tuned`, on the same windows, and the choice is made among all of them."""
     began_s = perf_counter()
     plans = all_plans(ask, types)
     first, *others = (View(BRUTE_SEEDS + n, rounds) for n in range(3))

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from antiphon.engines.cluster import Slo
 from antiphon.eval.planner.plans import EngineType, Plan, group
-from antiphon.eval.planner.score import Score, costless, score, together
+from antiphon.eval.planner.score import Score, costless, score
 from antiphon.eval.planner.tau import (
     POOLED,
     ROLES,
@@ -39,8 +39,11 @@ from antiphon.eval.planner.tau import (
 )
 from antiphon.eval.planner.workload import Workload
 
-FRACTIONS = (0.07, 0.2, 0.4, 0.7, 1.0, 1.25)
+FRACTIONS = (0.07, 0.2, 0.4, 0.7, 0.9)
 """Of the rate at which an engine would be busy all the time: where a curve is simulated."""
+BEYOND = (1.0, 1.25)
+"""And of decode: more at once make its steps longer, and that is seen at once. Prefill at such a rate waits
+ever longer, which no short window shows: there tau is `STEEP`."""
 MIDDLE = 1
 STEEP = 4.0
 """A curve ends where tau is beyond this: it goes on as a line from there."""
@@ -77,8 +80,8 @@ def make_curves(
     window_tokens: int,
     *,
     policy: str = "local",
-    rounds: int = 250,
-    seeds: tuple[int, ...] = (0, 1),
+    rounds: int = 350,
+    seeds: tuple[int, ...] = (0,),
     roles: Sequence[Role] = ROLES,
     jobs: int = 2,
     executor: Executor | None = None,
@@ -114,7 +117,8 @@ def _line(task: CurveTask, replicas: int, kv_rate: float, idle: Point) -> Line:
     """Simulates from the middle of `FRACTIONS` upwards until tau is steep, then down until it is calm."""
     busy = busy_rate(task.type, task.role, task.workload, task.slo)
     most = min(task.workload.rate_per_s / min(replicas, 2), kv_rate)  # pools begin with two
-    grid = list(dict.fromkeys(min(share * busy, most) for share in FRACTIONS))
+    shares = (*FRACTIONS[:-1], *BEYOND) if task.role == "decode" else FRACTIONS
+    grid = list(dict.fromkeys(min(share * busy, most) for share in shares))
     middle = min(MIDDLE, len(grid) - 1)
     points: list[Point] = []
     for rate in grid[middle:]:
@@ -125,6 +129,8 @@ def _line(task: CurveTask, replicas: int, kv_rate: float, idle: Point) -> Line:
         if points[0][1] <= max(CALM, NEAR * idle[1]):
             break
         points.insert(0, _simulated(task, replicas, rate))
+    if task.role != "decode" and points[-1][0] < busy:
+        points.append((busy, max(STEEP, points[-1][1])))
     return line(idle, points)
 
 
@@ -138,19 +144,12 @@ def _simulated(task: CurveTask, replicas: int, rate: float) -> Point:
     windows = (workload.window(seed, max(1, int(task.rounds / factor)), factor) for seed in task.seeds)
     scores = [score(plan, window, task.slo, task.window_tokens) for window in windows]
     taus = [_tau(task.role, each) for each in scores]
-    return rate, sum(taus) / len(taus), _missed(task.role, together(scores))
+    return rate, sum(taus) / len(taus)
 
 
 def _tau(role: Role, scored: Score) -> float:
     ttft, itl = min(scored.ttft_p95, UNANSWERED), min(scored.itl_p95, UNANSWERED)
     return {"prefill": ttft, "decode": itl, "colocated": max(ttft, itl)}[role]
-
-
-def _missed(role: Role, scored: Score) -> float:
-    """Share of the rounds. One that is refused misses in every role."""
-    own = {"prefill": scored.ttft_missed, "decode": scored.itl_missed}
-    missed = own[role] + scored.refused if role in own else scored.rounds - scored.attained
-    return missed / max(1, scored.rounds)
 
 
 def role_plan(each: EngineType, role: Role, policy: str, replicas: int = 1) -> Plan:

@@ -21,6 +21,7 @@ from antiphon.eval.planner.around import around, cheaper
 from antiphon.eval.planner.ask import Ask, Found, PlanError, Rated, Solved
 from antiphon.eval.planner.candidates import check_number
 from antiphon.eval.planner.cases import Case, cases
+from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types, gpu_budget
 from antiphon.eval.planner.explain import explain, left_out_lines
 from antiphon.eval.planner.plan_files import write_files
@@ -31,7 +32,7 @@ from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice, read_prices
 from antiphon.eval.planner.read_sessions import read_sessions
 from antiphon.eval.planner.score import rounds_of
-from antiphon.eval.planner.search import Effort, last_views, search
+from antiphon.eval.planner.search import last_views, search
 from antiphon.eval.planner.solve import solve
 from antiphon.eval.planner.workload import Workload
 from antiphon.eval.report_style import require_matplotlib

@@ -96,7 +96,7 @@ def curves_for(
         ask.slo,
         ask.window_tokens,
         policy=ask.colocated_policies[0],
-        seeds=(ask.seed, ask.seed + 1),
+        seeds=(ask.seed,),
         jobs=ask.jobs,
         executor=executor,
     )

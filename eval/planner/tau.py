@@ -25,27 +25,19 @@ POOLED = 4
 MOST_RUNNING = 256
 """Requests at once in an engine, as `EngineGroup` has it."""
 
-Point = tuple[float, float, float]
-"""Rate, tau, share of rounds that miss."""
+Point = tuple[float, float]
+"""Rate, tau."""
 
 
 class Line(Struct, frozen=True):
-    """Points, and lines between them. Neither tau nor misses fall with the rate."""
+    """Points, and lines between them. Tau does not fall with the rate."""
 
     rates: tuple[float, ...]
     """Ascending; the first is 0: nothing waits."""
     taus: tuple[float, ...]
-    missed: tuple[float, ...]
-    """Shares of rounds that miss their target in this role."""
 
     def tau(self, rate: float) -> float:
-        return self._at(rate, self.taus)
-
-    def miss(self, rate: float) -> float:
-        return min(1.0, self._at(rate, self.missed))
-
-    def _at(self, rate: float, values: Sequence[float]) -> float:
-        rates = self.rates
+        rates, values = self.rates, self.taus
         place = bisect_left(rates, rate)
         if place == 0:
             return values[0]
@@ -75,12 +67,6 @@ class Curve(Struct, frozen=True):
             return float("inf")
         return self._of(replicas, self.alone.tau(rate), self.pooled.tau(rate))
 
-    def miss(self, rate: float, replicas: int = 1) -> float:
-        """Share of rounds that miss, at this rate per replica."""
-        if rate > self.kv_rate:
-            return 1.0
-        return self._of(replicas, self.alone.miss(rate), self.pooled.miss(rate))
-
     @staticmethod
     def _of(replicas: int, alone: float, pooled: float) -> float:
         """Between the two by the logarithm of the size; a larger pool is taken for one of `POOLED`."""
@@ -94,12 +80,8 @@ Curves = Mapping[tuple[Role, str], Curve]
 
 def line(idle: Point, points: Sequence[Point]) -> Line:
     """Through what is known exactly, at rate 0, and what was simulated. `points` by rate, at least one."""
-    rates, taus, missed = zip(*points, strict=True)
-    return Line(
-        (0.0, *rates),
-        (idle[1], *(max(idle[1], tau) for tau in rising(taus))),
-        (idle[2], *(max(idle[2], miss) for miss in rising(missed))),
-    )
+    rates, taus = zip(*points, strict=True)
+    return Line((0.0, *rates), (idle[1], *(max(idle[1], tau) for tau in rising(taus))))
 
 
 def rising(values: Sequence[float]) -> tuple[float, ...]:
@@ -149,13 +131,7 @@ def idle_point(each: EngineType, role: Role, workload: Workload, slo: Slo) -> Po
     """What it does when it has nothing else to do."""
     ttfts_s, itls_s = unloaded(each.latency, workload)
     ttft, itl = p95(ttfts_s) / slo.ttft_s, p95(itls_s) / slo.itl_s
-    late = [ttft_s > slo.ttft_s for ttft_s in ttfts_s]
-    slow = [itl_s > slo.itl_s for itl_s in itls_s]
-    if role == "prefill":
-        return 0.0, ttft, sum(late) / len(late)
-    if role == "decode":
-        return 0.0, itl, sum(slow) / len(slow)
-    return 0.0, max(ttft, itl), sum(a or b for a, b in zip(late, slow, strict=True)) / len(late)
+    return 0.0, {"prefill": ttft, "decode": itl, "colocated": max(ttft, itl)}[role]
 
 
 def unloaded(latency: LatencyModel, workload: Workload) -> tuple[list[float], list[float]]:

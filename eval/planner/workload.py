@@ -23,7 +23,9 @@ ENTRY_S = 1.0
 """Sessions under way bring their history in the first second, which costs nothing (`score.py`)."""
 WARM_UP_SHARE = 0.25
 LEAST_WARM_UP_S = 30.0
-"""Or twice as long as sessions last, where that is shorter."""
+"""Or less, where all is shorter: twice as long as sessions last, or `ROUNDS_OF_WARM_UP` long rounds."""
+ROUNDS_OF_WARM_UP = 4
+"""What was in the engines when the window opened is not simulated: by then as much is again."""
 
 
 class Timed(NamedTuple):
@@ -102,6 +104,17 @@ class Workload:
                     token_s += turn.total_tokens * (end_s - begin_s)
         return self.rate_per_s * token_s / len(self.families)
 
+    @property
+    def long_round_s(self) -> float:
+        """95th percentile of how long rounds last, if nothing waits."""
+        lasting = sorted(
+            ended_s - sent_s
+            for family in self.families
+            for timed in family
+            for sent_s, ended_s in zip(timed.sent_s, timed.ended_s, strict=True)
+        )
+        return lasting[int(0.95 * len(lasting))]
+
     def measured_s(self, rounds: int) -> float:
         """How long a window must be to hold about so many rounds."""
         return rounds / self.rounds_per_s
@@ -110,7 +123,8 @@ class Workload:
         """A window with about `rounds` rounds that count, times `rate_factor`, after a warm-up."""
         chance = Random(f"plan/{seed}")
         measured_s = self.measured_s(rounds)
-        least_s = min(LEAST_WARM_UP_S, 2 * self.live_sessions / self.rate_per_s)
+        lasting_s = 2 * self.live_sessions / self.rate_per_s
+        least_s = min(LEAST_WARM_UP_S, lasting_s, ROUNDS_OF_WARM_UP * self.long_round_s)
         from_s = ENTRY_S + max(least_s, WARM_UP_SHARE * measured_s)
         until_s = from_s + measured_s
         starts: list[tuple[float, SessionTrace]] = []

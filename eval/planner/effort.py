@@ -1,0 +1,79 @@
+"""How much the search simulates, and on which windows. Counted in rounds, never by a clock."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import NamedTuple
+
+from antiphon.eval.planner.pool import View
+from antiphon.eval.planner.workload import Workload
+
+
+class Effort(NamedTuple):
+    """What is simulated at most. A rung: (plans, rounds of a window, windows)."""
+
+    rungs: tuple[tuple[int, int, int], ...] = ((40, 400, 1), (15, 900, 1), (7, 1400, 2))
+    last: tuple[int, int, int] = (5, 1800, 3)
+    quick_rounds: int = 600
+    """Of the one window by which variations of a leader are looked at first."""
+    shortlist: int = 3
+    """Of a leader's variations: so many are simulated as long as the leader was."""
+    refinement_rounds: int = 40_000
+    """Simulated for the refinement; it ends at the step that passes them."""
+
+
+FEW_LIVE = 300
+"""Live sessions up to which rounds are as `Effort` says; beyond, they grow as the root of their number, but
+for the first rung and quick looks: their windows would cost more than they tell."""
+DROWNING_TARGETS = 30
+"""TTFT targets that a window of the last rung lasts: the queue of a fleet that is 3 % too small has grown by
+one by then."""
+STRESS = 1.15
+"""Times the rate at which settings are looked at: short windows are kind, and at the rate that was asked for
+a fleet that does well does as well with any of them."""
+QUICK = 80
+"""The quick looks' place among the windows."""
+LAST = 90
+"""The last rung's."""
+
+
+class Schedule(NamedTuple):
+    """The windows of one search. Those of the rungs, of quick looks and of the last rung have nothing in
+    common."""
+
+    effort: Effort
+    seed: int
+    stretch: float
+    """Times the rounds that `effort` says."""
+    lasting_rounds: float
+    """Sent while a fleet drowns that is a little too small."""
+
+    @classmethod
+    def of(cls, effort: Effort, seed: int, workload: Workload, ttft_s: float) -> Schedule:
+        """`ttft_s`: the target."""
+        stretch = max(1.0, sqrt(workload.live_sessions / FEW_LIVE))
+        return cls(effort, seed, stretch, workload.rounds_per_s * DROWNING_TARGETS * ttft_s)
+
+    def rung(self, number: int) -> tuple[View, ...]:
+        _, rounds, windows = self.effort.rungs[number]
+        return views_at(self.seed, number, round(rounds * self.stretch) if number else rounds, windows)
+
+    def quick(self, rate_factor: float = 1.0) -> tuple[View, ...]:
+        return views_at(self.seed, QUICK, self.effort.quick_rounds, 1, rate_factor)
+
+    def last(self) -> tuple[View, ...]:
+        """Long enough to see a fleet drown, up to three times as long as usual: then fewer, at least two."""
+        _, rounds, windows = self.effort.last
+        usual = round(rounds * self.stretch)
+        longer = max(usual, min(3 * usual, round(self.lasting_rounds)))
+        return views_at(self.seed, LAST, longer, max(min(2, windows), round(windows * usual / longer)))
+
+    @property
+    def refinement_rounds(self) -> float:
+        return self.effort.refinement_rounds * self.stretch
+
+
+def views_at(seed: int, place: int, rounds: int, windows: int, rate_factor: float = 1.0) -> tuple[View, ...]:
+    """Equal seeds and places have equal windows."""
+    first = seed * 10_000 + place * 100
+    return tuple(View(first + n, rounds, rate_factor) for n in range(windows))
