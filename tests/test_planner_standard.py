@@ -36,17 +36,18 @@ def results(*cases: Case) -> Results:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "met", "words"),
+    ("ours", "theirs", "outcome", "words"),
     [
-        ((950, 10.0), (955, 10.0), True, "0.50 points behind, at the same cost"),
-        ((950, 10.0), (961, 10.0), False, "1.10 points behind, at the same cost"),
-        ((960, 12.0), (950, 10.0), False, "1.00 points ahead, +2.00 USD/h"),
-        ((955, 8.0), (955, 10.0), True, "0.00 points ahead, -2.00 USD/h"),
+        ((950, 10.0), (955, 10.0), "met", "0.50 points behind, at the same cost"),
+        ((950, 10.0), (961, 10.0), "**missed**", "1.10 points behind, at the same cost"),
+        ((960, 12.0), (950, 10.0), "met, dearer", "1.00 points ahead, +2.00 USD/h"),
+        ((955, 8.0), (955, 10.0), "met", "0.00 points ahead, -2.00 USD/h"),
+        ((900, 8.0), (955, 10.0), "**missed**", "5.50 points behind, -2.00 USD/h"),
     ],
 )
-def test_the_goal(ours: tuple[int, float], theirs: tuple[int, float], met: bool, words: str) -> None:
+def test_the_goal(ours: tuple[int, float], theirs: tuple[int, float], outcome: str, words: str) -> None:
     found = verdict(case(row("the plan", *ours), row("brute force", *theirs)))
-    assert found is not None and found.met is met and found.words() == words
+    assert found is not None and found.outcome == outcome and found.words() == words
 
 
 def test_no_brute_force_no_verdict() -> None:
@@ -57,7 +58,7 @@ def test_the_page_says_what_was_missed() -> None:
     good = case(row("the plan", 950, 10.0), row("brute force", 955, 10.0), row("equal split", 800, 10.0))
     bad = case(row("the plan", 900, 10.0), row("brute force", 955, 10.0))
     text = page(results(good, bad, case(row("the plan", 990, 20.0))))
-    assert "Met in 1 of 2 cases." in text and "cases are done" not in text
+    assert "Met in 1 of 2 cases, in 0 of them at a higher cost" in text and "cases are done" not in text
     assert "**1 of 3 cases are done**" in page(results(good))
     assert text.count("**missed**") == 1 and text.count("## agents on 8 x h200") == 3
     assert "| equal split | co-located equal split | 2048, 4 | 80.0% | 80.0% |" in text
