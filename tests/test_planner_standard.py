@@ -12,8 +12,9 @@ from antiphon.engines.cluster import Slo
 from antiphon.eval.planner.ask import Ask
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.score import Score
-from antiphon.eval.planner.standard import Question as Asked
-from antiphon.eval.planner.standard import busy_rate, compared, main, read_case, write
+from antiphon.eval.planner.standard import compared, main, read_case, write
+from antiphon.eval.planner.standard_ask import Question as Asked
+from antiphon.eval.planner.standard_ask import busy_rate
 from antiphon.eval.planner.standard_page import Case, Results, Row, Timed, page, verdict
 from antiphon.eval.planner.workload import Workload
 from tests.test_planner_workload import H200, SESSIONS, WINDOW_TOKENS, fleet

@@ -19,7 +19,8 @@ solver.py        a mixed-integer linear program for HiGHS
 milp.py          AMPD's Eq. 5, alone and completed, as such a program
 solve.py         the program's answer to an ask, and the constraints that bind it
 brute.py         every plan of a budget simulated, for standard.py
-standard.py      `make plan-eval`: plans against brute force; standard_page.py shows what it found
+standard.py      `make plan-eval`: plans against brute force; standard_ask.py says at which load,
+                 standard_page.py shows what it found
 plan.py          `antiphon plan`; read_sessions.py reads what it is for
 planned.py       its answer and the JSON; plan_table.py shows it on a terminal
 around.py        an engine more or fewer, other settings, cheaper plans; the front

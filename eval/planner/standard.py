@@ -2,7 +2,7 @@
 
 Each case is planned (MILP and search) and, where the budget is small, every plan is simulated (`brute.py`).
 Then all that came out is simulated again on windows that nobody chose by, at the load that was planned for
-and at 20 % more. Loads come from one rule (`question`), the tables from the result file alone.
+and at 20 % more. Loads come from one rule (`standard_ask.py`), the tables from the result file alone.
 """
 
 from __future__ import annotations
@@ -14,29 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 from rich.console import Console
 
-from antiphon.engines.cluster import Slo
-from antiphon.eval.known_models import KnownModel, read_models
+from antiphon.eval.known_models import read_models
 from antiphon.eval.planner.ask import Ask, Found, Infeasible, PlanError, Solved, cost_per_1k_rounds
 from antiphon.eval.planner.brute import brute_force
 from antiphon.eval.planner.candidates import candidates
-from antiphon.eval.planner.engine_types import engine_types
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import PoolError, ScorePool, View
-from antiphon.eval.planner.prices import read_prices
-from antiphon.eval.planner.screen import Screen
 from antiphon.eval.planner.search import search
 from antiphon.eval.planner.solve import solve
+from antiphon.eval.planner.standard_ask import MODEL, OTHER_SEEDS, Question, question
 from antiphon.eval.planner.standard_page import Case, Results, Row, Timed, page
 from antiphon.eval.planner.workload import Workload
 from antiphon.eval.standard_traces import Source, read_source, sources_of
 from antiphon.traces.provenance import commit
-from antiphon.traces.schema import SessionTrace, TraceError
-from antiphon.traces.shape import Shape, shape
+from antiphon.traces.schema import TraceError
 
-MODEL = "qwen3-32b"
 PROFILES = "claude-code", "swe-agent", "hotpotqa"
 BUDGETS: tuple[dict[str, int], ...] = ({"h200": 8}, {"h100": 8, "a100": 8}, {"h100": 16, "a100": 16})
 BRUTE_GPUS = 16
@@ -44,12 +38,6 @@ BRUTE_GPUS = 16
 LARGE: dict[str, int] = {"h100": 64, "a100": 64}
 """Planned once, for the time that it takes."""
 MAX_GAP_S = 60.0
-SLO = Slo(ttft_s=2.0, itl_s=0.05)
-SHARES = 0.8, 0.65, 0.5, 0.4, 0.3
-"""Of the rate at which the whole budget, co-located, would be busy all the time: beyond it a fleet may look
-well in a short window, and drown."""
-WANTED = 0.93
-OTHER_SEEDS = 5_000_000
 DEFAULT_OUT = Path("build/plan-eval")
 DEFAULT_PAGE = Path("docs/planner_results.md")
 RESULTS = Path("results/planner.json")
@@ -66,58 +54,6 @@ class Scale(msgspec.Struct, frozen=True):
     windows: int = 3
     brute_rounds: int = 900
     jobs: int = 2
-
-
-# ---------------------------------------------------------------- what is asked
-
-
-class Question(msgspec.Struct, frozen=True):
-    """One case: a trace on a budget."""
-
-    ask: Ask
-    types: tuple[EngineType, ...]
-    workload: Workload
-    share: float
-    """Of the budget's time."""
-
-
-def question(
-    sessions: Sequence[SessionTrace], budget: dict[str, int], model: KnownModel, jobs: int
-) -> Question:
-    """The load is the largest of `SHARES` at which the best of the six plans that the screen puts first
-    attains `WANTED` in one window (else the least of them)."""
-    fitted = shape(sessions, Shape(window_tokens=model.window_tokens)).sessions
-    ask = Ask(
-        model=MODEL,
-        budget=budget,
-        slo=SLO,
-        session_rate_per_s=1.0,
-        window_tokens=model.window_tokens,
-        jobs=jobs,
-    )
-    longest = max(turn.total_tokens for session in fitted for turn in session.rounds)
-    types = engine_types(ask, model, read_prices(), longest).types
-    idle = next((each for each in types if each.tp == 4), types[0]).latency
-    one = Workload.of(fitted, 1.0, idle)
-    full_rate = busy_rate(ask, types, one)
-    for share in SHARES:
-        rate = share * full_rate
-        asked = replace(ask, session_rate_per_s=rate)
-        workload = Workload.of(fitted, rate, idle)
-        screen = Screen(workload, ask.slo, types)
-        first = sorted(candidates(asked, types), key=lambda plan: -screen.estimate(plan))[:6]
-        with ScorePool(workload, ask.slo, ask.window_tokens, jobs) as pool:
-            scores = pool.score(first, (View(OTHER_SEEDS - 1, 1200),), WANTED)
-        if any(score.attainment >= WANTED for score in scores):
-            break
-    return Question(asked, types, workload, share)
-
-
-def busy_rate(ask: Ask, types: Sequence[EngineType], workload: Workload) -> float:
-    """Sessions per second that keep the busiest part of the least busy co-located plan busy."""
-    screen = Screen(workload, ask.slo, types)
-    plans = (plan for plan in candidates(ask, types) if plan.colocated)
-    return workload.rate_per_s / min(screen.utilisation(plan) for plan in plans)
 
 
 # ---------------------------------------------------------------- one case
