@@ -16,7 +16,8 @@ from antiphon.eval.planner.refinement import tuned
 
 BRUTE_SEEDS = 4_000_000
 FAR = 0.06
-"""Plans that are so far behind the best in the first window are not simulated in the others."""
+"""Plans that are so far behind the best in a first window, half as long, are not simulated in the others."""
+WINDOWS = 3
 
 
 class Brute(Struct, frozen=True):
@@ -41,17 +42,17 @@ def all_plans(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
 def brute_force(
     ask: Ask, types: Sequence[EngineType], pool: ScorePool, rounds: int, told: Callable[[str], None]
 ) -> Brute:
-    """The choice among all plans; then policy, C and K of it and of the best of each form are tuned by
-    `refinement.tuned`, on the same windows, and the choice is made among all of them."""
+    """The choice among all plans, on windows of `rounds`; then policy, C and K of it and of the best of each
+    form are tuned by `refinement.tuned`, on the same windows, and the choice is made among all of them."""
     began_s = perf_counter()
     plans = all_plans(ask, types)
-    first, *others = (View(BRUTE_SEEDS + n, rounds) for n in range(3))
+    first = View(BRUTE_SEEDS, rounds // 2)
+    views = tuple(View(BRUTE_SEEDS + 1 + n, rounds) for n in range(WINDOWS))
     few = pool.score(plans[:12], (first,))
     least = max(score.attainment for score in few) - FAR
     scores = (*few, *pool.score(plans[12:], (first,), max(0.0, least)))
     best = max(score.attainment for score in scores)
     near = [p for p, s in zip(plans, scores, strict=True) if s.attainment >= best - FAR]
-    views = (first, *others)
     rated = [Rated(p, s) for p, s in zip(near, pool.score(near, views), strict=True)]
     leaders = [choose(rated, ask.tolerance).plan]
     for colocated in (True, False):

@@ -52,7 +52,6 @@ class Scale(msgspec.Struct, frozen=True):
     rounds: int = 1500
     """Of each window by which results are compared; those of the search's last ones where they are more."""
     windows: int = 3
-    brute_rounds: int = 900
     jobs: int = 2
 
 
@@ -75,7 +74,7 @@ def run_case(name: str, asked: Question, scale: Scale, console: Console) -> Case
         plans, long = named_plans(found), found.rungs[-1].rounds
         brute = None
         if sum(ask.budget.values()) <= BRUTE_GPUS:
-            brute = brute_force(ask, types, pool, max(scale.brute_rounds, long // 2), told)
+            brute = brute_force(ask, types, pool, long, told)
             plans = {**plans, "brute force": brute.plan}
         rows = compared(plans, asked, pool, max(scale.rounds, long), scale.windows)
     return Case(
