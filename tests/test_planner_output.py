@@ -18,7 +18,6 @@ from antiphon.eval.known_models import KnownModel, read_models
 from antiphon.eval.planner.around import around, cheaper, front
 from antiphon.eval.planner.ask import Ask, Found, Rated, Solved
 from antiphon.eval.planner.cases import Case, cases, verdict
-from antiphon.eval.planner.cases import Effort as CaseEffort
 from antiphon.eval.planner.curves import make_curves
 from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
@@ -37,7 +36,7 @@ from antiphon.policies.latency import load_latency_model
 from tests.test_planner_workload import SESSIONS, WINDOW_TOKENS
 
 SHORT = Effort(((8, 60, 1), (5, 120, 1)), (3, 150, 2), 60, 2, 1000)
-TINY = CaseEffort((0.3, 1.0), 1, (40, 1), (80, 1), 1)
+TINY = Effort(((6, 40, 1),), (3, 80, 1), 20, 1, 200)
 MODELS, PRICES = read_models(), read_prices()
 MODEL: KnownModel = MODELS["qwen3-32b"]
 ASK = Ask(
