@@ -236,6 +236,7 @@ def load_config(
     """
     source = path or Path(DEFAULT_FILE)
     table = _read(source) if path is not None or source.is_file() else {}
+    _find_profiles(table, source.parent)
     if url := env.get("ANTIPHON_REDIS_URL"):
         table.setdefault("ledger", {})["url"] = url
     for dotted, value in (overrides or {}).items():
@@ -273,6 +274,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
+
+
+def _find_profiles(table: dict[str, Any], folder: Path) -> None:
+    """Latency profiles that lie where the file says, seen from itself, are those. Types are checked later."""
+
+    def found(name: object) -> object:
+        beside = folder / name if isinstance(name, str) else None
+        return str(beside) if beside is not None and beside.suffix == ".json" and beside.is_file() else name
+
+    models = table.get("models")
+    for section in (table.get("scheduler"), *(models if isinstance(models, list) else ())):
+        if isinstance(section, dict):
+            if "profile" in section:
+                section["profile"] = found(section["profile"])
+            if isinstance(section.get("profiles"), dict):
+                section["profiles"] = {key: found(name) for key, name in section["profiles"].items()}
 
 
 def _refuse_unknown(kind: type, table: object, where: str) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from antiphon.eval.known_models import model_named, read_models
-from antiphon.eval.planner.ask import PlanError
+from antiphon.eval.planner.ask import PlanError, Rated, choose
+from antiphon.eval.planner.engine_types import engine_types
 from antiphon.eval.planner.plan import PlanOptions, ask_of, parse_degrees, parse_gpus
+from antiphon.eval.planner.plans import Group, Plan
+from antiphon.eval.planner.prices import read_prices
 from antiphon.eval.planner.read_sessions import GENERATED_SESSIONS, read_sessions
+from antiphon.eval.planner.score import Score
 from antiphon.traces.schema import TraceError
 
 OPTIONS = PlanOptions("claude-code", "h100:16,a100:16", "qwen3-32b", 2.0, 0.05, 0.1)
@@ -110,3 +115,43 @@ def test_sessions_that_are_nowhere(trace: str, message: str) -> None:
 @pytest.fixture
 def demo_trace() -> Path:
     return Path(__file__).resolve().parent.parent / "traces" / "data" / "demo.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"form": "delta"}, "--form: for recorded traces only; claude-code is a workload profile"),
+        ({"share_system": True, "skip_bad": True}, "--share-system and --skip-bad: for recorded traces only"),
+        ({"form": "bogus"}, "--form bogus: must be one of auto, cumulative, delta"),
+        ({"form": "bogus", "trace": "nowhere.jsonl"}, "--form bogus: must be one of"),
+    ],
+)
+def test_options_of_recorded_traces_are_not_ignored(change: dict[str, object], message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        read_sessions(replace(OPTIONS, **change), MODEL.window_tokens)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- the choice among equals
+
+TYPE = engine_types(ask_of(OPTIONS, NAME, MODEL), MODEL, read_prices(), 4096).types[0]
+EQUAL = Score(100, 90, 10, 0, 0, 1.0, 1.0, 100)
+
+
+def rated(engines: int, policy: str, price: float = 8.0, score: Score = EQUAL) -> Rated:
+    each = msgspec.structs.replace(TYPE, tp=1, price_per_gpu_hour=price / engines)
+    return Rated(Plan((Group("decode", each, engines, 2048, 4),), policy), score)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "other"),
+    [
+        (rated(1, "local"), rated(1, "adaptive")),
+        (rated(1, "adaptive"), rated(2, "local")),
+        (rated(2, "adaptive"), rated(2, "local")),
+        (rated(2, "adaptive", 7.0), rated(1, "local")),
+        (rated(2, "adaptive", score=msgspec.structs.replace(EQUAL, attained=91)), rated(1, "local")),
+    ],
+)
+def test_of_equals_the_simpler(chosen: Rated, other: Rated) -> None:
+    """Price first, then attainment; then fewer engines; alone, the policy that sends nothing anywhere."""
+    assert choose((chosen, other), 0.02) == choose((other, chosen), 0.02) == chosen

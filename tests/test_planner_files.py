@@ -64,6 +64,7 @@ def start_lines(script: Path) -> dict[str, list[list[str]]]:
 def parsed(words: list[str]) -> tuple[dict[str, Any], EngineOptions]:
     """By the command's own parser, and what it makes of SGLang's part."""
     at = words.index("antiphon")
+    words = [word for word in words if "KEY_FILE" not in word]  # as where it is not set
     assert words[at : at + 2] == ["antiphon", "engine"]
     command = cast(click.Group, typer.main.get_command(app)).commands["engine"]
     context = command.make_context("engine", words[at + 2 :])
@@ -138,6 +139,55 @@ def test_a_store_that_an_engine_would_refuse_is_not_asked_for(tmp_path: Path) ->
     small = replace(TYPES["4xh100"], store_tokens=TYPES["4xh100"].device_tokens)
     write_files(tmp_path, Plan((Group("decode", small, 1, 2048, 4),), "local"), ASK, NODES)
     assert "--store-pages" not in (tmp_path / "engines.sh").read_text()
+
+
+def started(script: Path, node: str, env: dict[str, str], folder: Path) -> list[list[str]]:
+    """What it starts on a node: the arguments of each engine, by an `antiphon` that writes them down."""
+    command = folder / "bin" / "antiphon"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done > "$0.$$"\n')
+    command.chmod(0o755)
+    for old in command.parent.glob("antiphon.*"):
+        old.unlink()
+    given = {"PATH": f"{command.parent}:/usr/bin:/bin", "MODEL": "a model", "LEDGER": "l", "INTERFACE": "lo"}
+    ran = subprocess.run(
+        ["sh", str(script), node], env=given | env, capture_output=True, text=True, timeout=10
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    return [path.read_text().splitlines() for path in command.parent.glob("antiphon.*")]
+
+
+def test_the_fleet_key_is_given_to_every_engine(tmp_path: Path) -> None:
+    """By a file whose name may have spaces; without one the engines look for it themselves."""
+    write_files(tmp_path, COLOCATED, ASK, NODES)
+    script, node = tmp_path / "engines.sh", "h100-1"
+    for words in started(script, node, {"KEY_FILE": "my fleet.key"}, tmp_path):
+        assert words[words.index("--key-file") + 1] == "my fleet.key"
+        assert words[words.index("--model") + 1] == "a model"
+    without = started(script, node, {}, tmp_path)
+    assert len(without) == 1 and "--key-file" not in without[0] and "" not in without[0]
+
+
+def test_a_models_name_stays_a_comment(tmp_path: Path) -> None:
+    """Names come from a file of the user's, where a table may be called anything."""
+    named = replace(ASK, model="x\necho injected\r#")
+    write_files(tmp_path, COLOCATED, named, NODES)
+    script = (tmp_path / "engines.sh").read_text()
+    assert "x?echo injected?#" in script
+    assert not any(line.startswith("echo injected") for line in script.splitlines())
+
+
+def test_the_folder_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written names nothing by where it was written."""
+    slow = replace(TYPES["4xh100"], link_bytes_per_s=1.25e9)
+    (tmp_path / "made").mkdir()
+    write_files(tmp_path / "made", Plan((Group("decode", slow, 1, 2048, 4),), "local"), ASK, NODES)
+    moved = (tmp_path / "made").rename(tmp_path / "moved")
+    for folder in (tmp_path, moved):
+        monkeypatch.chdir(folder)
+        config = load_config(Path("moved" if folder == tmp_path else ".") / "antiphon.toml", env={})
+        for name in (config.scheduler.profile, *config.scheduler.profiles.values()):
+            assert load_latency_model(name) == slow.on_its_link
 
 
 def test_the_script_says_how_it_is_used(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_the_explanation_has_its_numbers(planned: Planned) -> None:
     # 32,761,446,400 parameters of 2 bytes on 4 GPUs
     assert any("16.4 GB of weights" in line for line in told)
     device = sum(g.count * g.type.device_tokens for g in planned.found.best.plan.pool("decode"))
-    (memory,) = (line for line in told if line.startswith("live sessions: "))
+    (memory,) = (line for line in told if " sessions under way with " in line)
     assert f"{planned.live_tokens / 1e6:.2f} million tokens of KV" in memory
     assert f"hold {device / 1e6:.2f} million on their devices" in memory
     assert memory.endswith("they fit the devices") == (planned.live_tokens <= device)

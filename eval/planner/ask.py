@@ -116,8 +116,18 @@ def cost_per_1k_rounds(plan: Plan, rounds_per_s: float) -> float:
 
 
 def choose(rated: Iterable[Rated], tolerance: float) -> Rated:
-    """The cheapest of those within `tolerance` of the best attainment; of equals the better."""
+    """The cheapest of those within `tolerance` of the best attainment; of equals the better.
+
+    Where both are equal, the simpler: fewer engines; for a single engine `local`, since it has nobody to send
+    anything to. Of several engines another policy may have more in hand.
+    """
     known = list(rated)
     best = max(each.score.attainment for each in known)
     good = (each for each in known if each.score.attainment >= best - tolerance)
-    return min(good, key=lambda r: (r.plan.price_per_hour, -r.score.attainment, r.plan.describe()))
+
+    def rank(each: Rated) -> tuple[float, float, int, bool, str]:
+        plan = each.plan
+        alone = plan.engines == 1 and plan.policy == "local"
+        return plan.price_per_hour, -each.score.attainment, plan.engines, not alone, plan.describe()
+
+    return min(good, key=rank)

@@ -48,6 +48,8 @@ def equal_splits(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
     An engine that is left over decodes. A degree that leaves no engine for prefill has none.
     """
     plans: list[Plan] = []
+    if not ask.policies:
+        return ()
     for degree in dict.fromkeys(each.tp for each in types):
         pools: dict[PoolName, list[Group]] = {"prefill": [], "decode": []}
         for each in types:
@@ -63,6 +65,8 @@ def equal_splits(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
 
 
 def _disaggregated(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
+    if not ask.policies:
+        return
     for prefill in types:
         for decode in types:
             if prefill.tp != decode.tp and not ask.mixed_tensor_parallel:

@@ -1,8 +1,9 @@
 """`--cases`: where co-location is said to win over disaggregation, tried with the user's load.
 
-Each case changes one thing of the ask and is searched as any ask is, with less effort, both forms at once.
-The best of the one stands against the best of the other, on the same windows, by which nothing was chosen
-before. What is within two standard errors is called equal; then the cheaper wins.
+Each case changes one thing of the ask. Each form is searched alone, as any ask is but with less effort, both
+with as much: else the form that leads would have most of it. The best of the one stands against the best of
+the other, on the same windows, by which nothing was chosen before. What is within two standard errors is
+called equal; then the cheaper wins.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from msgspec.structs import replace
 
 from antiphon.eval.known_models import KnownModel
 from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated
-from antiphon.eval.planner.candidates import check_number
+from antiphon.eval.planner.candidates import candidates, check_number
 from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.engine_types import attainable, engine_types
+from antiphon.eval.planner.plans import EngineType
+from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice
 from antiphon.eval.planner.search import search
 from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(((40, 300, 1), (16, 700, 1)), (5, 1200, 2), 400, 2, 24_000)
-"""Some twenty seconds a case."""
+EFFORT = Effort(((24, 300, 1), (10, 600, 1)), (4, 1000, 2), 300, 2, 8_000)
+"""For one form: some ten seconds on two cores."""
 SINGLE_NODE = 8
 SHORTER = 8
 RARER = 5
@@ -129,14 +132,24 @@ def tried(variant: Variant, effort: Effort) -> Case:
         idle = next((each for each in types if each.tp == 4), types[0]).latency
         workload = Workload.of(sessions, ask.session_rate_per_s, idle)
         attainable(types, workload, ask.slo)
-        found = search(ask, types, workload, effort=effort)
+        with ScorePool(workload, ask.slo, ask.window_tokens, ask.jobs) as pool:
+            together, apart = (
+                best_of(form, types, pool, effort)
+                for form in (replace(ask, policies=()), replace(ask, colocated_policies=()))
+            )
     except Infeasible as error:
         return Case(variant.name, variant.what, "neither", error.reason, None, None)
     except (PlanError, TraceError) as error:
         return Case(variant.name, variant.what, "neither", str(error), None, None)
-    together, apart = found.colocated, found.disaggregated
     winner, margin = verdict(together, apart, ask.tolerance)
     return Case(variant.name, variant.what, winner, margin, together, apart, workload.rounds_per_s)
+
+
+def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effort) -> Rated | None:
+    """Of an ask for one form; None if no plan of that form fits the budget."""
+    if not candidates(ask, types):
+        return None
+    return search(ask, types, pool.workload, pool=pool, effort=effort).best
 
 
 def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from antiphon.eval.known_models import KnownModel
 from antiphon.eval.planner.around import Around, Change
 from antiphon.eval.planner.ask import Ask, Found, Rated, Solved
 from antiphon.eval.planner.engine_types import LeftOut, Unloaded
+from antiphon.eval.planner.planned import under_way
 from antiphon.eval.planner.plans import Group
 from antiphon.eval.planner.workload import Workload
 from antiphon.scheduler.outcomes import Outcome
@@ -156,7 +157,7 @@ def _memory(model: KnownModel, workload: Workload, best: Rated) -> Iterator[str]
     live = workload.live_tokens
     where = "fit the devices" if live <= device else "fit the page stores" if live <= store else "do not fit"
     yield (
-        f"live sessions: {workload.live_sessions:.0f} with {live / 1e6:.2f} million tokens of KV if nothing"
-        f" waits; the engines that decode hold {device / 1e6:.2f} million on their devices and"
-        f" {store / 1e6:.2f} million in their page stores: they {where}"
+        f"{under_way(workload.live_sessions, live)} if nothing waits; the engines that decode hold"
+        f" {device / 1e6:.2f} million on their devices and {store / 1e6:.2f} million in their page stores:"
+        f" they {where}"
     )

@@ -27,7 +27,7 @@ from antiphon.eval.planner.explain import explain, left_out_lines
 from antiphon.eval.planner.plan_files import write_files
 from antiphon.eval.planner.plan_page import page
 from antiphon.eval.planner.plan_plots import front_png
-from antiphon.eval.planner.planned import Planned, document, headline
+from antiphon.eval.planner.planned import Planned, document, headline, under_way
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice, read_prices
 from antiphon.eval.planner.read_sessions import read_sessions
@@ -105,8 +105,8 @@ def make_plan(options: PlanOptions, on_progress: OnProgress) -> Planned:
     _check_live(workload)
     unloaded = attainable(menu.types, workload, ask.slo)
     on_progress(
-        f"{read.described}: {workload.rounds_per_s:.3g} rounds per second, {workload.live_sessions:.0f}"
-        f" sessions under way with {workload.live_tokens / 1e6:.2f} million tokens of KV"
+        f"{read.described}: {workload.rounds_per_s:.3g} rounds per second,"
+        f" {under_way(workload.live_sessions, workload.live_tokens)}"
     )
     chosen = _chosen(options, ask, model, menu, workload, on_progress)
     tried: tuple[Case, ...] = ()

@@ -22,6 +22,8 @@ from antiphon.policies.latency import LatencyModel, bundled_profiles, load_laten
 
 FIRST_PORT = 30_000
 """Of each server; the next engine has the next."""
+KEY = '${KEY_FILE:+--key-file "$KEY_FILE"}'
+"""Nothing where it is not set: then the environment has the key, or the state directory."""
 PROFILES = "profiles"
 """Folder of the profiles that do not ship as they are needed."""
 
@@ -49,8 +51,7 @@ def write_files(folder: Path, plan: Plan, ask: Ask, gpus_per_node: Mapping[str, 
     )
     (folder / "cluster.toml").write_text(cluster_toml(replace(cluster, engines=groups)))
     places = placed(plan, gpus_per_node)
-    known = {each: str(folder.resolve() / name) if "/" in name else name for each, name in profiles.items()}
-    (folder / "antiphon.toml").write_text(_config(plan, ask, places, known))
+    (folder / "antiphon.toml").write_text(_config(plan, ask, places, profiles))
     (folder / "engines.sh").write_text(engines_script(plan, ask, places))
 
 
@@ -131,9 +132,10 @@ def engines_script(plan: Plan, ask: Ask, places: tuple[Engine, ...]) -> str:
     nodes = dict.fromkeys(sorted((engine.node for engine in places), key=_node_order))
     lines = [
         "#!/bin/sh",
-        f"# {plan.describe()}; {ask.model}. Made by `antiphon plan`.",
+        f"# {plan.describe()}; {_on_one_line(ask.model)}. Made by `antiphon plan`.",
         "# On each server: MODEL=/path/to/model LEDGER=redis://HOST:6379 INTERFACE=eth0 sh engines.sh NODE",
         f"# with NODE one of: {', '.join(nodes)}",
+        "# and the fleet key of `antiphon serve`: KEY_FILE=/path/to/fleet.key, or ANTIPHON_FLEET_KEY.",
         "set -eu",
         ': "${MODEL:?the model directory}" "${LEDGER:?URL of the ledger}" "${INTERFACE:?network interface}"',
         'case "${1:-}" in',
@@ -144,6 +146,11 @@ def engines_script(plan: Plan, ask: Ask, places: tuple[Engine, ...]) -> str:
         lines.append("  ;;")
     lines += [f'*) echo "usage: sh engines.sh {"|".join(nodes)}" >&2; exit 2 ;;', "esac", "wait"]
     return "\n".join(lines) + "\n"
+
+
+def _on_one_line(name: str) -> str:
+    """A model's name, which may hold anything, within a comment."""
+    return "".join(sign if sign.isprintable() else "?" for sign in name)
 
 
 def _node_order(node: str) -> tuple[str, int]:
@@ -157,6 +164,7 @@ def start_line(engine: Engine, ask: Ask) -> str:
     ours = [
         f"CUDA_VISIBLE_DEVICES={','.join(map(str, engine.gpus))}",
         'antiphon engine --model "$MODEL" --ledger "$LEDGER" --interface "$INTERFACE"',
+        KEY,
         f"--port {engine.port} --pool {engine.group.pool} --engine-id {engine.engine_id}",
     ]
     if each.store_tokens > each.device_tokens:  # a smaller store than the device's pool is refused

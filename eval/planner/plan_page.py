@@ -8,7 +8,7 @@ from antiphon.eval.planner.around import front
 from antiphon.eval.planner.ask import Rated
 from antiphon.eval.planner.plan_plots import front_plot, rated_plans
 from antiphon.eval.planner.plan_table import cells
-from antiphon.eval.planner.planned import Planned
+from antiphon.eval.planner.planned import Planned, under_way
 from antiphon.eval.report_page import Picture, Section, Strong, Table, render
 
 COLUMNS = ("", "plan", "attained", "TTFT p95", "ITL p95", "USD/h", "USD/1k rounds", "C, K")
@@ -89,8 +89,7 @@ def _load(planned: Planned) -> Section:
         ("sessions, rounds", f"{planned.sessions:,}, {planned.rounds:,}"),
         ("sessions that arrive", f"{ask.session_rate_per_s:g} per second"),
         ("rounds", f"{planned.rounds_per_s:.3g} per second"),
-        ("sessions under way, if nothing waits", f"{planned.live_sessions:.0f}"),
-        ("their KV", f"{planned.live_tokens / 1e6:.2f} million tokens"),
+        ("at any time, if nothing waits", under_way(planned.live_sessions, planned.live_tokens)),
         ("targets of every round", f"TTFT {ask.slo.ttft_s:g} s, ITL {ask.slo.itl_s * 1000:g} ms"),
         ("within both without any load", f"{planned.unloaded.share:.1%} of the rounds"),
         ("GPUs at most", ", ".join(f"{count} x {gpu}" for gpu, count in ask.budget.items())),

@@ -87,6 +87,13 @@ def _does(rated: Rated) -> str:
     return f"{rated.score.attainment:.1%} attained at USD {rated.plan.price_per_hour:.2f} per hour"
 
 
+def under_way(live_sessions: float, live_tokens: float) -> str:
+    """`0.3 sessions under way with 1,200 tokens of KV`; of a heavier load in millions."""
+    sessions = f"{live_sessions:.0f}" if live_sessions >= 10 else f"{live_sessions:.2g}"
+    tokens = f"{live_tokens / 1e6:.2f} million" if live_tokens >= 1e5 else f"{live_tokens:,.0f}"
+    return f"{sessions} sessions under way with {tokens} tokens of KV"
+
+
 # ---------------------------------------------------------------- JSON
 
 

@@ -54,5 +54,5 @@ def price_of(gpu: str, prices: Mapping[str, GpuPrice]) -> GpuPrice:
     """By either name of the GPU; ValueError names those that have a price."""
     short = gpu_name(gpu_named(gpu)[0])
     if short not in prices:
-        raise ValueError(f"no price for {short}; the file of prices has {', '.join(prices)}")
+        raise ValueError(f"no price for {short}; the file of prices has {', '.join(prices) or 'none'}")
     return prices[short]

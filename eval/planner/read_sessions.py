@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from antiphon.eval.simulation_plan import check_parents
-from antiphon.traces.formats import Form
+from antiphon.traces.formats import FORMS, Form
 from antiphon.traces.generate import generate, take
 from antiphon.traces.profiles import load_profile, profile_names
 from antiphon.traces.readers import BadLines, ReadOptions, read_trace, trace_sha256
@@ -54,9 +54,12 @@ def read_sessions(options: Reading, window_tokens: int) -> Sessions:
     """Raises `TraceError`: nothing there, nothing readable, nothing that fits the window."""
     if not options.max_gap_s >= 0 or options.divide < 1 or (options.max_sessions or 1) < 1:
         raise TraceError("--max-gap must not be below 0, --divide and --max-sessions not below 1")
+    if options.form not in FORMS:
+        raise TraceError(f"--form {options.form}: must be one of {', '.join(FORMS)}")
     path, bad = Path(options.trace), BadLines()
     statistics = path.suffix == ".toml" or (options.trace in profile_names() and not path.exists())
     if statistics:
+        _refuse_trace_options(options)
         read, sha256 = _generated(options.trace, options.seed, window_tokens), ""
     elif path.exists():
         read = read_trace(
@@ -82,6 +85,20 @@ def read_sessions(options: Reading, window_tokens: int) -> Sessions:
     if bad.count:
         described += f" ({bad.count} lines could not be read)"
     return Sessions(shaped.sessions, sha256, described)
+
+
+def _refuse_trace_options(options: Reading) -> None:
+    """Those of a recorded trace's format: they would be ignored."""
+    given = {
+        "--form": options.form != ReadOptions().form,
+        "--share-system": options.share_system,
+        "--skip-bad": options.skip_bad,
+    }
+    if named := [name for name, is_given in given.items() if is_given]:
+        raise TraceError(
+            f"{' and '.join(named)}: for recorded traces only; {options.trace} is a workload profile, of"
+            " which sessions are generated"
+        )
 
 
 def _generated(name: str, seed: int, window_tokens: int) -> Iterator[SessionTrace]:
