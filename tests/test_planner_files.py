@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
@@ -166,6 +168,35 @@ def test_the_fleet_key_is_given_to_every_engine(tmp_path: Path) -> None:
         assert words[words.index("--model") + 1] == "a model"
     without = started(script, node, {}, tmp_path)
     assert len(without) == 1 and "--key-file" not in without[0] and "" not in without[0]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_engines_end_with_their_script(tmp_path: Path, sign: signal.Signals) -> None:
+    """And it waits for them. What `sh` starts in the background does not hear Ctrl-C by itself."""
+    write_files(tmp_path, PLAN, ASK, NODES)
+    command = tmp_path / "antiphon"
+    command.write_text(
+        "#!/usr/bin/env python3\n"
+        "import os, pathlib, signal\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "def end(*_):\n"
+        "    (here / f'{os.getpid()}.ended').touch()\n"
+        "    raise SystemExit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "(here / f'{os.getpid()}.up').touch()\n"
+        "signal.alarm(30)\n"
+        "while True:\n"
+        "    signal.pause()\n"
+    )
+    command.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MODEL": "m", "LEDGER": "l", "INTERFACE": "lo"}
+    with subprocess.Popen(["sh", str(tmp_path / "engines.sh"), "h100-1"], env=env) as script:
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.glob("*.up"))) < 2:
+            assert time.monotonic() < deadline and script.poll() is None
+        script.send_signal(sign)
+        script.wait(timeout=20)
+        assert len(list(tmp_path.glob("*.ended"))) == 2
 
 
 def test_a_models_name_stays_a_comment(tmp_path: Path) -> None:

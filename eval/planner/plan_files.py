@@ -138,11 +138,16 @@ def engines_script(plan: Plan, ask: Ask, places: tuple[Engine, ...]) -> str:
         "# and the fleet key of `antiphon serve`: KEY_FILE=/path/to/fleet.key, or ANTIPHON_FLEET_KEY.",
         "set -eu",
         ': "${MODEL:?the model directory}" "${LEDGER:?URL of the ledger}" "${INTERFACE:?network interface}"',
+        'pids=""',
+        "# What a script starts in the background does not hear Ctrl-C.",
+        "trap 'trap \"\" INT TERM; kill $pids || true; wait $pids || true; exit 130' INT TERM",
         'case "${1:-}" in',
     ]
     for node in nodes:
         lines.append(f"{node})")
-        lines += [f"  {start_line(engine, ask)} &" for engine in places if engine.node == node]
+        for engine in places:
+            if engine.node == node:
+                lines += [f"  {start_line(engine, ask)} &", '  pids="$pids $!"']
         lines.append("  ;;")
     lines += [f'*) echo "usage: sh engines.sh {"|".join(nodes)}" >&2; exit 2 ;;', "esac", "wait"]
     return "\n".join(lines) + "\n"
