@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
 from io import StringIO
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from antiphon.eval.cluster_toml import toml_line
 from antiphon.eval.planner.ask import Found, Rated, choose
 from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.plan import PlanOptions, make_plan
@@ -19,6 +22,7 @@ from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.score import Score
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.cli import app, main
+from antiphon.scheduler.config import load_config
 
 QUICK = Effort(rungs=((6, 120, 1), (4, 200, 1)), last=(4, 300, 1), quick_rounds=100, refinement_rounds=0)
 ARGUMENTS = [
@@ -188,6 +192,101 @@ def test_bad_input_is_one_line(change: tuple[str, ...], message: str) -> None:
     status, said = run(*change)
     assert status == 1 and message in said
     assert "Traceback" not in said
+
+
+FULL = {"price_per_gpu_hour": 1.5, "gpus_per_node": 8, "nic_bytes_per_s": 5e10, "store_bytes_per_gpu": 10**10}
+
+
+def toml(tables: dict[str, object]) -> str:
+    lines: list[str] = []
+    for name, table in tables.items():
+        if isinstance(table, dict):
+            lines += [f'["{name}"]', *(toml_line(key, value) for key, value in table.items())]
+        else:
+            lines.insert(0, toml_line(name, table))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"h100": FULL | {"price_per_gpu_hour": -1.0}}, "[h100]: Expected `float` > 0.0"),
+        ({"h100": FULL | {"price_per_gpu_hour": 0.0}}, "[h100]: Expected `float` > 0.0"),
+        ({"h100": FULL | {"colour": 1}}, "[h100]: Object contains unknown field `colour`"),
+        ({"h100": {"price_per_gpu_hour": 1.5}}, "[h100]: Object missing required field `gpus_per_node`"),
+        ({"h100": 3}, "[h100]: Expected `object`, got `int`"),
+        ({"b900": FULL}, "no GPU 'b900'"),
+        ({"h100": FULL, "H100_SXM": FULL}, "h100 is there twice, once as 'H100_SXM'"),
+        ({"a100": FULL}, "no price for h100; the file of prices has a100"),
+        ({}, "no price for h100; the file of prices has none"),
+    ],
+)
+def test_prices_that_cannot_be_used(tables: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text(toml(tables))
+    status, said = run("--prices", str(path))
+    assert status == 1 and message in said and "Traceback" not in said
+
+
+OWN_MODEL: dict[str, object] = {
+    "model": "x/Tiny", "layers": 64, "kv_heads": 8, "head_dim": 128, "parameters": 32 * 10**9,
+    "active_parameters": 32 * 10**9, "window_tokens": 131_072, "source": "by hand",
+}  # fmt: skip
+
+
+def own_model(folder: Path, **changes: object) -> str:
+    path = folder / "models.toml"
+    path.write_text(toml({"my model": OWN_MODEL | changes}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({}, 3, "there is no latency profile"),
+        ({"profiles": ["gone.json"]}, 1, "gone.json"),
+        ({"layers": 0}, 1, "[my model]: Expected `int` >= 1"),
+        ({"colour": 1}, 1, "[my model]: Object contains unknown field `colour`"),
+    ],
+)
+def test_a_model_of_ones_own_that_cannot_be_used(
+    changes: dict[str, object], status: int, message: str, tmp_path: Path
+) -> None:
+    got, said = run("--models", own_model(tmp_path, **changes), "--model", "my model")
+    assert got == status and message in said and "Traceback" not in said
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    """With a profile beside its file, which goes into the folder that is written, for it does not ship."""
+    ours = msgspec.structs.replace(load_latency_model("qwen3-32b-h100-tp4"), name="my model here")
+    (tmp_path / "own.json").write_bytes(msgspec.json.encode(ours))
+    models = Path(own_model(tmp_path, profiles=["own.json"]))
+    options = PlanOptions(
+        "swe-agent", "h100:4", "my model", 1.0, 0.05, 0.5, tensor_parallel="4", max_sessions=20, jobs=1,
+        models_path=models, out=tmp_path / "out", effort=QUICK,
+    )  # fmt: skip
+    answer = make_plan(options, lambda line: None)
+    assert {group.type.latency.name for group in answer.found.best.plan.groups} == {"my model here"}
+    written = load_config(tmp_path / "out" / "antiphon.toml", env={}).scheduler
+    assert load_latency_model(written.profile) == answer.found.best.plan.groups[0].type.on_its_link
+    assert written.profile.startswith(str(tmp_path / "out"))
+
+
+def test_statistics_of_ones_own(tmp_path: Path) -> None:
+    """A profile as a TOML file, as `antiphon trace generate --profile` takes it, with other menus."""
+    shipped = (resources.files("antiphon.traces") / "data" / "profiles.toml").read_text()
+    ours = shipped.partition("[swe-agent]")[2]
+    next_profile = re.search(r"^\[(?!swe-agent\.)", ours, re.MULTILINE)
+    path = tmp_path / "mine.toml"
+    path.write_text(ours[: next_profile and next_profile.start()].replace("[swe-agent.", "["))
+    options = PlanOptions(
+        str(path), "h100:4", "qwen3-32b", 1.0, 0.05, 0.5, tensor_parallel="1,2", max_sessions=20, jobs=1,
+        mixed_tensor_parallel=True, policies="threshold", tolerance=0.99, divide=8, effort=QUICK,
+    )  # fmt: skip
+    found = make_plan(options, lambda line: None).found
+    cheapest = min(rated.plan.price_per_hour for rated in found.rated)
+    assert found.best.plan.price_per_hour == cheapest
+    assert found.disaggregated is not None and found.disaggregated.plan.policy == "threshold"
 
 
 def test_main_shows_it_as_one_line(

@@ -199,6 +199,16 @@ def test_engines_end_with_their_script(tmp_path: Path, sign: signal.Signals) -> 
         assert len(list(tmp_path.glob("*.ended"))) == 2
 
 
+def test_a_fleet_that_cannot_be_run_yet_says_so(tmp_path: Path) -> None:
+    mixed = Plan(
+        (Group("prefill", TYPES["4xh100"], 1, 8192, 4), Group("decode", TYPES["8xh100"], 1, 2048, 4))
+    )
+    said = "no KV moves between such engines yet"
+    for plan, says in ((mixed, True), (PLAN, False)):
+        write_files(tmp_path, plan, ASK, NODES)
+        assert (said in (tmp_path / "engines.sh").read_text()) is says
+
+
 def test_a_models_name_stays_a_comment(tmp_path: Path) -> None:
     """Names come from a file of the user's, where a table may be called anything."""
     named = replace(ASK, model="x\necho injected\r#")

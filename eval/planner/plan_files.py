@@ -130,12 +130,14 @@ def _config(plan: Plan, ask: Ask, places: tuple[Engine, ...], profiles: Mapping[
 def engines_script(plan: Plan, ask: Ask, places: tuple[Engine, ...]) -> str:
     """A shell script: `sh engines.sh NODE` starts that server's engines; one line for each."""
     nodes = dict.fromkeys(sorted((engine.node for engine in places), key=_node_order))
+    mixed = len({group.type.tp for group in plan.groups}) > 1
     lines = [
         "#!/bin/sh",
         f"# {plan.describe()}; {_on_one_line(ask.model)}. Made by `antiphon plan`.",
         "# On each server: MODEL=/path/to/model LEDGER=redis://HOST:6379 INTERFACE=eth0 sh engines.sh NODE",
         f"# with NODE one of: {', '.join(nodes)}",
         "# and the fleet key of `antiphon serve`: KEY_FILE=/path/to/fleet.key, or ANTIPHON_FLEET_KEY.",
+        *(["# Its degrees differ (--mixed-tp): no KV moves between such engines yet."] if mixed else []),
         "set -eu",
         ': "${MODEL:?the model directory}" "${LEDGER:?URL of the ledger}" "${INTERFACE:?network interface}"',
         'pids=""',

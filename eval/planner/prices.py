@@ -18,7 +18,7 @@ PRICES = Path(__file__).parent.parent / "data" / "prices.toml"
 class GpuPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of GPU."""
 
-    price_per_gpu_hour: Annotated[float, Meta(ge=0.0, le=1e9)]
+    price_per_gpu_hour: Annotated[float, Meta(gt=0.0, le=1e9)]
     """USD."""
     gpus_per_node: Annotated[int, Meta(ge=1, le=10_000)]
     """Of one server: no engine is larger."""
