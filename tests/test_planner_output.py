@@ -192,6 +192,7 @@ def test_live_sessions_that_do_not_fit(world: World) -> None:
         (rated(2, 990), rated(3, 990, True), "co-located", "50% cheaper"),
         (rated(4, 990), rated(1, 988, True), "disaggregated", "50% cheaper"),
         (rated(2, 990), rated(1, 989, True), "equal", "same cost"),
+        (rated(20, 990), rated(18, 990, True), "equal", "disaggregated 5% cheaper"),
         (rated(2, 5), rated(1, 0, True), "neither", "both attain less than 1% of the rounds"),
         (rated(2, 990), None, "co-located", "no plan within the budget"),
         (None, None, "neither", "no plan within the budget"),

@@ -1,9 +1,9 @@
 """`--cases`: where co-location is said to win over disaggregation, tried with the user's load.
 
-Each case changes one thing of the ask. Each form is searched alone, as any ask is but with less effort, both
-with as much: else the form that leads would have most of it. The best of the one stands against the best of
-the other, on the same windows, by which nothing was chosen before. What is within two standard errors is
-called equal; then the cheaper wins.
+Each case changes one thing of the ask. Both forms are searched alike, each alone and with little effort: at
+some price levels the plans that the screen puts first, then one step around what leads, then the last windows
+of a search, by which nothing was chosen before. The best of the one stands against the best of the other.
+What is within two standard errors is called equal; then the cheaper wins.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from antiphon.eval.known_models import KnownModel
-from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated
+from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated, choose
 from antiphon.eval.planner.candidates import candidates, check_number
-from antiphon.eval.planner.effort import Effort
+from antiphon.eval.planner.effort import Effort, Schedule
 from antiphon.eval.planner.engine_types import attainable, engine_types
-from antiphon.eval.planner.plans import EngineType
-from antiphon.eval.planner.pool import ScorePool
+from antiphon.eval.planner.plans import EngineType, Plan
+from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.prices import GpuPrice
-from antiphon.eval.planner.search import search
+from antiphon.eval.planner.refinement import Refinement
+from antiphon.eval.planner.screen import Screen
 from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(((24, 300, 1), (10, 600, 1)), (4, 1000, 2), 300, 2, 8_000)
-"""For one form: some ten seconds on two cores."""
+EFFORT = Effort(((20, 400, 1),), (6, 1000, 2), 300, 2, 6_000)
+"""For one form: some ten seconds on two cores. Its one rung has what `LEVELS` say."""
+LEVELS = 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0
+"""Of the dearest plan's price."""
+OF_LEVEL = 2
 SINGLE_NODE = 8
 SHORTER = 8
 RARER = 5
@@ -40,6 +44,10 @@ LEAST = 0.01
 """Where both attain less, nothing is won."""
 ERRORS = 2.0
 """Standard errors that a difference must pass to count."""
+
+
+CHEAPER = 0.1
+"""Share of the price by which a form wins: nearer than that, a size that was not tried may be cheaper."""
 
 
 class Case(Struct, frozen=True):
@@ -147,9 +155,34 @@ def tried(variant: Variant, effort: Effort) -> Case:
 
 def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effort) -> Rated | None:
     """Of an ask for one form; None if no plan of that form fits the budget."""
-    if not candidates(ask, types):
+    plans = candidates(ask, types)
+    if not plans:
         return None
-    return search(ask, types, pool.workload, pool=pool, effort=effort).best
+    schedule = Schedule.of(effort, ask.seed, pool.workload, ask.slo.ttft_s)
+    views = schedule.rung(0)
+    rated = _rated(_at_levels(plans, Screen(pool.workload, ask.slo, types)), pool, views)
+    near = Refinement(ask, types, pool, schedule, rated, views).run((lambda plan: True,)).leaders
+    leader = choose(rated, ask.tolerance)
+    good = leader.score.attainment - ask.tolerance
+    cheapest = sorted(rated, key=lambda each: each.plan.price_per_hour)
+    kept = [each.plan for each in cheapest if each.score.attainment >= good][: effort.last[0] // 2]
+    kept.append(max(rated, key=lambda each: each.score.attainment).plan)
+    return choose(_rated(tuple(dict.fromkeys((*near, *kept))), pool, schedule.last()), ask.tolerance)
+
+
+def _at_levels(plans: Sequence[Plan], screen: Screen) -> tuple[Plan, ...]:
+    """The most promising that cost no more than each share of the dearest; dear ones first."""
+    ordered = sorted(plans, key=lambda plan: (-screen.estimate(plan), plan.price_per_hour))
+    dearest = max(plan.price_per_hour for plan in plans)
+    chosen: dict[Plan, None] = {}
+    for level in reversed(LEVELS):
+        within = [plan for plan in ordered if plan.price_per_hour <= level * dearest]
+        chosen.update(dict.fromkeys(within[:OF_LEVEL]))
+    return tuple(chosen)
+
+
+def _rated(plans: Sequence[Plan], pool: ScorePool, views: Sequence[View]) -> list[Rated]:
+    return [Rated(plan, score) for plan, score in zip(plans, pool.score(plans, views), strict=True)]
 
 
 def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> tuple[str, str]:
@@ -170,5 +203,8 @@ def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> t
     level = f"attainments equal within {max(tolerance, noise) * 100:.1f} points"
     if price == others:
         return "equal", f"{level}, same cost"
-    cheap, dear = min(price, others), max(price, others)
-    return ("co-located" if price < others else "disaggregated", f"{1 - cheap / dear:.0%} cheaper, {level}")
+    saved = 1 - min(price, others) / max(price, others)
+    cheaper = "co-located" if price < others else "disaggregated"
+    if saved < CHEAPER:
+        return "equal", f"{level}, {cheaper} {saved:.0%} cheaper"
+    return cheaper, f"{saved:.0%} cheaper, {level}"
