@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -22,20 +23,22 @@ from tests.test_planner_workload import WINDOW_TOKENS
 @given(st.integers(0, 1000), st.floats(1.0, 5.0), st.floats(0.0, 1e5))
 def test_no_window_is_used_twice(seed: int, stretch: float, lasting: float) -> None:
     """By two of the rungs, the quick looks and the last rung; nor by two seeds."""
-    schedule = Schedule(Effort(), seed, stretch, lasting)
+    schedule = Schedule(Effort(), seed, stretch, 0.0, lasting)
     rungs = [schedule.rung(number) for number in range(len(Effort().rungs))]
     seeds = [view.seed for views in (*rungs, schedule.quick(), schedule.last()) for view in views]
     assert len(set(seeds)) == len(seeds)
-    other = {view.seed for view in Schedule(Effort(), seed + 1, stretch, lasting).last()}
+    other = {view.seed for view in Schedule(Effort(), seed + 1, stretch, 0.0, lasting).last()}
     assert not other & set(seeds)
 
 
-@given(st.floats(1.0, 5.0), st.floats(0.0, 1e5))
-def test_the_last_windows_are_as_long_as_a_fleet_needs_to_drown(stretch: float, lasting: float) -> None:
+@given(st.floats(1.0, 5.0), st.floats(0.0, 1e4), st.floats(0.0, 1e5))
+def test_the_last_windows_are_as_long_as_a_fleet_needs_to_drown(
+    stretch: float, many: float, lasting: float
+) -> None:
     """Up to three times the usual; what is simulated of each plan stays about the same, in two at least."""
     effort = Effort()
-    views = Schedule(effort, 0, stretch, lasting).last()
-    usual = round(effort.last[1] * stretch)
+    views = Schedule(effort, 0, stretch, many, lasting).last()
+    usual = round(max(effort.last[1] * stretch, min(3 * effort.last[1], 1.5 * many)))
     rounds = views[0].rounds
     assert rounds == max(usual, min(3 * usual, round(lasting)))
     assert 2 <= len(views) <= effort.last[2]
@@ -48,7 +51,6 @@ def test_many_live_sessions_stretch_the_windows() -> None:
     many = Workload(few.families, few.rate_per_s * 1200 / few.live_sessions)
     schedule = Schedule.of(Effort(), 0, many, SLO.ttft_s)
     assert [schedule.rung(n)[0].rounds for n in range(3)] == [400, 1800, 2800]
-    assert schedule.quick()[0].rounds == 600
     assert schedule.lasting_rounds == many.rounds_per_s * DROWNING_TARGETS * SLO.ttft_s
     assert Schedule.of(Effort(), 0, few, SLO.ttft_s).stretch == 1.0
 
@@ -106,3 +108,13 @@ def test_the_tuned_plan_is_the_best_that_one_change_at_a_time_finds() -> None:
     best = tuned(leader, asked, _Told(workload(0.02), table), (View(1, 100),))
     assert (best.plan.policy, best.plan.groups[0].chunk_tokens) == ("local", 4096)
     assert choose([best], 0.0).score.attainment == 0.96
+
+
+def test_long_sessions_lengthen_the_windows() -> None:
+    """Forty sessions of forty rounds have 1,600; of four rounds, fewer than a quick look has anyway."""
+    schedule = Schedule(Effort(), 0, 1.0, 1600.0, 0.0)
+    assert schedule.quick()[0].rounds == 1600 and schedule.last()[0].rounds == 2400
+    assert schedule.refinement_rounds == pytest.approx(40_000 * 1600 / 600)
+    short = Schedule(Effort(), 0, 1.0, 160.0, 0.0)
+    assert short.quick()[0].rounds == 600 and short.last()[0].rounds == 1800
+    assert Schedule(Effort(), 0, 1.0, 1e6, 0.0).quick()[0].rounds == 1800

@@ -25,6 +25,9 @@ class Effort(NamedTuple):
 FEW_LIVE = 300
 """Live sessions up to which rounds are as `Effort` says; beyond, they grow as the root of their number, but
 for the first rung and quick looks: their windows would cost more than they tell."""
+MANY_SESSIONS = 40
+"""As many sessions' rounds has a quick look, and half as many more a window of the last rung, since windows
+differ by whose rounds they have; at most three times what `Effort` says."""
 DROWNING_TARGETS = 30
 """TTFT targets that a window of the last rung lasts: the queue of a fleet that is 3 % too small has grown by
 one by then."""
@@ -45,6 +48,8 @@ class Schedule(NamedTuple):
     seed: int
     stretch: float
     """Times the rounds that `effort` says."""
+    many_rounds: float
+    """Of `MANY_SESSIONS`."""
     lasting_rounds: float
     """Sent while a fleet drowns that is a little too small."""
 
@@ -52,25 +57,31 @@ class Schedule(NamedTuple):
     def of(cls, effort: Effort, seed: int, workload: Workload, ttft_s: float) -> Schedule:
         """`ttft_s`: the target."""
         stretch = max(1.0, sqrt(workload.live_sessions / FEW_LIVE))
-        return cls(effort, seed, stretch, workload.rounds_per_s * DROWNING_TARGETS * ttft_s)
+        many = MANY_SESSIONS * workload.rounds_per_s / workload.rate_per_s
+        return cls(effort, seed, stretch, many, workload.rounds_per_s * DROWNING_TARGETS * ttft_s)
 
     def rung(self, number: int) -> tuple[View, ...]:
         _, rounds, windows = self.effort.rungs[number]
         return views_at(self.seed, number, round(rounds * self.stretch) if number else rounds, windows)
 
     def quick(self, rate_factor: float = 1.0) -> tuple[View, ...]:
-        return views_at(self.seed, QUICK, self.effort.quick_rounds, 1, rate_factor)
+        return views_at(self.seed, QUICK, round(self.effort.quick_rounds * self._varied), 1, rate_factor)
 
     def last(self) -> tuple[View, ...]:
         """Long enough to see a fleet drown, up to three times as long as usual: then fewer, at least two."""
         _, rounds, windows = self.effort.last
-        usual = round(rounds * self.stretch)
+        usual = round(max(rounds * self.stretch, min(3 * rounds, 1.5 * self.many_rounds)))
         longer = max(usual, min(3 * usual, round(self.lasting_rounds)))
         return views_at(self.seed, LAST, longer, max(min(2, windows), round(windows * usual / longer)))
 
     @property
     def refinement_rounds(self) -> float:
-        return self.effort.refinement_rounds * self.stretch
+        return self.effort.refinement_rounds * self.stretch * self._varied
+
+    @property
+    def _varied(self) -> float:
+        """Times the rounds of quick looks."""
+        return min(3.0, max(1.0, self.many_rounds / self.effort.quick_rounds))
 
 
 def views_at(seed: int, place: int, rounds: int, windows: int, rate_factor: float = 1.0) -> tuple[View, ...]:
