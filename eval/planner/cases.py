@@ -1,14 +1,15 @@
 """`--cases`: where co-location is said to win over disaggregation, tried with the user's load.
 
 Each case changes one thing of the ask. Both forms are searched alike, each alone and with little effort: at
-some price levels the plans that the screen puts first, then one step around what leads, then the last windows
-of a search, by which nothing was chosen before. The best of the one stands against the best of the other.
-What is within two standard errors is called equal; then the cheaper wins.
+each of some price levels the plans that the screen puts first, then one step around what leads, then the last
+windows of a search, by which nothing was chosen before. The best of the one stands against the best of the
+other. What is within two standard errors is called equal; then the cheaper wins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from math import sqrt
 from time import perf_counter
 from typing import NamedTuple
@@ -30,11 +31,13 @@ from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(((20, 400, 1),), (6, 1000, 2), 300, 2, 6_000)
+EFFORT = Effort(((24, 400, 1),), (6, 1000, 2), 300, 2, 6_000)
 """For one form: some ten seconds on two cores. Its one rung has what `LEVELS` say."""
-LEVELS = 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0
-"""Of the dearest plan's price."""
+LEVELS = 0.05, 0.075, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.0
+"""Of the dearest plan's price. Between two of them plans cost at most a third more than others."""
 OF_LEVEL = 2
+FAR = 0.1
+"""Plans that attain so much less than the best dear one are given up."""
 SINGLE_NODE = 8
 SHORTER = 8
 RARER = 5
@@ -44,7 +47,6 @@ LEAST = 0.01
 """Where both attain less, nothing is won."""
 ERRORS = 2.0
 """Standard errors that a difference must pass to count."""
-
 
 CHEAPER = 0.1
 """Share of the price by which a form wins: nearer than that, a size that was not tried may be cheaper."""
@@ -160,7 +162,7 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
         return None
     schedule = Schedule.of(effort, ask.seed, pool.workload, ask.slo.ttft_s)
     views = schedule.rung(0)
-    rated = _rated(_at_levels(plans, Screen(pool.workload, ask.slo, types)), pool, views)
+    rated = _rated(_at_levels(plans, Screen(pool.workload, ask.slo, types)), pool, views, FAR)
     near = Refinement(ask, types, pool, schedule, rated, views).run((lambda plan: True,)).leaders
     leader = choose(rated, ask.tolerance)
     good = leader.score.attainment - ask.tolerance
@@ -171,18 +173,25 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
 
 
 def _at_levels(plans: Sequence[Plan], screen: Screen) -> tuple[Plan, ...]:
-    """The most promising that cost no more than each share of the dearest; dear ones first."""
+    """The most promising between each two levels of price; dear ones first."""
     ordered = sorted(plans, key=lambda plan: (-screen.estimate(plan), plan.price_per_hour))
     dearest = max(plan.price_per_hour for plan in plans)
-    chosen: dict[Plan, None] = {}
-    for level in reversed(LEVELS):
-        within = [plan for plan in ordered if plan.price_per_hour <= level * dearest]
-        chosen.update(dict.fromkeys(within[:OF_LEVEL]))
+    chosen: list[Plan] = []
+    for above, level in reversed(list(pairwise((0.0, *LEVELS)))):
+        between = (plan for plan in ordered if above * dearest < plan.price_per_hour <= level * dearest)
+        chosen += islice(between, OF_LEVEL)
     return tuple(chosen)
 
 
-def _rated(plans: Sequence[Plan], pool: ScorePool, views: Sequence[View]) -> list[Rated]:
-    return [Rated(plan, score) for plan, score in zip(plans, pool.score(plans, views), strict=True)]
+def _rated(
+    plans: Sequence[Plan], pool: ScorePool, views: Sequence[View], far: float | None = None
+) -> list[Rated]:
+    """In order. `far`: how far behind the best of the first few a plan is given up; None = none is."""
+    few = len(plans) if far is None else 4
+    scores = pool.score(plans[:few], views)
+    least = max(score.attainment for score in scores) - (far or 0.0)
+    scores += pool.score(plans[few:], views, max(0.0, least))
+    return [Rated(plan, score) for plan, score in zip(plans, scores, strict=True)]
 
 
 def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> tuple[str, str]:
