@@ -13,7 +13,7 @@ from antiphon.eval.planner.engine_types import (
     attainable,
     engine_types,
     gpu_budget,
-    longest_round,
+    typical,
 )
 from antiphon.eval.planner.plans import EngineType
 from antiphon.eval.planner.prices import GpuPrice
@@ -132,9 +132,15 @@ ROUNDS = (
 WORKLOAD = Workload.of([SessionTrace("s", ROUNDS)], 1.0, FAST_PREFILL.latency)
 
 
+def test_the_typical_engine_does_not_depend_on_the_order() -> None:
+    """It decides who is under way: `--gpus a,b` and `--gpus b,a` are one ask."""
+    types = [replace(FAST_PREFILL, gpu=gpu, tp=tp) for gpu in ("h100", "a100") for tp in (1, 4, 8)]
+    assert typical(types).name == typical(types[::-1]).name == "4xa100"
+    assert typical(types[:1]) is types[0]
+
+
 def test_what_an_unloaded_engine_reaches() -> None:
     """Each phase on the engine that is best at it."""
-    assert longest_round(WORKLOAD) == 1323
     unloaded = attainable((FAST_PREFILL, FAST_DECODE), WORKLOAD, Slo(0.5, 0.02))
     assert unloaded.share == unloaded.ttft_share == pytest.approx(2 / 3)
     assert unloaded.itl_share == 1.0

@@ -21,7 +21,7 @@ from antiphon.eval.known_models import KnownModel
 from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated, choose
 from antiphon.eval.planner.candidates import candidates, check_number
 from antiphon.eval.planner.effort import Effort, Schedule
-from antiphon.eval.planner.engine_types import attainable, engine_types
+from antiphon.eval.planner.engine_types import attainable, engine_types, typical
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.prices import GpuPrice
@@ -139,8 +139,8 @@ def tried(variant: Variant, effort: Effort) -> Case:
         longest = max((t.total_tokens for session in sessions for t in session.rounds), default=0)
         types = engine_types(ask, variant.model, variant.prices, longest).types
         check_number(ask, types)
-        idle = next((each for each in types if each.tp == 4), types[0]).latency
-        workload = Workload.of(sessions, ask.session_rate_per_s, idle)
+        idle = typical(types).latency
+        workload = Workload.of(sessions, ask.session_rate_per_s, idle, ask.slo)
         attainable(types, workload, ask.slo)
         with ScorePool(workload, ask.slo, ask.window_tokens, ask.jobs) as pool:
             together, apart = (

@@ -12,9 +12,9 @@ from antiphon.eval.planner.workload import Workload
 class Effort(NamedTuple):
     """What is simulated at most. A rung: (plans, rounds of a window, windows)."""
 
-    rungs: tuple[tuple[int, int, int], ...] = ((40, 400, 1), (15, 900, 1), (7, 1400, 2))
-    last: tuple[int, int, int] = (5, 1800, 3)
-    quick_rounds: int = 600
+    rungs: tuple[tuple[int, int, int], ...] = ((40, 300, 1), (15, 700, 1), (7, 1000, 2))
+    last: tuple[int, int, int] = (5, 1500, 3)
+    quick_rounds: int = 500
     """Of the one window by which variations of a leader are looked at first."""
     shortlist: int = 3
     """Of a leader's variations: so many are simulated as long as the leader was."""
@@ -28,9 +28,8 @@ for the first rung and quick looks: their windows would cost more than they tell
 MANY_SESSIONS = 40
 """As many sessions' rounds has a quick look, and half as many more a window of the last rung, since windows
 differ by whose rounds they have; at most three times what `Effort` says."""
-DROWNING_TARGETS = 30
-"""TTFT targets that a window of the last rung lasts: the queue of a fleet that is 3 % too small has grown by
-one by then."""
+DROWNING_TARGETS = 10
+"""TTFT targets that a window of the last rung lasts, after a warm-up that lasts as long."""
 STRESS = 1.15
 """Times the rate at which settings are looked at: short windows are kind, and at the rate that was asked for
 a fleet that does well does as well with any of them."""

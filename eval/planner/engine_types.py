@@ -72,7 +72,7 @@ def engine_types(
     ask: Ask, model: KnownModel, prices: Mapping[str, GpuPrice], longest_tokens: int | None = None
 ) -> Menu:
     """All engines of the ask's GPUs and degrees. `longest_tokens`: prompt and output of the longest round of
-    the workload (`longest_round`); None = the ask's window.
+    the workload; None = the ask's window.
 
     Raises `Infeasible` when there is none, `PlanError` for a GPU that is unknown or has no price.
     """
@@ -93,9 +93,9 @@ def engine_types(
     return Menu(tuple(types), tuple(left_out))
 
 
-def longest_round(workload: Workload) -> int:
-    """Tokens of prompt and output."""
-    return max(turn.total_tokens for family in workload.families for t in family for turn in t.session.rounds)
+def typical(types: Sequence[EngineType]) -> EngineType:
+    """By which it is told how long rounds last where nothing waits; the same in whatever order they come."""
+    return min(types, key=lambda each: (abs(each.tp - 4), each.name))
 
 
 def attainable(types: Sequence[EngineType], workload: Workload, slo: Slo) -> Unloaded:

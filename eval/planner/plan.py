@@ -22,7 +22,7 @@ from antiphon.eval.planner.ask import Ask, Found, PlanError, Rated, Solved
 from antiphon.eval.planner.candidates import check_number
 from antiphon.eval.planner.cases import Case, cases
 from antiphon.eval.planner.effort import Effort
-from antiphon.eval.planner.engine_types import Menu, attainable, engine_types, gpu_budget
+from antiphon.eval.planner.engine_types import Menu, attainable, engine_types, gpu_budget, typical
 from antiphon.eval.planner.explain import explain, left_out_lines
 from antiphon.eval.planner.plan_files import write_files
 from antiphon.eval.planner.plan_page import page
@@ -100,8 +100,8 @@ def make_plan(options: PlanOptions, on_progress: OnProgress) -> Planned:
     longest = max(turn.total_tokens for session in read.sessions for turn in session.rounds)
     menu = engine_types(ask, model, prices, longest)
     check_number(ask, menu.types)
-    idle = next((each for each in menu.types if each.tp == 4), menu.types[0]).latency
-    workload = Workload.of(read.sessions, ask.session_rate_per_s, idle)
+    idle = typical(menu.types).latency
+    workload = Workload.of(read.sessions, ask.session_rate_per_s, idle, ask.slo)
     _check_live(workload)
     unloaded = attainable(menu.types, workload, ask.slo)
     on_progress(

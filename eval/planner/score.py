@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from math import ceil, sqrt
+from statistics import stdev
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -46,6 +47,8 @@ class Score(Struct, frozen=True):
     """All that it cost to find out, warm-up included."""
     hopeless: bool = False
     """Given up: it attains less than was asked for (`score`), and nothing here is exact."""
+    by_window: tuple[float, ...] = ()
+    """Attainments, where it is of several windows."""
 
     @property
     def attainment(self) -> float:
@@ -53,9 +56,11 @@ class Score(Struct, frozen=True):
 
     @property
     def noise(self) -> float:
-        """Standard error of the attainment if rounds were independent; they are not quite."""
-        share = self.attainment
-        return sqrt(share * (1 - share) / max(1, self.rounds))
+        """Standard error of the attainment: that of independent rounds or, where it is larger, what the
+        spread between windows says. Rounds share sessions, and these their engines."""
+        share, windows = self.attainment, len(self.by_window)
+        independent = sqrt(share * (1 - share) / max(1, self.rounds))
+        return independent if windows < 2 else max(independent, stdev(self.by_window) / sqrt(windows))
 
 
 class _Enough(Exception):
@@ -211,4 +216,16 @@ def together(scores: Sequence[Score]) -> Score:
         sum(score.itl_p95 for score in scores) / len(scores),
         sum(score.simulated_rounds for score in scores),
         any(score.hopeless for score in scores),
+        tuple(score.attainment for score in scores) if len(scores) > 1 else (),
     )
+
+
+def difference_noise(one: Score, other: Score) -> float:
+    """Standard error of the difference of two attainments: from window to window where both have the same
+    windows, which both find equally hard; never below that of independent rounds."""
+    pairs = tuple(zip(one.by_window, other.by_window, strict=False))
+    if len(one.by_window) != len(other.by_window) or len(pairs) < 2:
+        return sqrt(one.noise**2 + other.noise**2)
+    spread = stdev(a - b for a, b in pairs) / sqrt(len(pairs))
+    shares = ((score.attainment, max(1, score.rounds)) for score in (one, other))
+    return max(spread, sqrt(sum(share * (1 - share) / rounds for share, rounds in shares)))

@@ -11,7 +11,7 @@ from antiphon.engines.cluster import Slo
 from antiphon.eval.known_models import KnownModel
 from antiphon.eval.planner.ask import Ask
 from antiphon.eval.planner.candidates import candidates
-from antiphon.eval.planner.engine_types import engine_types
+from antiphon.eval.planner.engine_types import engine_types, typical
 from antiphon.eval.planner.plans import EngineType
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.prices import read_prices
@@ -56,13 +56,13 @@ def question(
     )
     longest = max(turn.total_tokens for session in fitted for turn in session.rounds)
     types = engine_types(ask, model, read_prices(), longest).types
-    idle = next((each for each in types if each.tp == 4), types[0]).latency
+    idle = typical(types).latency
     one = Workload.of(fitted, 1.0, idle)
     full_rate = busy_rate(ask, types, one)
     for share in SHARES:
         rate = share * full_rate
         asked = replace(ask, session_rate_per_s=rate)
-        workload = Workload.of(fitted, rate, idle)
+        workload = Workload.of(fitted, rate, idle, SLO)
         screen = Screen(workload, ask.slo, types)
         first = sorted(candidates(asked, types), key=lambda plan: -screen.estimate(plan))[:6]
         with ScorePool(workload, ask.slo, ask.window_tokens, jobs) as pool:

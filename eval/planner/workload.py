@@ -2,7 +2,10 @@
 
 A trace that starts on an empty fleet is a ramp, not a load. So sessions arrive (Poisson, for as long before
 the window as any of them lasts), and those that are under way when the window opens enter it there: their
-history was computed before. Equal seeds give equal sessions to every plan.
+history was computed before. They are as many as in a fleet that is half-way to its targets (`OPENING`): a
+fleet that is too small drowns over many minutes, since slow rounds keep more sessions under way, which make
+rounds slower; from there it does so at once, and one that can do the load gets ahead in the warm-up. Equal
+seeds give equal sessions to every plan.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from antiphon.engines.cluster import Slo
 from antiphon.eval.load import with_cached
 from antiphon.policies.latency import LatencyModel
 from antiphon.scheduler.simulated_sessions import split_children
@@ -21,7 +25,10 @@ from antiphon.traces.schema import RoundTrace, SessionTrace, TraceError
 
 ENTRY_S = 1.0
 """Sessions under way bring their history in the first second, which costs nothing (`score.py`)."""
-WARM_UP_SHARE = 0.25
+OPENING = 0.5
+"""Share of its targets that a round takes, or what it takes where nothing waits, before the window opens."""
+WARM_UP_SHARE = 1.0
+"""Of the time that is measured."""
 LEAST_WARM_UP_S = 30.0
 """Or less, where all is shorter: twice as long as sessions last, or `ROUNDS_OF_WARM_UP` long rounds."""
 ROUNDS_OF_WARM_UP = 4
@@ -65,15 +72,24 @@ class Workload:
     families: tuple[Family, ...]
     rate_per_s: float
     """Families that arrive per second."""
+    opening: tuple[Family, ...]
+    """The same families, as slow as before a window opens."""
 
     @classmethod
-    def of(cls, sessions: Sequence[SessionTrace], rate_per_s: float, idle: LatencyModel) -> Workload:
-        """`idle`: an engine by which it is told how long rounds last. Raises `TraceError`."""
+    def of(
+        cls, sessions: Sequence[SessionTrace], rate_per_s: float, idle: LatencyModel, slo: Slo | None = None
+    ) -> Workload:
+        """`idle`: an engine by which it is told how long rounds last. `slo`: the targets by which it is told
+        who is under way when a window opens; None = nothing waits before either. Raises `TraceError`."""
         tops, children = split_children(sessions)
-        families = tuple(tuple(_timed(top, 0.0, children, idle)) for top in tops if top.rounds)
+
+        def timed(slow: Slo | None) -> tuple[Family, ...]:
+            return tuple(tuple(_timed(top, 0.0, children, idle, slow)) for top in tops if top.rounds)
+
+        families = timed(None)
         if not families:
             raise TraceError("no session arrives by itself: there is nothing to plan for")
-        return cls(families, rate_per_s)
+        return cls(families, rate_per_s, timed(slo))
 
     def rounds(self) -> Iterator[tuple[RoundTrace, int]]:
         """Every round of every session once, with the tokens of its prompt that were there before it."""
@@ -131,7 +147,7 @@ class Workload:
         children: dict[str, list[SessionTrace]] = {}
         live = 0
         for number, (arrived_s, family) in enumerate(self._arrivals(chance, until_s, rate_factor)):
-            for start_s, session in _within(family, arrived_s, until_s, f"~{number}"):
+            for start_s, session in _within(*family, arrived_s, until_s, f"~{number}"):
                 if session.parent is not None:
                     children.setdefault(session.parent, []).append(session)
                 else:
@@ -140,54 +156,72 @@ class Workload:
         starts.sort(key=lambda start: start[0])
         return Window(tuple(starts), children, from_s, until_s, live)
 
-    def _arrivals(self, chance: Random, until_s: float, rate_factor: float) -> Iterator[tuple[float, Family]]:
+    def _arrivals(
+        self, chance: Random, until_s: float, rate_factor: float
+    ) -> Iterator[tuple[float, tuple[Family, Family]]]:
         """Poisson from the longest family before the window on; every family once before any again."""
-        longest_s = max(timed.ended_s[-1] for family in self.families for timed in family)
+        longest_s = max(timed.ended_s[-1] for family in self.opening for timed in family)
         now_s = ENTRY_S - longest_s
-        deck: list[Family] = []
+        deck: list[tuple[Family, Family]] = []
         while True:
             now_s += chance.expovariate(self.rate_per_s * rate_factor)
             if now_s > until_s:
                 return
             if not deck:
-                deck = list(self.families)
+                deck = list(zip(self.families, self.opening, strict=True))
                 chance.shuffle(deck)
             yield now_s, deck.pop()
 
 
 def _timed(
-    session: SessionTrace, start_s: float, children: dict[str, list[SessionTrace]], idle: LatencyModel
+    session: SessionTrace,
+    start_s: float,
+    children: dict[str, list[SessionTrace]],
+    idle: LatencyModel,
+    slow: Slo | None,
 ) -> Iterator[Timed]:
+    """`slow`: each round takes `OPENING` of these targets, if that is longer."""
     sent_s: list[float] = []
     ended_s: list[float] = []
     now_s = start_s
     for index, (turn, cached) in enumerate(with_cached(session)):
         now_s += turn.gap_s if index else 0.0
         sent_s.append(now_s)
-        now_s += idle.prefill_s(turn.prompt_tokens - cached, cached)
-        now_s += (turn.output_tokens - 1) * idle.decode_step_s(1, turn.total_tokens)
+        steps = turn.output_tokens - 1
+        alone_s = idle.prefill_s(turn.prompt_tokens - cached, cached)
+        alone_s += steps * idle.decode_step_s(1, turn.total_tokens)
+        slow_s = OPENING * (slow.ttft_s + steps * slow.itl_s) if slow is not None else 0.0
+        now_s += max(alone_s, slow_s)
         ended_s.append(now_s)
     yield Timed(session, tuple(sent_s), tuple(ended_s))
     for child in children.get(session.session_id, ()):
         if child.rounds and child.after_round <= len(ended_s):
             begin_s = ended_s[child.after_round - 1] if child.after_round else start_s
-            yield from _timed(child, begin_s, children, idle)
+            yield from _timed(child, begin_s, children, idle, slow)
 
 
 def _within(
-    family: Family, arrived_s: float, until_s: float, ending: str
+    family: Family, opening: Family, arrived_s: float, until_s: float, ending: str
 ) -> Iterator[tuple[float, SessionTrace]]:
     """What of a family lies between the window's ends: (start, session) of each of its sessions.
 
-    A sub-agent whose parent's round was before the window starts by itself.
+    Before it, time passes as in `opening`; within it, for what is sent at most, as if nothing waited. A
+    sub-agent whose parent's round was before the window starts by itself.
     """
     offsets: dict[str, tuple[int, bool]] = {}
     """Session within the window -> its rounds before it, and whether it enters under way."""
-    for session, sent_s, _ in family:
-        times_s = [arrived_s + at_s for at_s in sent_s]
-        first = sum(at_s < ENTRY_S for at_s in times_s)
-        last = sum(at_s <= until_s for at_s in times_s)
-        under_way = 0 < first < len(times_s)
+    shifts_s: dict[str | None, float] = {}
+    for (session, sent_s, _), (_, before_s, _) in zip(family, opening, strict=True):
+        first = sum(arrived_s + at_s < ENTRY_S for at_s in before_s)
+        if first == len(sent_s):
+            continue
+        shift_s = arrived_s + before_s[first] - sent_s[first]
+        if not first:
+            shift_s = shifts_s.get(session.parent, shift_s)
+        shifts_s[session.session_id] = shift_s
+        times_s = [at_s + shift_s for at_s in sent_s]
+        last = first + sum(at_s <= until_s for at_s in times_s[first:])
+        under_way = first > 0
         if first >= last and not under_way:
             continue
         rounds, shared = session.rounds[first:last], session.shared_tokens
