@@ -29,7 +29,8 @@ def row(name: str, attained: int, price: float) -> Row:
 
 def case(*rows: Row) -> Case:
     timed = Timed(8, 50.0, 12.0, 0.5, 200_000)
-    return Case("agents", {"h200": 8}, SLO, 0.005, 0.02, 1.5, 30.0, 0.4, 50, 100, rows, timed)
+    long = Score(20_000, 19_000, 1000, 0, 0, 0.5, 0.5, 25_000)
+    return Case("agents", {"h200": 8}, SLO, 0.005, 0.02, 1.5, 30.0, 0.4, 50, 100, rows, timed, long)
 
 
 def results(*cases: Case) -> Results:
@@ -62,6 +63,7 @@ def test_the_page_says_what_was_missed() -> None:
     assert "Met in 1 of 2 cases, in 0 of them at a higher cost" in text and "cases are done" not in text
     assert "**1 of 3 cases are done**" in page(results(good))
     assert text.count("**missed**") == 1 and text.count("## agents on 8 x h200") == 3
+    assert "| agents | 8 x h200 | co-located the plan | 95.0% ± 0.7% | 20,000 | 95.0% |" in text
     assert "| equal split | co-located equal split | 2048, 4 | 80.0% | 80.0% |" in text
 
 

@@ -52,6 +52,7 @@ class Scale(msgspec.Struct, frozen=True):
     rounds: int = 1500
     """Of each window by which results are compared; those of the search's last ones where they are more."""
     windows: int = 3
+    long_rounds: int = 20_000
     jobs: int = 2
 
 
@@ -77,6 +78,7 @@ def run_case(name: str, asked: Question, scale: Scale, console: Console) -> Case
             brute = brute_force(ask, types, pool, long, told)
             plans = {**plans, "brute force": brute.plan}
         rows = compared(plans, asked, pool, max(scale.rounds, long), scale.windows)
+        (lasting,) = pool.score((found.best.plan,), (View(OTHER_SEEDS + 50, scale.long_rounds),))
     return Case(
         trace=name,
         budget=ask.budget,
@@ -90,6 +92,7 @@ def run_case(name: str, asked: Question, scale: Scale, console: Console) -> Case
         brute_plans=brute.plans if brute else 0,
         rows=rows,
         timed=Timed(sum(ask.budget.values()), plan_s, solved.curves_s, solved.solve_s, simulated),
+        long=lasting,
     )
 
 
@@ -184,9 +187,9 @@ def run(
 def read_case(written: bytes) -> Case:
     """As it was written: JSON has no infinity, so that a percentile that is infinite stands there as null."""
     plain = msgspec.json.decode(written)
-    for row in plain["rows"]:
-        for score in (row["asked"], row["more"]):
-            score |= {name: float("inf") for name in ("ttft_p95", "itl_p95") if score[name] is None}
+    scores = [score for row in plain["rows"] for score in (row["asked"], row["more"])]
+    for score in (*scores, plain["long"]):
+        score |= {name: float("inf") for name in ("ttft_p95", "itl_p95") if score[name] is None}
     return msgspec.convert(plain, Case)
 
 

@@ -56,6 +56,8 @@ class Case(Struct, frozen=True):
     brute_plans: int
     rows: tuple[Row, ...]
     timed: Timed
+    long: Score
+    """The plan in one window that is many times as long."""
 
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
@@ -112,7 +114,12 @@ def verdict(case: Case) -> Verdict | None:
 
 def page(results: Results) -> str:
     """Markdown."""
-    return "\n".join((*_head(results), *_overview(results), *_times(results), *_cases(results))) + "\n"
+    return (
+        "\n".join(
+            (*_head(results), *_overview(results), *_lasting(results), *_times(results), *_cases(results))
+        )
+        + "\n"
+    )
 
 
 def _head(results: Results) -> Iterator[str]:
@@ -131,8 +138,8 @@ def _head(results: Results) -> Iterator[str]:
         " in one window."
     )
     yield (
-        f"Every figure is of {results.windows} windows of {results.rounds:,} rounds (more where that is less"
-        " than a minute), the same for all plans of a case, with seeds that nobody chose by; `+20 %` are"
+        f"Every figure is of {results.windows} windows of {results.rounds:,} rounds or more after a warm-up of"
+        " as many, the same for all plans of a case, with seeds that nobody chose by; `+20 %` are"
         " other windows at 1.2 times the rate."
         f" Plans whose attainments differ by less than {results.tolerance:.1%} count as equal: the cheaper is"
         " chosen."
@@ -161,6 +168,26 @@ def _overview(results: Results) -> Iterator[str]:
         yield (
             f"| {case.trace} | {_gpus(case.budget)} | {ours.plan} | {_share(ours.asked)} | {best.plan} |"
             f" {_share(best.asked)} | {found.words()} | {found.outcome} |"
+        )
+    yield ""
+
+
+def _lasting(results: Results) -> Iterator[str]:
+    yield "## Does it last?"
+    yield ""
+    yield (
+        "The plan in one window that is much longer, and its standard error in the short ones: a fleet that is"
+        " a little too small does well for many minutes."
+    )
+    yield ""
+    yield "| trace | GPUs | the plan | attains | rounds | in one window it attains |"
+    yield "|---|---|---|---|---|---|"
+    for case in results.cases:
+        plan = case.row(PLAN)
+        assert plan is not None
+        yield (
+            f"| {case.trace} | {_gpus(case.budget)} | {plan.plan} | {_share(plan.asked)} ±"
+            f" {plan.asked.noise:.1%} | {case.long.rounds:,} | {_share(case.long)} |"
         )
     yield ""
 
