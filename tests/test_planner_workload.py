@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from antiphon.engines.cluster import Slo
 from antiphon.eval.planner.plans import EngineType, Group, Plan
-from antiphon.eval.planner.score import Score, score, together
+from antiphon.eval.planner.score import Score, difference_noise, score, together
 from antiphon.eval.planner.workload import ENTRY_S, Window, Workload
 from antiphon.eval.simulation_plan import check_parents
 from antiphon.policies.latency import DecodeCost, LatencyModel, PrefillCost, TransferCost, load_latency_model
@@ -180,6 +180,29 @@ def test_windows_add_up() -> None:
     both = together([one, two])
     assert (both.rounds, both.attained, both.refused, both.simulated_rounds) == (40, 24, 2, 52)
     assert both.attainment == 0.6 and both.ttft_p95 == pytest.approx(1.0)
+    assert both.by_window == (0.9, 0.5)
+
+
+def scored(*attained: int) -> Score:
+    return together([Score(1000, each, 1000 - each, 0, 0, 0.5, 0.5, 1000) for each in attained])
+
+
+def test_the_error_is_that_of_the_windows() -> None:
+    """1,000 independent rounds at 90 % have an error of 0.95 points, three thousand 0.55. Windows of 95, 90
+    and 85 % have a standard deviation of 5 points: 2.9 for their mean."""
+    assert scored(900, 900, 900).noise == pytest.approx(0.0055, abs=1e-4)
+    assert scored(950, 900, 850).noise == pytest.approx(0.05 / 3**0.5)
+    assert Score(1000, 900, 100, 0, 0, 0.5, 0.5, 1000).noise == pytest.approx(0.0095, abs=1e-4)
+
+
+def test_a_difference_is_surer_on_the_same_windows() -> None:
+    """Both find the third window hard: one is always 2 points ahead, within what independent rounds say."""
+    one, other = scored(950, 900, 850), scored(930, 880, 830)
+    independent = (0.9 * 0.1 / 3000 + 0.88 * 0.12 / 3000) ** 0.5
+    assert difference_noise(one, other) == pytest.approx(independent)
+    assert difference_noise(one, scored(830, 880, 930)) == pytest.approx(0.1 / 3**0.5)
+    alone = Score(1000, 880, 120, 0, 0, 0.5, 0.5, 1000)
+    assert difference_noise(one, alone) == pytest.approx((one.noise**2 + alone.noise**2) ** 0.5)
 
 
 SESSIONS = {profile: agents(profile) for profile in ("claude-code", "hotpotqa")}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
-from math import sqrt
 from time import perf_counter
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.prices import GpuPrice
 from antiphon.eval.planner.refinement import Refinement
+from antiphon.eval.planner.score import difference_noise
 from antiphon.eval.planner.screen import Screen
 from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
@@ -202,7 +202,7 @@ def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> t
     if max(colocated.score.attainment, other.score.attainment) < LEAST:
         return "neither", f"both attain less than {LEAST:.0%} of the rounds"
     gap = colocated.score.attainment - other.score.attainment
-    noise = ERRORS * sqrt(colocated.score.noise**2 + other.score.noise**2)
+    noise = ERRORS * difference_noise(colocated.score, other.score)
     if abs(gap) > max(tolerance, noise):
         return (
             "co-located" if gap > 0 else "disaggregated",
