@@ -22,14 +22,14 @@ class Effort(NamedTuple):
     """Simulated for the refinement; it ends at the step that passes them."""
 
 
-FEW_LIVE = 300
+FEW_LIVE = 500
 """Live sessions up to which rounds are as `Effort` says; beyond, they grow as the root of their number, but
 for the first rung and quick looks: their windows would cost more than they tell."""
 MANY_SESSIONS = 40
-"""As many sessions' rounds has a quick look, and half as many more a window of the last rung, since windows
-differ by whose rounds they have; at most three times what `Effort` says."""
+"""As many sessions' rounds has a quick look, and a quarter more a window of the last rung, since windows
+differ by whose rounds they have; at most twice and three times what `Effort` says."""
 DROWNING_TARGETS = 10
-"""TTFT targets that a window of the last rung lasts, after a warm-up that lasts as long."""
+"""TTFT targets that a window of the last rung lasts, after its warm-up."""
 STRESS = 1.15
 """Times the rate at which settings are looked at: short windows are kind, and at the rate that was asked for
 a fleet that does well does as well with any of them."""
@@ -69,7 +69,7 @@ class Schedule(NamedTuple):
     def last(self) -> tuple[View, ...]:
         """Long enough to see a fleet drown, up to three times as long as usual: then fewer, at least two."""
         _, rounds, windows = self.effort.last
-        usual = round(max(rounds * self.stretch, min(3 * rounds, 1.5 * self.many_rounds)))
+        usual = round(max(rounds * self.stretch, min(3 * rounds, 1.25 * self.many_rounds)))
         longer = max(usual, min(3 * usual, round(self.lasting_rounds)))
         return views_at(self.seed, LAST, longer, max(min(2, windows), round(windows * usual / longer)))
 
@@ -80,7 +80,7 @@ class Schedule(NamedTuple):
     @property
     def _varied(self) -> float:
         """Times the rounds of quick looks."""
-        return min(3.0, max(1.0, self.many_rounds / self.effort.quick_rounds))
+        return min(2.0, max(1.0, self.many_rounds / self.effort.quick_rounds))
 
 
 def views_at(seed: int, place: int, rounds: int, windows: int, rate_factor: float = 1.0) -> tuple[View, ...]:

@@ -27,7 +27,7 @@ ENTRY_S = 1.0
 """Sessions under way bring their history in the first second, which costs nothing (`score.py`)."""
 OPENING = 0.5
 """Share of its targets that a round takes, or what it takes where nothing waits, before the window opens."""
-WARM_UP_SHARE = 1.0
+WARM_UP_SHARE = 0.6
 """Of the time that is measured."""
 LEAST_WARM_UP_S = 30.0
 """Or less, where all is shorter: twice as long as sessions last, or `ROUNDS_OF_WARM_UP` long rounds."""
