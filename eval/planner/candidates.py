@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from antiphon.eval.planner.ask import Ask, PlanError
-from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group
+from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group, in_order
 
 MOST_PLANS = 200_000
 """That are screened: about a minute, and some hundred MB."""
@@ -37,8 +37,9 @@ def check_number(ask: Ask, types: Sequence[EngineType]) -> None:
 
 
 def candidates(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
-    """Every plan of the ask, equal splits first; each once."""
-    made = chain(equal_splits(ask, types), _colocated(ask, types), _disaggregated(ask, types))
+    """Every plan of the ask, equal splits first; each once. The order of the budget changes nothing."""
+    ordered = in_order(types)
+    made = chain(equal_splits(ask, ordered), _colocated(ask, ordered), _disaggregated(ask, ordered))
     return tuple(dict.fromkeys(made))
 
 
@@ -50,6 +51,7 @@ def equal_splits(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
     plans: list[Plan] = []
     if not ask.policies:
         return ()
+    types = in_order(types)
     for degree in dict.fromkeys(each.tp for each in types):
         pools: dict[PoolName, list[Group]] = {"prefill": [], "decode": []}
         for each in types:

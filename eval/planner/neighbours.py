@@ -8,15 +8,17 @@ from itertools import chain
 from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask
-from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group
+from antiphon.eval.planner.plans import EngineType, Group, Plan, PoolName, group, in_order
 
 POOLS: tuple[PoolName, ...] = ("prefill", "decode")
 
 
 def neighbours(plan: Plan, ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
-    """Plans one step away that are within the budget: an engine fewer, more, moved, of another type; another
-    degree for all. Pools of two types among them, which `candidates` has only where co-located."""
-    for changed in chain(_resized(plan, types), _other_degree(plan, types)):
+    """Plans one step away that are within the budget, each once: an engine fewer, more, moved, of another
+    type; another degree for all. Pools of two types too, which `candidates` has only where co-located."""
+    seen = {plan}
+    ordered = in_order(types)
+    for changed in chain(_resized(plan, ordered), _other_degree(plan, ordered)):
         merged = _merged(changed)
         if merged.pool("decode") and merged.fits(ask.budget) and _allowed(merged, ask):
             if merged.colocated != plan.colocated:
@@ -24,7 +26,8 @@ def neighbours(plan: Plan, ask: Ask, types: Sequence[EngineType]) -> Iterator[Pl
                 if not menu:
                     continue
                 merged = replace(merged, policy=menu[0])
-            if merged != plan:
+            if merged not in seen:
+                seen.add(merged)
                 yield merged
 
 
@@ -77,16 +80,12 @@ def _other_degree(plan: Plan, types: Sequence[EngineType]) -> Iterator[Plan]:
 
 
 def _merged(plan: Plan) -> Plan:
-    """Groups that are alike as one, prefill first, by type: equal fleets are equal plans."""
+    """Groups that are alike as one: equal fleets are equal plans."""
     counts: dict[Group, int] = {}
     for each in plan.groups:
         key = replace(each, count=1)
         counts[key] = counts.get(key, 0) + each.count
-    groups = sorted(
-        (replace(key, count=count) for key, count in counts.items()),
-        key=lambda g: (g.pool == "decode", g.type.gpu, g.type.tp, g.chunk_tokens, g.decode_interval),
-    )
-    return Plan(tuple(groups), plan.policy)
+    return Plan(tuple(replace(key, count=count) for key, count in counts.items()), plan.policy)
 
 
 def _allowed(plan: Plan, ask: Ask) -> bool:

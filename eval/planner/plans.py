@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
 from antiphon.engines.cluster import Cluster, EngineGroup, EngineSpec, Slo
 from antiphon.policies.latency import LatencyModel
@@ -69,11 +69,25 @@ def group(pool: PoolName, each: EngineType, count: int) -> Group:
     return Group(pool, each, count, *FIRST_CK[pool])
 
 
+def in_order(types: Iterable[EngineType]) -> list[EngineType]:
+    """The dearer GPU first, then by degree: whatever the order in which a budget names them."""
+    return sorted(types, key=_rank)
+
+
+def _rank(each: EngineType) -> tuple[float, str, int]:
+    return -each.price_per_gpu_hour, each.gpu, each.tp
+
+
 class Plan(Struct, frozen=True):
-    """A fleet and the policy that runs it. Equal plans are equal values."""
+    """A fleet and the policy that runs it. Equal plans are equal values, however their groups came."""
 
     groups: tuple[Group, ...]
+    """Prefill first, each pool in the order of its types."""
     policy: str = "adaptive"
+
+    def __post_init__(self) -> None:
+        if len(self.groups) > 1:
+            force_setattr(self, "groups", tuple(sorted(self.groups, key=_group_rank)))
 
     @property
     def colocated(self) -> bool:
@@ -154,3 +168,9 @@ class Plan(Struct, frozen=True):
             decode_interval=group.decode_interval,
             price_per_gpu_hour=group.type.price_per_gpu_hour,
         )
+
+
+def _group_rank(group: Group) -> tuple[bool, tuple[float, str, int], int, int, int]:
+    return (
+        group.pool == "decode", _rank(group.type), group.chunk_tokens, group.decode_interval, group.count
+    )  # fmt: skip
