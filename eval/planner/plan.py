@@ -33,7 +33,7 @@ from antiphon.eval.planner.prices import GpuPrice, read_prices
 from antiphon.eval.planner.read_sessions import read_sessions
 from antiphon.eval.planner.score import rounds_of
 from antiphon.eval.planner.search import last_views, search
-from antiphon.eval.planner.solve import solve
+from antiphon.eval.planner.solve import rounded_down, solve
 from antiphon.eval.planner.workload import Workload
 from antiphon.eval.report_style import require_matplotlib
 from antiphon.policies.registry import make_policy
@@ -102,7 +102,7 @@ def make_plan(options: PlanOptions, on_progress: OnProgress) -> Planned:
     check_number(ask, menu.types)
     idle = typical(menu.types).latency
     workload = Workload.of(read.sessions, ask.session_rate_per_s, idle, ask.slo)
-    _check_live(workload)
+    check_live(workload)
     unloaded = attainable(menu.types, workload, ask.slo)
     on_progress(
         f"{read.described}: {workload.rounds_per_s:.3g} rounds per second,"
@@ -137,13 +137,15 @@ def make_plan(options: PlanOptions, on_progress: OnProgress) -> Planned:
     return planned
 
 
-def _check_live(workload: Workload) -> None:
+def check_live(workload: Workload) -> None:
+    """Raises `PlanError` where more is under way than can be simulated, naming a rate that can."""
     live = workload.live_sessions
     if live > MOST_LIVE:
+        most = rounded_down(workload.rate_per_s * MOST_LIVE / live)
         raise PlanError(
             f"--session-rate {workload.rate_per_s:g} has {live:.0f} sessions under way at any time, more than"
-            f" {MOST_LIVE}: plan a part of the load, at most {workload.rate_per_s * MOST_LIVE / live:.3g}"
-            " sessions per second, on its share of the GPUs"
+            f" {MOST_LIVE}: plan a part of the load, at most {most} sessions per second, on its share of the"
+            " GPUs"
         )
 
 

@@ -8,16 +8,18 @@ its target).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from decimal import ROUND_DOWN, Context
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask, Infeasible, Solved
 from antiphon.eval.planner.curves import make_curves
 from antiphon.eval.planner.engine_types import gpu_budget
 from antiphon.eval.planner.milp import (
     SLACK,
-    TIME_LIMIT_S,
     Choice,
     Form,
     cheapest,
@@ -39,58 +41,12 @@ MOST_FLEETS = 64
 """Times the budget that is tried before it is said that no number of GPUs helps."""
 
 
-class Timing(NamedTuple):
-    """Of one budget."""
-
-    gpus: int
-    columns: int
-    """Binaries z."""
-    eq5_s: float
-    completed_s: float
-    gap: float
-
-
 def solve(
-    ask: Ask,
-    types: Sequence[EngineType],
-    workload: Workload,
-    *,
-    executor: Executor | None = None,
-    curves: Curves | None = None,
-    margin: float = 0.0,
-    time_limit_s: float = TIME_LIMIT_S,
+    ask: Ask, types: Sequence[EngineType], workload: Workload, executor: Executor | None = None
 ) -> Solved:
-    """`curves`: made before, for these types and this workload. `margin`: how far below its target every P95
-    must be, as a share, for a plan to count as within the targets.
-
-    Raises `Infeasible` where the KV of the sessions fits in no way, `PlanError` where there is no solver.
-    """
+    """Raises `Infeasible` where the KV of the sessions fits in no way, `PlanError` without a solver."""
     began_s = time.perf_counter()
-    if curves is None:
-        curves = curves_for(ask, types, workload, executor)
-    made_s = time.perf_counter()
-    asked = _Asked(ask, types, curves, workload, 1 - margin, time_limit_s)
-    form = asked.form()
-    alone, best = eq5(form), completed(form, asked.within_z)
-    if best is None:
-        raise asked.infeasible()
-    return Solved(
-        eq5=None if alone is None else plan_of(alone, ask),
-        eq5_z=float("inf") if alone is None else alone.z,
-        plan=plan_of(best, ask),
-        plan_z=best.z,
-        binding=asked.binding(best),
-        curves_s=made_s - began_s,
-        solve_s=time.perf_counter() - made_s,
-        gap=max(best.gap, 0.0 if alone is None else alone.gap),
-    )
-
-
-def curves_for(
-    ask: Ask, types: Iterable[EngineType], workload: Workload, executor: Executor | None = None
-) -> Curves:
-    """The tables of tau that an ask needs."""
-    return make_curves(
+    curves = make_curves(
         types,
         workload,
         ask.slo,
@@ -100,30 +56,28 @@ def curves_for(
         jobs=ask.jobs,
         executor=executor,
     )
+    curves_s = time.perf_counter() - began_s
+    return replace(solve_by(curves, ask, types, workload), curves_s=curves_s)
 
 
-def timings(
-    ask: Ask,
-    types: Sequence[EngineType],
-    curves: Curves,
-    workload: Workload,
-    budgets: Iterable[Mapping[str, int]],
-) -> list[Timing]:
-    """How long the solver takes, by budget, the tables being there; the load grows with the budget."""
-    asked_gpus = sum(gpu_budget(ask).values())
-    found: list[Timing] = []
-    for budget in budgets:
-        gpus = sum(budget.values())
-        rate_per_s = workload.rate_per_s * gpus / asked_gpus
-        form = Form(columns_of(types, curves, rate_per_s, budget), budget, ask.mixed_tensor_parallel)
-        began_s = time.perf_counter()
-        alone = eq5(form)
-        between_s = time.perf_counter()
-        best = completed(form)
-        ended_s = time.perf_counter()
-        gap = max(choice.gap for choice in (alone, best) if choice) if alone or best else 0.0
-        found.append(Timing(gpus, len(form.columns), between_s - began_s, ended_s - between_s, gap))
-    return found
+def solve_by(curves: Curves, ask: Ask, types: Sequence[EngineType], workload: Workload) -> Solved:
+    """With the tables of tau there already, of these types and this workload; raises what `solve` does."""
+    began_s = time.perf_counter()
+    asked = _Asked(ask, types, curves, workload)
+    form = asked.form()
+    alone, best = eq5(form), completed(form)
+    if best is None:
+        raise asked.infeasible()
+    return Solved(
+        eq5=None if alone is None else plan_of(alone, ask),
+        eq5_z=float("inf") if alone is None else alone.z,
+        plan=plan_of(best, ask),
+        plan_z=best.z,
+        binding=asked.binding(best),
+        curves_s=0.0,
+        solve_s=time.perf_counter() - began_s,
+        gap=max(best.gap, 0.0 if alone is None else alone.gap),
+    )
 
 
 class _Asked(NamedTuple):
@@ -133,8 +87,6 @@ class _Asked(NamedTuple):
     types: Sequence[EngineType]
     curves: Curves
     workload: Workload
-    within_z: float
-    time_limit_s: float
 
     def form(
         self,
@@ -149,17 +101,16 @@ class _Asked(NamedTuple):
         budget = budget or gpu_budget(self.ask)
         rate_per_s = self.workload.rate_per_s * load
         columns = columns_of(self.types, self.curves, rate_per_s, budget, kv_factor=kv_factor, looser=looser)
-        mixed = mixed or self.ask.mixed_tensor_parallel
-        return Form(columns, budget, mixed, time_limit_s=self.time_limit_s)
+        return Form(columns, budget, mixed or self.ask.mixed_tensor_parallel)
 
     def binding(self, best: Choice) -> tuple[str, ...]:
         """In words, the largest gain first; at least one."""
-        within = best.z <= self.within_z * (1 + 2 * SLACK)
+        within = best.z <= 1 + 2 * SLACK
         for number, looser in enumerate(LOOSER, 1):
             gains: list[tuple[float, str]] = []
             for what, form in self._loosened(best, number, looser):
                 if within:
-                    found = cheapest(form, self.within_z)
+                    found = cheapest(form, 1.0)
                     before, after = best.price, best.price if found is None else found.price
                     told = f"{what}: USD {after:.2f} instead of {before:.2f} per hour"
                 else:
@@ -194,7 +145,7 @@ class _Asked(NamedTuple):
         for _ in range(10):
             middle = (low + high) / 2
             low, high = (middle, high) if self._runs(load=middle) else (low, middle)
-        ways = [] if not low else [f"{_down(self.workload.rate_per_s * low)} sessions per second"]
+        ways = [] if not low else [f"{rounded_down(self.workload.rate_per_s * low)} sessions per second"]
         budget = gpu_budget(self.ask)
         for times in range(2, MOST_FLEETS + 1):
             more = {gpu: count * times for gpu, count in budget.items()}
@@ -205,14 +156,15 @@ class _Asked(NamedTuple):
         return Infeasible(
             f"{sessions:.0f} sessions are under way at any time, and their KV, {tokens / 1e6:.2f} million "
             "tokens, fits no fleet of this budget",
-            ", or ".join(ways) or "a budget of more kinds of GPUs",
+            f"{', or '.join(ways)}: the KV would fit, which says nothing of the targets"
+            if ways
+            else "a budget of more kinds of GPUs",
         )
 
     def _runs(self, budget: Mapping[str, int] | None = None, load: float = 1.0) -> bool:
         return cheapest(self.form(budget, load=load), float("inf")) is not None
 
 
-def _down(rate: float) -> str:
-    """Three digits, none of them rounded up."""
-    text = f"{rate:.3g}"
-    return text if float(text) <= rate else f"{rate * 0.99:.3g}"
+def rounded_down(rate: float) -> str:
+    """Three digits: a bound that is told can be asked for."""
+    return f"{float(Context(prec=3, rounding=ROUND_DOWN).create_decimal(repr(rate))):.3g}"
