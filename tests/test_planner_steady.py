@@ -55,7 +55,7 @@ def test_windows_show_the_steady_state(prefill: int, policy: str, slo: Slo) -> N
 
 def test_a_fleet_that_drowns_in_the_long_run_does_so_in_a_window() -> None:
     """swe-agent on one H200: at 0.17 sessions per second it does well for ever. At 0.26 it does so for
-    quarter of an hour; then more and more sessions are under way, and it never does again."""
+    some minutes; then more and more sessions are under way, and it never does again."""
     slo = Slo(2.0, 0.05)
     plan, sessions = Plan((group("decode", ALONE, 1),), "adaptive"), agents("swe-agent")
     for rate, low, high in ((0.17, 0.95, 1.0), (0.26, 0.0, 0.5)):

@@ -139,8 +139,8 @@ def _head(results: Results) -> Iterator[str]:
     )
     yield (
         f"Every figure is of {results.windows} windows of {results.rounds:,} rounds or more after a"
-        " warm-up of six tenths, the same for all plans of a case, with seeds that nobody chose by; `+20 %` are"
-        " other windows at 1.2 times the rate."
+        " warm-up of six tenths, the same for all plans of a case, with seeds that nobody chose by; `+20 %`"
+        " are other windows at 1.2 times the rate."
         f" Plans whose attainments differ by less than {results.tolerance:.1%} count as equal: the cheaper is"
         " chosen."
     )
