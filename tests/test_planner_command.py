@@ -13,13 +13,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from antiphon.eval.cluster_toml import toml_line
-from antiphon.eval.planner.ask import Found, Rated, choose
+from antiphon.eval.planner.ask import Found, PlanError, Rated, choose
 from antiphon.eval.planner.effort import Effort
-from antiphon.eval.planner.plan import PlanOptions, make_plan
+from antiphon.eval.planner.plan import MOST_LIVE, PlanOptions, check_live, make_plan
 from antiphon.eval.planner.plan_table import lines
 from antiphon.eval.planner.planned import SCHEMA, Document, Planned, headline
 from antiphon.eval.planner.plans import EngineType, Group, Plan
+from antiphon.eval.planner.read_sessions import read_sessions
 from antiphon.eval.planner.score import Score
+from antiphon.eval.planner.workload import Workload
 from antiphon.policies.latency import load_latency_model
 from antiphon.scheduler.cli import app, main
 from antiphon.scheduler.config import load_config
@@ -135,6 +137,20 @@ def test_who_wins_and_by_how_much(first: Rated, second: Rated, expected: str) ->
     assert headline(found, 0.005) == expected
 
 
+@pytest.mark.parametrize("attained", [0, 310, 799, 800, 1000])
+def test_overload_is_said_first_of_all(attained: int) -> None:
+    best = rated(COLOCATED, attained)
+    said = headline(Found(best, best, None, None, None, None, None, (best,), (), 0.0), 0.005)
+    rest = f"do not disaggregate: {CO}: {attained / 10}% attained at USD 20.00 per hour"
+    if attained >= 800:
+        assert said == rest
+    else:
+        assert said == (
+            "no plan of this budget does this load within these targets, the best attains"
+            f" {attained / 10}%: ask for fewer sessions, more GPUs or looser targets; {rest}"
+        )
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -192,6 +208,20 @@ def test_bad_input_is_one_line(change: tuple[str, ...], message: str) -> None:
     status, said = run(*change)
     assert status == 1 and message in said
     assert "Traceback" not in said
+
+
+def test_the_rate_that_is_named_can_be_asked_for() -> None:
+    """It was rounded up before: 139 of 138.9 was refused again."""
+    sessions = read_sessions(PlanOptions("claude-code", "h100:8", "qwen3-32b", 1, 1, 1), 131_072).sessions
+    idle = load_latency_model("qwen3-32b-h100-tp4")
+    for rate in (1_000.0, 1_234.5, 77_777.0):
+        with pytest.raises(PlanError) as told:
+            check_live(Workload.of(sessions, rate, idle))
+        named = re.search(r"at most (\S+) sessions per second", str(told.value))
+        assert named is not None
+        workload = Workload.of(sessions, float(named[1]), idle)
+        check_live(workload)
+        assert 0.99 * MOST_LIVE < workload.live_sessions <= MOST_LIVE
 
 
 FULL = {"price_per_gpu_hour": 1.5, "gpus_per_node": 8, "nic_bytes_per_s": 5e10, "store_bytes_per_gpu": 10**10}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
+from math import hypot
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.lines import Line2D
 from msgspec.structs import replace
 
 from antiphon.engines.cluster import Slo
@@ -23,15 +26,16 @@ from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
 from antiphon.eval.planner.explain import explain, left_out_lines
 from antiphon.eval.planner.plan_page import page
-from antiphon.eval.planner.plan_plots import front_png, rated_plans
-from antiphon.eval.planner.planned import Planned, headline
+from antiphon.eval.planner.plan_plots import SIZE, aside, draw_front, front_png, rated_plans
+from antiphon.eval.planner.planned import Planned, document, headline, windows_of
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import read_prices
 from antiphon.eval.planner.score import Score, rounds_of
 from antiphon.eval.planner.search import last_views, search
-from antiphon.eval.planner.solve import solve
+from antiphon.eval.planner.solve import solve_by
 from antiphon.eval.planner.workload import Workload
+from antiphon.eval.report_style import drawing
 from antiphon.policies.latency import load_latency_model
 from tests.test_planner_workload import SESSIONS, WINDOW_TOKENS
 
@@ -60,7 +64,7 @@ def world() -> Iterator[World]:
     workload = Workload.of(sessions, ASK.session_rate_per_s, menu.types[0].latency)
     with ScorePool(workload, ASK.slo, ASK.window_tokens, 1) as pool:
         curves = make_curves(menu.types, workload, ASK.slo, ASK.window_tokens, rounds=60, seeds=(0,), jobs=1)
-        solved = solve(ASK, menu.types, workload, curves=curves)
+        solved = solve_by(curves, ASK, menu.types, workload)
         found = search(ASK, menu.types, workload, solved=solved, pool=pool, effort=SHORT)
         yield World(menu, workload, found, solved, pool)
 
@@ -118,6 +122,14 @@ def test_the_front_is_what_nothing_as_cheap_beats(values: list[tuple[int, int]])
     for one, other in pairwise(best):
         assert one.plan.price_per_hour < other.plan.price_per_hour
         assert one.score.attainment < other.score.attainment
+
+
+def test_what_was_given_up_is_not_on_the_front() -> None:
+    """Nobody knows what it attains: it may even look better than it is."""
+    cheap, dear = rated(1, 700), rated(2, 900)
+    given_up = replace(cheap, score=replace(cheap.score, hopeless=True))
+    assert front([dear, cheap]) == (cheap, dear)
+    assert front([dear, given_up]) == (dear,)
 
 
 def test_cheaper_plans_are_cheaper_and_new(world: World, planned: Planned) -> None:
@@ -250,6 +262,67 @@ def test_the_page_and_its_picture(planned: Planned) -> None:
     for line in planned.explanation[:1]:
         assert line in html
     assert page(replace(planned, cases=(), explanation=(), cheaper=())).count("<section") == 4
+
+
+def costs(line: Line2D) -> list[float]:
+    """Where its marks stand."""
+    return [float(x) for x in np.asarray(line.get_xdata(), dtype=float)]
+
+
+def test_what_does_not_compare_is_marked(planned: Planned) -> None:
+    """Finalists have two windows, cheaper plans one of them; one plan is given up besides."""
+    poor = planned.found.rated[-1]
+    poor = replace(poor, score=replace(poor.score, hopeless=True))
+    one, two = len(planned.cheaper), len(planned.found.rated)
+    rest = (*planned.found.rated[:-1], poor)
+    found = replace(planned.found, rated=rest, equal_split=None, eq5=None, solved=None)
+    told = replace(planned, found=found, cases=())
+    assert poor.plan not in [rated.plan for _, rated in told.named()] and one
+    plans = document(told).plans
+    assert [(each.windows, each.given_up) for each in plans] == (
+        [(2, False)] * (two - 1) + [(2, True)] + [(1, False)] * one
+    )
+    table = page(told).partition("plans of the picture")[2].partition("</table>")[0]
+    assert table.count(">2<") == two - 1 and table.count(">2 *<") == 1 and table.count(">1 *<") == one
+    assert table.count("given up at ") == 1
+    assert "those with * on the first of them only" in page(told) and "Hollow points" in page(told)
+    assert "the same 2 windows. By these" in page(told) and "nothing was chosen by" not in page(told)
+    with drawing(4) as figure:
+        axis = figure.subplots()
+        draw_front(axis, told)
+        hollow = [costs(line) for line in axis.lines if line.get_markerfacecolor() == "white"]
+        assert sum(map(len, hollow)) == one + 1
+    alike = replace(planned, cheaper=())
+    assert all(windows_of(each) == 2 for each in rated_plans(alike))
+    assert " *<" not in page(alike) and "Hollow points" not in page(alike)
+
+
+def test_plans_at_the_same_place_are_both_seen(planned: Planned) -> None:
+    """The plan and the best of the other form cost and attain the same: two rings, and a point in each."""
+    together, apart = rated(2, 950), rated(1, 950, True)
+    found = Found(together, together, apart, None, None, None, None, (together, apart), (), 0.0)
+    with drawing(4) as figure:
+        axis = figure.subplots()
+        draw_front(axis, replace(planned, found=found, cheaper=()))
+        marks = [costs(line) for line in axis.lines if line.get_marker() not in ("None", "")]
+        places = [x for xs in marks for x in xs]
+        assert len(places) == 4 and len(set(places)) == 2
+        (one, _), (other, _) = axis.transData.transform([(x, 95.0) for x in sorted(set(places))])
+    assert (other - one) * 72 / figure.dpi > 2 * SIZE
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from((0.0, 3.0, 200.0)), st.sampled_from((0.0, 2.0)), st.floats(4, 15)),
+        max_size=6,
+    )
+)
+def test_no_mark_covers_another(marks: list[tuple[float, float, float]]) -> None:
+    shifts = aside(marks)
+    assert shifts[:1] in ([], [0.0])
+    places = [(x + shift, y, size) for (x, y, size), shift in zip(marks, shifts, strict=True)]
+    for (a, b, size), (x, y, other) in combinations(places, 2):
+        assert hypot(a - x, b - y) >= (size + other) / 2
 
 
 def test_the_answer_has_what_json_can_say(planned: Planned) -> None:

@@ -1,7 +1,7 @@
 """What lies around a plan: an engine more or fewer, other settings (`--explain`), cheaper fleets (the front).
 
-All of it is simulated on windows of the search's last rung, where the plan was chosen: only differences from
-the plan on the same windows are told.
+All of it is simulated on the first window of the search's last rung, where the plan was chosen. What lies
+around is told by differences from the plan on the same window; what is cheaper is marked as of one window.
 """
 
 from __future__ import annotations
@@ -120,9 +120,11 @@ def _as_set(plan: Plan, like: Plan) -> Plan:
 
 
 def front(rated: Sequence[Rated]) -> tuple[Rated, ...]:
-    """Those that nothing as cheap or cheaper attains more than, the cheapest first."""
+    """Those that nothing as cheap or cheaper attains more than, the cheapest first; of what was given up it
+    is not known."""
     kept: list[Rated] = []
-    for each in sorted(rated, key=lambda r: (r.plan.price_per_hour, -r.score.attainment)):
+    exact = (each for each in rated if not each.score.hopeless)
+    for each in sorted(exact, key=lambda r: (r.plan.price_per_hour, -r.score.attainment)):
         if not kept or each.score.attainment > kept[-1].score.attainment:
             kept.append(each)
     return tuple(kept)

@@ -98,7 +98,10 @@ def cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
     """Plan, attainment, both percentiles, price and cost in words: a row of any table of plans."""
     plan, score = rated.plan, rated.score
     yield plan.describe()
-    yield f"{score.attainment:.1%} ± {score.noise:.1%}"
+    if score.hopeless:
+        yield f"given up at {score.attainment:.0%}"
+    else:
+        yield f"{score.attainment:.1%} ± {score.noise:.1%}"
     for share in (score.ttft_p95, score.itl_p95):
         yield f"{share:.2f}" if isfinite(share) else "-"
     yield f"{plan.price_per_hour:.2f}"

@@ -18,6 +18,9 @@ from antiphon.eval.planner.plans import Group, Plan
 
 SCHEMA = "antiphon.plan/1"
 
+DOES_IT = 0.8
+"""Attainment below which it is said first of all that the budget does not do the load."""
+
 
 class Planned(Struct, frozen=True):
     """Everything that is told of a plan."""
@@ -62,13 +65,34 @@ class Planned(Struct, frozen=True):
         )
         return tuple((name, rated) for name, rated in named if rated is not None)
 
+    def comparable(self, rated: Rated) -> bool:
+        """With the choice: simulated to the end, and on the same windows."""
+        return not rated.score.hopeless and windows_of(rated) == windows_of(self.found.best)
+
+
+def windows_of(rated: Rated) -> int:
+    """On how many it was simulated."""
+    return len(rated.score.by_window) or 1
+
+
+def same_windows(best: Rated) -> str:
+    """Those of the choice, in words."""
+    number = windows_of(best)
+    return "one window" if number == 1 else f"the same {number} windows"
+
 
 def headline(found: Found, tolerance: float) -> str:
-    """The plan in one sentence; where co-location wins, that it does and by how much."""
+    """The plan in one line: first that the load is too much, if it is; where co-location wins, that it does
+    and by how much."""
     best, other = found.best, found.disaggregated if found.best.plan.colocated else found.colocated
     said = f"{best.plan.describe()}: {_does(best)}"
     if best.plan.colocated:
         said = f"do not disaggregate: {said}"
+    if best.score.attainment < DOES_IT:
+        said = (
+            "no plan of this budget does this load within these targets, the best attains"
+            f" {best.score.attainment:.1%}: ask for fewer sessions, more GPUs or looser targets; {said}"
+        )
     if other is None:
         return said
     kind = "disaggregated" if best.plan.colocated else "co-located"
@@ -120,9 +144,14 @@ class PlanDocument(Struct, frozen=True, forbid_unknown_fields=True):
     usd_per_1k_rounds: float
     attainment: float
     attainment_error: float
-    """Standard error, if rounds were independent."""
+    """Standard error: of independent rounds, or by the spread between windows where that is more."""
     rounds: int
     """That the attainment is a share of."""
+    windows: int
+    """On which it was simulated: all of `plans` on the same, but those that were looked for below the price
+    of the first, on one of them."""
+    given_up: bool
+    """It was certain to attain much less than the best: no figure of it is exact."""
     ttft_p95_of_target: float | None
     """None: so many had no first token."""
     itl_p95_of_target: float | None
@@ -218,6 +247,8 @@ def _plan(rated: Rated, rounds_per_s: float, names: tuple[str, ...] = ()) -> Pla
         attainment=score.attainment,
         attainment_error=score.noise,
         rounds=score.rounds,
+        windows=windows_of(rated),
+        given_up=score.hopeless,
         ttft_p95_of_target=_finite(score.ttft_p95),
         itl_p95_of_target=_finite(score.itl_p95),
         refused=score.refused,
