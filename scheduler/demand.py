@@ -90,7 +90,15 @@ class Counts(Struct, frozen=True, gc=False):
         sums = [getattr(self, name) + sign * getattr(other, name) for name in SUMS]
         return Counts(work, *sums)
 
+    def follow(self, earlier: Counts) -> bool:
+        """False if the one who counts began anew since then: what only grows has become less."""
+        if any(getattr(self, name) < getattr(earlier, name) for name in GROWING):
+            return False
+        return all(self.work.get(key, NOTHING)[0] >= work[0] for key, work in earlier.work.items())
 
+
+GROWING = "rounds", "new_tokens", "ended"
+"""Not what is expected of outputs: that is taken back when they turn out shorter."""
 SUMS = tuple(name for name in Counts.__struct_fields__ if name != "work")
 NOTHING = (0.0, 0.0, 0.0)
 

@@ -17,7 +17,11 @@ LEAST_WINDOW = 0.5
 
 
 class DemandWindow:
-    """Counts of every replica over the past window: work per second. Replicas may come and go."""
+    """Counts of every replica over the past window: work per second. Replicas may come and go.
+
+    A replica counts from the first of the window's looks that has it to the last: what it had counted before
+    is of another time, for it may have been away for hours. Of a new one at most one look's work is lost.
+    """
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
@@ -37,12 +41,18 @@ class DemandWindow:
         """What came in the window, and its seconds; 0 seconds while too little of it has been seen."""
         if not self._looks:
             return Counts(), 0.0
-        (began_s, before), (now, after) = self._looks[0], self._looks[-1]
+        began_s, now = self._looks[0][0], self._looks[-1][0]
         if now - began_s < LEAST_WINDOW * self._window_s:
             return Counts(), 0.0
-        total = Counts()
-        for replica, counts in after.items():  # of one that is gone nothing more comes
-            total = total.plus(counts.plus(before.get(replica, Counts()), -1.0))
+        first, last, total = dict[str, Counts](), dict[str, Counts](), Counts()
+        for _, looked in self._looks:
+            for replica, counts in looked.items():
+                if replica in last and not counts.follow(last[replica]):
+                    total = total.plus(last[replica].plus(first.pop(replica), -1.0))
+                first.setdefault(replica, counts)
+                last[replica] = counts
+        for replica, counts in last.items():
+            total = total.plus(counts.plus(first[replica], -1.0))
         return total, now - began_s
 
 

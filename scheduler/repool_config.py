@@ -48,9 +48,18 @@ class RepoolConfig:
         for name in ("margin", "floor", "cool_down_s", "expand", "shrink"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("sustain", "least_prefill", "least_decode"):
+        for name, why in (
+            ("sustain", "it is a number of looks"),
+            ("least_prefill", "a pool is never emptied"),
+            ("least_decode", "a pool is never emptied"),
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: a pool is never emptied")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: {why}")
+        if self.window_s < self.period_s:
+            raise ValueError(
+                f"window_s ({self.window_s}) must be at least period_s ({self.period_s}): "
+                "rates are of the work between two looks"
+            )
 
     @property
     def pool_rule(self) -> PoolRule:

@@ -129,6 +129,16 @@ def test_who_gives_an_engine_away_must_be_able_to_do_its_peak_without() -> None:
     assert flip is not None and math.isclose(flip.after.prefill, 0.8 / 3)
 
 
+def test_a_pool_that_a_crash_emptied_stays_empty() -> None:
+    """Rounds go on where they are prefilled and all work is counted there: 2.7 / 3 = 0.9, and 1.35 with one
+    less. The engine that died is waited for, as docs/operations.md says."""
+    for lone in Pool:
+        late = WindowRounds(2.0, 0.05, prefill_missed=0.3, decode_missed=0.3)
+        left = [engine(f"e{n}", lone.value, prefill_s=2.7, decode_s=2.7, queue_s=9.0) for n in range(3)]
+        assert balanced_flip(left, RULE, late) is None
+    assert arrow_flip([engine(f"p{n}", "prefill", queue_s=9.0) for n in range(3)], RULE, CALM) is None
+
+
 def test_arrows_rule_by_hand() -> None:
     """Floor 0.01 s, target 0.05 s: an ITL of 0.05 is a load of 1, one of 0.02 a quarter."""
     slow = [engine("p0", "prefill"), engine("p1", "prefill"), engine("d0", "decode", itl_s=0.05)]

@@ -99,6 +99,20 @@ def test_a_bad_configuration_says_what_is_wrong() -> None:
             RepoolConfig(**wrong)
 
 
+def test_a_refusal_says_why() -> None:
+    with pytest.raises(ValueError, match=r"^sustain must be at least 1, got 0: it is a number of looks$"):
+        RepoolConfig(sustain=0)
+    with pytest.raises(
+        ValueError, match=r"^least_decode must be at least 1, got 0: a pool is never emptied$"
+    ):
+        RepoolConfig(least_decode=0)
+    with pytest.raises(ValueError, match=r"^window_s \(9.0\) must be at least period_s \(10.0\)"):
+        RepoolConfig(window_s=9.0)
+    with pytest.raises(ValueError, match=r"^window_s \(120.0\) must be at least period_s \(121\)"):
+        RepoolConfig(period_s=121)
+    assert RepoolConfig(period_s=5.0, window_s=5.0).window_s == 5.0
+
+
 # ---------------------------------------------------------------- demand
 
 
@@ -157,9 +171,72 @@ def test_a_window_says_nothing_before_half_of_it_was_seen() -> None:
     assert window.total() == (Counts(), 0.0)
     window.add(60.0, {"a": Counts(rounds=11), "b": Counts(rounds=2)})
     total, seconds = window.total()
-    assert (total.rounds, seconds) == (6 + 2, 60.0)
-    window.add(90.0, {"b": Counts(rounds=3)})  # a is gone: what it did not tell is not made up
-    assert window.total()[0].rounds == 3
+    assert (total.rounds, seconds) == (6, 60.0)
+    window.add(90.0, {"b": Counts(rounds=3)})  # a is gone: what it told was done, more is not made up
+    assert window.total()[0].rounds == 6 + 1
+
+
+def test_a_replica_that_was_away_does_not_bring_the_work_of_its_life() -> None:
+    """b, which has run for hours, is not in the window's first look: it was stopped, or has not told yet."""
+    life = Counts({"prefill k": (36_000.0, 0.0, 0.0)}, rounds=36_000)
+    more = Counts({"prefill k": (36_004.0, 0.0, 0.0)}, rounds=36_002)
+    window = DemandWindow(100.0)
+    window.add(0.0, {"a": Counts(rounds=5)})
+    window.add(50.0, {"a": Counts(rounds=9), "b": life})
+    assert window.total()[0].rounds == 4
+    window.add(60.0, {"a": Counts(rounds=9), "b": more})
+    total, _ = window.total()
+    assert (total.rounds, total.work["prefill k"][0]) == (4 + 2, 4.0)
+    window.add(70.0, {"a": Counts(rounds=9)})
+    window.add(80.0, {"a": Counts(rounds=9), "b": Counts(more.work, rounds=36_050)})
+    assert window.total()[0].rounds == 4 + 50, "what it did while it was away is of this window"
+
+
+def test_a_replica_that_begins_anew_under_its_name_takes_no_work_back() -> None:
+    window = DemandWindow(100.0)
+    for now, rounds, prefill_s in (0.0, 900, 90.0), (50.0, 910, 95.0), (60.0, 3, 1.0), (90.0, 8, 2.5):
+        window.add(now, {"a": Counts({"prefill k": (prefill_s, 0.0, 0.0)}, rounds=rounds)})
+    total, seconds = window.total()
+    assert (total.rounds, seconds) == (10 + 5, 90.0)
+    assert math.isclose(total.work["prefill k"][0], 5.0 + 1.5)
+
+
+REPLICA_LOOK = st.tuples(st.integers(0, 9), st.booleans(), st.booleans())
+"""Rounds since the look before, whether it is seen now, whether it was started again since then."""
+
+
+@given(
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=3).flatmap(
+        lambda lives: st.tuples(
+            st.just(lives),
+            st.lists(st.tuples(*[REPLICA_LOOK] * len(lives), st.booleans()), min_size=1, max_size=30),
+        )
+    )
+)
+def test_a_window_tells_no_more_than_was_done_in_it(drawn: tuple[list[int], list[tuple[Any, ...]]]) -> None:
+    """Whoever comes, goes and begins anew under its name, and whenever the window is cleared; and all that
+    was done, where all were seen at every look."""
+    counted, looks = drawn
+    window, done = DemandWindow(50.0), list[tuple[int, bool]]()
+    for number, (*replicas, cleared) in enumerate(looks):
+        if cleared:
+            window.clear()
+            done.clear()
+        seen: dict[str, Counts] = {}
+        for index, (rounds, there, again) in enumerate(replicas):
+            counted[index] = rounds if again else counted[index] + rounds
+            if there:
+                seen[str(index)] = Counts(rounds=counted[index])
+        whole = all(there and not again for _, there, again in replicas)
+        done.append((sum(rounds for rounds, _, _ in replicas), whole))
+        window.add(10.0 * number, seen)
+        total, seconds = window.total()
+        if seconds:
+            assert seconds <= 50.0
+            within = done[-round(seconds / 10.0) :]
+            assert 0 <= total.rounds <= sum(rounds for rounds, _ in within)
+            if all(whole for _, whole in done[-len(within) - 1 :]):
+                assert total.rounds == sum(rounds for rounds, _ in within)
 
 
 def test_engines_are_shown_by_the_books() -> None:
