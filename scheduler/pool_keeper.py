@@ -72,6 +72,8 @@ class PoolKeeper:
         """Engine -> when its pool was first seen to be changed, of flips that end."""
         self.flips: Mapping[str, FlipUnderWay] = {}
         """Engine -> its flip under way, as last read."""
+        self._met: set[tuple[str, str]] = set()
+        """Engine and incarnation of flips under way, of those that were seen to be up meanwhile."""
         if config.enabled:
             for fleet in fleets.values():
                 fleet.core.demand = Demand()
@@ -104,6 +106,8 @@ class PoolKeeper:
         self._on_pools(pools)
         if not self._config.enabled:
             return
+        on_their_way = {(engine_id, flip.incarnation) for engine_id, flip in self.flips.items()}
+        self._met = {key for key in on_their_way if key in self._met or self._life(key[0]) == key[1]}
         now = asyncio.get_running_loop().time()
         due = now - self._look_s >= self._config.period_s
         if due:
@@ -190,17 +194,22 @@ class PoolKeeper:
     async def _what_happened(
         self, engine_id: str, flip: FlipUnderWay, marked: str, now_ms: int
     ) -> Step | None:
-        fleet = self._fleet_of(engine_id)
-        if fleet is not None and fleet.incarnation(engine_id) != flip.incarnation:
+        life = self._life(engine_id)
+        if life != flip.incarnation and (life or (engine_id, flip.incarnation) in self._met):
             return Step.GONE
         if marked != flip.incarnation:
             return Step.TAKEN_BACK
         waited = now_ms - flip.began_ms >= 1000 * self._config.drain_limit_s
-        if fleet is None:
+        if not life:  # who has just been started may not have found the engine yet
             return Step.GONE if waited else None
         if (await self._drains.status(engine_id)).safe:
             return Step.EMPTIED
         return Step.WAITED if waited else None
+
+    def _life(self, engine_id: str) -> str:
+        """The engine's incarnation; "" if it is not up, as far as is known here."""
+        fleet = self._fleet_of(engine_id)
+        return fleet.incarnation(engine_id) if fleet is not None else ""
 
     async def _end(self, engine_id: str, flip: FlipUnderWay, result: str, now: float) -> None:
         answer = await self._store.step(

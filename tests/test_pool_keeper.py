@@ -6,17 +6,19 @@ import asyncio
 import random
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from antiphon.engines.simulated import SimulatedEngine, SimulatedOptions
 from antiphon.engines.simulated_request import expected_tokens
 from antiphon.scheduler.config import Config, GatewayConfig, LedgerConfig, SchedulerConfig
+from antiphon.scheduler.demand import Counts
 from antiphon.scheduler.ledger import Ledger
 from antiphon.scheduler.ledger_connection import LedgerConnection, LedgerUnavailable
 from antiphon.scheduler.metrics import Metrics
-from antiphon.scheduler.pool_store import FlipUnderWay, PoolStore
+from antiphon.scheduler.pool_store import FlipUnderWay, PoolStore, Told
 from antiphon.scheduler.replica import Replica
 from antiphon.scheduler.repool_config import RepoolConfig
 from tests.replica_helpers import KEY, Cluster, cluster, until
@@ -143,10 +145,10 @@ async def a_store(c: Cluster, valkey_url: str) -> AsyncIterator[PoolStore]:
         await ledger.close()
 
 
-async def begin(c: Cluster, store: PoolStore, engine_id: str) -> FlipUnderWay:
+async def begin(c: Cluster, store: PoolStore, engine_id: str, lead_s: float = 3.0) -> FlipUnderWay:
     """What a leader leaves behind that begins a flip and dies: its lead runs out."""
     life = c.engines[engine_id].record.incarnation
-    clock = await store.lead("ghost", 3.0)
+    clock = await store.lead("ghost", lead_s)
     flip = FlipUnderWay("prefill", life, clock, "a test")
     assert await store.step("ghost", engine_id, None, flip) == "done"
     await until(lambda: engine_id in c.replica._pools.flips)
@@ -213,6 +215,74 @@ async def test_what_is_taken_back_stays_where_it_was(valkey_url: str) -> None:
             await until(lambda: _flips(other, "decode_to_prefill", "given_up") == 1)
             assert await store.read() == ({}, {}, {})
             assert pool_of(other, "d0") == "decode"
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_flip_whose_engine_died_is_given_up_at_once(valkey_url: str, again: bool) -> None:
+    """Whether it is gone or back with nothing of what it had: `drain_limit_s` is not waited for."""
+    patient = replace(STILL, drain_limit_s=3600.0)
+    async with (
+        cluster(valkey_url, "local", engines="p0 d0") as c,
+        a_store(c, valkey_url) as store,
+        AsyncExitStack() as life,
+    ):
+        options = SimulatedOptions(
+            engine_id="d1", pool="decode", ledger=valkey_url, fleet=c.ledger.connection.fleet, speed=20.0
+        )
+        c.engines["d1"] = await life.enter_async_context(SimulatedEngine(options, fleet_key=KEY))
+        await until(lambda: c.replica.readiness().engines_alive == 3)
+        await begin(c, store, "d1", lead_s=600.0)
+        async with another_replica(c, valkey_url, "local", patient) as other:
+            await until(lambda: other._pools._met)
+            await life.aclose()
+            await until(lambda: other.readiness().engines_alive == 2)
+            if again:
+                await life.enter_async_context(SimulatedEngine(options, fleet_key=KEY))
+                await until(lambda: other.readiness().engines_alive == 3)
+            assert "d1" in (await store.read())[1], "somebody ended it before there was a leader"
+            await store.lead("ghost", 0.001)
+            await until(lambda: _flips(other, "decode_to_prefill", "given_up") == 1, 5.0)
+            assert await store.read() == ({}, {}, {})
+
+
+async def test_who_has_not_met_the_engine_waits_for_it(valkey_url: str) -> None:
+    """A gateway that has just been started may lead before it has found the engines."""
+    async with cluster(valkey_url, "local", engines="d0") as c, a_store(c, valkey_url) as store:
+        flip = FlipUnderWay("prefill", "a life", await store.lead("ghost", 0.5), "a test")
+        assert await store.step("ghost", "d1", None, flip, drain="mark", incarnation="a life") == "done"
+        async with another_replica(c, valkey_url, "local", STILL) as other:
+            await until(lambda: _flips(other, "decode_to_prefill", "given_up") == 1)
+            waited_ms = await store.lead(other._pools._replica, 5.0) - flip.began_ms
+            assert waited_ms >= 1000 * STILL.drain_limit_s
+            assert await store.read() == ({}, {}, {})
+
+
+async def test_a_replica_that_was_away_does_not_look_like_load(valkey_url: str) -> None:
+    """It has served for hours, was stopped for a while, and is seen again in the middle of a window."""
+    async with (
+        cluster(valkey_url, "local", engines="p0 d0", repool=STILL) as c,
+        a_store(c, valkey_url) as store,
+    ):
+        keeper, demand = c.replica._pools, c.replica.core.demand
+        await until(lambda: keeper.shares() is not None)
+        assert demand is not None
+        hours = {key: (36_000.0, 36_000.0, 36_000.0) for key in demand.counts().work}
+        ghost = Told(Counts(hours, rounds=100_000), {})
+        await c.ledger.heartbeat("ghost", 30.0)
+        await store.tell("ghost", "", ghost)
+        repooler = keeper._repoolers[""]
+        looked = len(repooler._works)
+        seen: list[float] = []
+
+        def looks() -> int:
+            shares = keeper.shares()
+            assert shares is not None
+            seen.append(max(shares.prefill, shares.decode))
+            return sum("ghost" in counts for _, counts in repooler._window._looks)
+
+        await until(lambda: looks() >= 3)
+        assert len(repooler._works) > looked
+        assert max(seen) == 0.0
 
 
 async def test_a_pool_is_of_the_engine_and_outlives_its_process(valkey_url: str) -> None:
