@@ -203,7 +203,8 @@ def _too_tight(best: Unloaded, slo: Slo, types: Sequence[EngineType]) -> Infeasi
     names = ", ".join(each.name for each in types)
     return Infeasible(
         f"no round can have {what}, even alone on the best of {names}",
-        f"on the best engine of this budget, alone, half of the rounds could have TTFT {_up(best.ttft_p50_s)} s and ITL {_up(best.itl_p50_s)}"
+        "on the best engine of this budget, alone, "
+        f"half of the rounds could have TTFT {_up(best.ttft_p50_s)} s and ITL {_up(best.itl_p50_s)}"
         f" s, 95 % TTFT {_up(best.ttft_p95_s)} s and ITL {_up(best.itl_p95_s)} s, each by itself",
     )
 
