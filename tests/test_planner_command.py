@@ -115,19 +115,27 @@ DOES = "{}: {} attained at USD {}.00 per hour"
             rated(COLOCATED, 950),
             rated(SPLIT, 900),
             f"do not disaggregate: {DOES.format(CO, '95.0%', 20)}; the best disaggregated plan"
-            f" ({DOES.format(PD.format(1) + ')', '90.0%', 20)} (+5.0 points)",
+            f" ({DOES.format(PD.format(1) + ')', '90.0%', 20)} (+5.0 ± 2.3 points)",
         ),
         (
             rated(SPLIT, 950),
             rated(COLOCATED, 949),
             f"{DOES.format(PD.format(1), '95.0%', 20)}; the best co-located plan"
-            f" ({DOES.format(CO + ')', '94.9%', 20)} (no better)",
+            f" ({DOES.format(CO + ')', '94.9%', 20)} (within ± 2.0 points, which is noise, at"
+            " the same price)",
         ),
         (
             rated(COLOCATED, 950),
             rated(LARGER, 951),
             f"do not disaggregate: {DOES.format(CO, '95.0%', 20)}; the best disaggregated plan"
             f" ({DOES.format(PD.format(2) + ')', '95.1%', 30)} (as good for USD 10.00 less per hour)",
+        ),
+        (
+            rated(LARGER, 956),
+            rated(COLOCATED, 950),
+            f"{DOES.format(PD.format(2), '95.6%', 30)}; the best co-located plan"
+            f" ({DOES.format(CO + ')', '95.0%', 20)} (within ± 1.9 points, which is noise, for USD 10.00 more"
+            " per hour)",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from antiphon.eval.planner.ask import Ask, Found, Rated, Rung, Solved, cost_per_
 from antiphon.eval.planner.cases import Case
 from antiphon.eval.planner.engine_types import LeftOut, Unloaded
 from antiphon.eval.planner.plans import Group, Plan
+from antiphon.eval.planner.score import difference_noise
 
 SCHEMA = "antiphon.plan/1"
 
@@ -75,6 +76,10 @@ def windows_of(rated: Rated) -> int:
     return len(rated.score.by_window) or 1
 
 
+ERRORS = 2.0
+"""Standard errors that a difference must pass to be one."""
+
+
 def same_windows(best: Rated) -> str:
     """Those of the choice, in words."""
     number = windows_of(best)
@@ -98,12 +103,15 @@ def headline(found: Found, tolerance: float) -> str:
     kind = "disaggregated" if best.plan.colocated else "co-located"
     gap = best.score.attainment - other.score.attainment
     price = other.plan.price_per_hour - best.plan.price_per_hour
-    if abs(gap) > tolerance:
-        wins = f"{gap * 100:+.1f} points"
-    elif price:
+    level = max(tolerance, ERRORS * difference_noise(best.score, other.score))
+    if abs(gap) > level:
+        wins = f"{gap * 100:+.1f} ± {level * 100:.1f} points"
+    elif price > 0:
         wins = f"as good for USD {price:.2f} less per hour"
+    elif price < 0:
+        wins = f"within ± {level * 100:.1f} points, which is noise, for USD {-price:.2f} more per hour"
     else:
-        wins = "no better"
+        wins = f"within ± {level * 100:.1f} points, which is noise, at the same price"
     return f"{said}; the best {kind} plan ({other.plan.describe()}): {_does(other)} ({wins})"
 
 
