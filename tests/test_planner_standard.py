@@ -92,7 +92,8 @@ def test_what_is_compared_is_compared_on_equal_windows() -> None:
     with ScorePool(workload, SLO, WINDOW_TOKENS, 1) as pool:
         rows = compared({"a": one, "b": two, "c": one}, asked, pool, rounds=60, windows=2)
     assert [each.name for each in rows] == ["a", "b", "c"]
-    assert rows[0] == replace(rows[2], name="a") and rows[0].asked.rounds == rows[1].asked.rounds
+    assert rows[0] == replace(rows[2], name="a")
+    assert rows[0].asked.rounds == pytest.approx(rows[1].asked.rounds, rel=0.03)  # the slower is sent fewer
     assert rows[0].more.rounds != rows[0].asked.rounds
     assert rows[0].per_1k_rounds == pytest.approx(14.0 / 3600 / workload.rounds_per_s * 1000)
 
