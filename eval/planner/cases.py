@@ -31,7 +31,7 @@ from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(((24, 400, 1),), (6, 1000, 2), 300, 2, 6_000)
+EFFORT = Effort(((24, 400, 1),), (6, 1000, 3), 300, 2, 6_000)
 """For one form: some ten seconds on two cores. Its one rung has what `LEVELS` say."""
 LEVELS = 0.05, 0.075, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.0
 """Of the dearest plan's price. Between two of them plans cost at most a third more than others."""
@@ -47,6 +47,8 @@ LEAST = 0.01
 """Where both attain less, nothing is won."""
 ERRORS = 2.0
 """Standard errors that a difference must pass to count."""
+UNSURE = 0.02
+"""Where only a smaller difference than this passes for noise are attainments called equal."""
 
 CHEAPER = 0.1
 """Share of the price by which a form wins: nearer than that, a size that was not tried may be cheaper."""
@@ -59,7 +61,7 @@ class Case(Struct, frozen=True):
     what: str
     """How it differs from the ask."""
     winner: str
-    """co-located, disaggregated, equal or neither."""
+    """co-located, disaggregated, equal, undecided or neither."""
     margin: str
     """By how much, with the noise."""
     colocated: Rated | None
@@ -208,6 +210,8 @@ def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> t
             "co-located" if gap > 0 else "disaggregated",
             f"{abs(gap) * 100:.1f} ± {noise * 100:.1f} points",
         )
+    if noise > UNSURE:
+        return "undecided", f"{gap * 100:+.1f} points for co-located, of ± {noise * 100:.1f} by windows"
     price, others = colocated.plan.price_per_hour, other.plan.price_per_hour
     level = f"attainments equal within {max(tolerance, noise) * 100:.1f} points"
     if price == others:
