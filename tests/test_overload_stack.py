@@ -143,8 +143,7 @@ def test_overload_is_refused_clearly_and_leaves_nothing_behind(valkey_url: str, 
             for engine in c.engines.values():
                 await until(lambda e=engine: not e.loop.live)  # type: ignore[misc]
         assert most["rounds"] <= ROUNDS and most["bodies"] <= BODIES, most
-        # the readers that stalled say that answers filled it; whether `watch` saw that is a matter of speed
-        assert most["answers"] <= ANSWERS and most["queue"] <= QUEUED, most
+        assert most["answers"] <= ANSWERS and most["queue"] <= QUEUED, most  # seen or not: a matter of speed
         await until(lambda: len(asyncio.all_tasks()) <= before)
 
     asyncio.run(scenario())

@@ -80,7 +80,7 @@ def make_curves(
     window_tokens: int,
     *,
     policy: str = "local",
-    rounds: int = 250,
+    rounds: int = 200,
     seeds: tuple[int, ...] = (0,),
     roles: Sequence[Role] = ROLES,
     jobs: int = 2,
