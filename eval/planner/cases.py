@@ -25,7 +25,7 @@ from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.prices import GpuPrice
 from antiphon.eval.planner.refinement import Refinement
-from antiphon.eval.planner.score import difference_noise
+from antiphon.eval.planner.score import ERRORS, difference_noise
 from antiphon.eval.planner.screen import Screen
 from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
@@ -45,8 +45,6 @@ SLOW_BYTES_PER_S = 1.25e9
 SMALL_MODEL = "qwen3-8b"
 LEAST = 0.01
 """Where both attain less, nothing is won."""
-ERRORS = 2.0
-"""Standard errors that a difference must pass to count."""
 UNSURE = 0.02
 """Where only a smaller difference than this passes for noise are attainments called equal."""
 

@@ -15,7 +15,7 @@ from antiphon.eval.planner.ask import Ask, Found, Rated, Rung, Solved, cost_per_
 from antiphon.eval.planner.cases import Case
 from antiphon.eval.planner.engine_types import LeftOut, Unloaded
 from antiphon.eval.planner.plans import Group, Plan
-from antiphon.eval.planner.score import difference_noise
+from antiphon.eval.planner.score import ERRORS, difference_noise
 
 SCHEMA = "antiphon.plan/1"
 
@@ -74,10 +74,6 @@ class Planned(Struct, frozen=True):
 def windows_of(rated: Rated) -> int:
     """On how many it was simulated."""
     return len(rated.score.by_window) or 1
-
-
-ERRORS = 2.0
-"""Standard errors that a difference must pass to be one."""
 
 
 def same_windows(best: Rated) -> str:

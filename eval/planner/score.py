@@ -28,6 +28,8 @@ from antiphon.scheduler.outcomes import Outcome
 from antiphon.scheduler.simulation import RoundEnd, Simulation, Targets, up_event
 
 PAGE_TOKENS = 64
+ERRORS = 2.0
+"""Standard errors that a difference of attainments must pass to count (`difference_noise`)."""
 
 
 class Score(Struct, frozen=True):
