@@ -192,6 +192,25 @@ def test_kv_bounds_the_load_of_homes() -> None:
         assert made.tau(made.kv_rate * 1.01, kv_factor=1.1) < float("inf")
 
 
+def test_no_pool_is_larger_than_the_budget() -> None:
+    """Of three engines a pool of three is simulated, of one none."""
+
+    def made(gpus: int) -> Curve:
+        roles: tuple[Role, ...] = ("prefill",)
+        budget = {ENGINE.gpu: gpus * ENGINE.tp}
+        curves = make_curves(
+            [ENGINE], WORKLOAD, SLO, WINDOW_TOKENS, rounds=80, seeds=(0,), roles=roles, budget=budget, jobs=1
+        )
+        return curves["prefill", ENGINE.name]
+
+    single, three = made(1), made(3)
+    assert single.pooled == single.alone == three.alone
+    assert three.pooled_replicas == 3 and three == make_curve(replace(task("prefill"), pooled=3))
+    busy = busy_rate(ENGINE, "prefill", WORKLOAD, SLO)
+    assert three.tau(0.7 * busy, 3) == three.tau(0.7 * busy, 9) < three.tau(0.7 * busy, 2)
+    assert made(9) == curve("prefill") and made(9).pooled_replicas == POOLED
+
+
 def test_processes_change_nothing() -> None:
     roles: tuple[Role, ...] = ("prefill", "decode")
     known = [

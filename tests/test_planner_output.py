@@ -276,7 +276,7 @@ def test_what_does_not_compare_is_marked(planned: Planned) -> None:
     poor = replace(poor, score=replace(poor.score, hopeless=True))
     one, two = len(planned.cheaper), len(planned.found.rated)
     rest = (*planned.found.rated[:-1], poor)
-    found = replace(planned.found, rated=rest, equal_split=None, eq5=None, solved=None)
+    found = replace(planned.found, rated=rest, single_tier=None, equal_split=None, eq5=None, solved=None)
     told = replace(planned, found=found, cases=())
     assert poor.plan not in [rated.plan for _, rated in told.named()] and one
     plans = document(told).plans

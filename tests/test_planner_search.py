@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from antiphon.eval.planner.neighbours import neighbours
 from antiphon.eval.planner.neighbours import settings as settings_of
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import PoolError, ScorePool, View
-from antiphon.eval.planner.score import score
+from antiphon.eval.planner.score import Score, score
 from antiphon.eval.planner.screen import Screen
 from antiphon.eval.planner.search import search
 from antiphon.eval.planner.workload import Window, Workload
@@ -238,6 +238,19 @@ def test_as_good_as_brute_force_on_a_small_budget(types: Sequence[EngineType], r
     assert ours.attainment >= theirs.attainment - 0.02
     assert plan.price_per_hour <= best.plan.price_per_hour
     assert (plan.price_per_hour < 28.0) == (rate < 0.01)
+
+
+def test_a_smaller_fleet_may_do_under_another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine attains 80 % under the first policy and all under the second: the plan is that one."""
+
+    def told(pool: ScorePool, plans: Iterable[Plan], views: object, least: float = 0.0) -> tuple[Score, ...]:
+        good = [plan.engines > 1 or plan.policy == "local" for plan in plans]
+        return tuple(Score(1000, 1000 if each else 800, 0, 0, 0, 0.5, 0.5, 1000) for each in good)
+
+    monkeypatch.setattr(ScorePool, "score", told)
+    asked = ask({"h200": 8}, 0.02, policies=(), colocated_policies=("adaptive", "local"))
+    best = found(asked, H200[:1], workload(0.02)).best.plan
+    assert (best.engines, best.policy) == (1, "local")
 
 
 def test_what_it_answers_is_consistent_and_the_same_again() -> None:

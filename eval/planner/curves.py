@@ -4,9 +4,10 @@ The paper has tau as the "estimated P95 latency of the bottleneck worker", from 
 in what unit two phases are compared and that it depends on the load per replica. Our reading: P95 of TTFT
 (prefill) or ITL (decode) as a share of its target, at the load of one replica. One replica of a type is
 simulated in its role at several rates, the other phase being ideal: engines to which work costs nothing,
-links without end. Prefill engines share their queue, so a pool of `POOLED` is simulated too (ours: tau of the
-paper has no size). A co-located engine does both phases, and its tau is the worse of both. What the form
-cannot see, and the search does: links, the router's choices, homes that are not loaded evenly.
+links without end. Prefill engines share their queue, so a pool of `POOLED`, or of as many as the budget
+allows, is simulated too (ours: tau of the paper has no size). A co-located engine does both phases, and its
+tau is the worse of both. What the form cannot see, and the search does: links, the router's choices, homes
+that are not loaded evenly.
 
 Nothing here raises for a load that is too high: tau is large there, infinite where the sessions' KV does not
 fit.
@@ -14,7 +15,7 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -71,6 +72,8 @@ class CurveTask(Struct, frozen=True):
     """Of each window, about."""
     seeds: tuple[int, ...]
     """One window each."""
+    pooled: int = POOLED
+    """Replicas of a prefill pool that are simulated together."""
 
 
 def make_curves(
@@ -83,12 +86,18 @@ def make_curves(
     rounds: int = 200,
     seeds: tuple[int, ...] = (0,),
     roles: Sequence[Role] = ROLES,
+    budget: Mapping[str, int] | None = None,
     jobs: int = 2,
     executor: Executor | None = None,
 ) -> Curves:
-    """(role, type's name) -> its curve. `executor`: used instead of `jobs` processes of its own."""
+    """(role, type's name) -> its curve. `budget`: GPUs of each kind; no pool is larger. `executor`: used
+    instead of `jobs` processes of its own."""
+
+    def pooled(each: EngineType) -> int:
+        return POOLED if budget is None else max(1, min(POOLED, budget[each.gpu] // each.tp))
+
     tasks = [
-        CurveTask(role, each, workload, slo, window_tokens, policy, rounds, seeds)
+        CurveTask(role, each, workload, slo, window_tokens, policy, rounds, seeds, pooled(each))
         for each in types
         for role in roles
     ]
@@ -108,18 +117,20 @@ def make_curve(task: CurveTask) -> Curve:
     if task.role != "prefill":
         kv_rate = kv_tokens(task.type) * task.workload.rate_per_s / task.workload.live_tokens
     idle = idle_point(task.type, task.role, task.workload, task.slo)
-    alone = _line(task, 1, kv_rate, idle)
-    pooled = _line(task, POOLED, kv_rate, idle) if task.role == "prefill" else alone
-    return Curve(task.role, task.type, alone, pooled, kv_rate)
+    pooled = alone = _line(task, 1, kv_rate, idle)
+    if task.role == "prefill" and task.pooled > 1:
+        pooled = _line(task, task.pooled, kv_rate, idle)
+    return Curve(task.role, task.type, alone, pooled, kv_rate, task.pooled)
 
 
 def _line(task: CurveTask, replicas: int, kv_rate: float, idle: Point) -> Line:
-    """Simulates from the middle of `FRACTIONS` upwards until tau is steep, then down until it is calm."""
+    """Simulates from the middle of `FRACTIONS` upwards until tau is steep, then down until it is calm.
+    Pools are calm for longer."""
     busy = busy_rate(task.type, task.role, task.workload, task.slo)
     most = min(task.workload.rate_per_s / min(replicas, 2), kv_rate)  # pools begin with two
     shares = (*FRACTIONS[:-1], *BEYOND) if task.role == "decode" else FRACTIONS
     grid = list(dict.fromkeys(min(share * busy, most) for share in shares))
-    middle = min(MIDDLE, len(grid) - 1)
+    middle = min(MIDDLE + (replicas > 1), len(grid) - 1)
     points: list[Point] = []
     for rate in grid[middle:]:
         points.append(_simulated(task, replicas, rate))

@@ -12,14 +12,14 @@ from antiphon.eval.planner.workload import Workload
 class Effort(NamedTuple):
     """What is simulated at most. A rung: (plans, rounds of a window, windows)."""
 
-    rungs: tuple[tuple[int, int, int], ...] = ((28, 300, 1), (14, 700, 1), (7, 1000, 2))
-    last: tuple[int, int, int] = (5, 1500, 3)
+    rungs: tuple[tuple[int, int, int], ...] = ((24, 300, 1), (9, 700, 1), (6, 1000, 2))
+    last: tuple[int, int, int] = (4, 1500, 3)
     quick_rounds: int = 500
     """Of the one window by which variations of a leader are looked at first."""
     shortlist: int = 3
     """Of a leader's variations: so many are simulated as long as the leader was."""
-    refinement_rounds: int = 32_000
-    """Simulated for the refinement; it ends at the step that passes them."""
+    refinement_rounds: int = 40_000
+    """Simulated for the refinement, about; its last step may pass them by half."""
 
 
 FEW_LIVE = 500
@@ -67,10 +67,10 @@ class Schedule(NamedTuple):
         return views_at(self.seed, QUICK, round(self.effort.quick_rounds * self._varied), 1, rate_factor)
 
     def last(self) -> tuple[View, ...]:
-        """Long enough to see a fleet drown, up to 2.5 times as long as usual: then fewer, at least two."""
+        """Long enough to see a fleet drown, up to twice as long as usual: then fewer, at least two."""
         _, rounds, windows = self.effort.last
         usual = round(max(rounds * self.stretch, min(3 * rounds, 1.25 * self.many_rounds)))
-        longer = max(usual, min(round(2.5 * usual), round(self.lasting_rounds)))
+        longer = max(usual, min(2 * usual, round(self.lasting_rounds)))
         return views_at(self.seed, LAST, longer, max(min(2, windows), round(windows * usual / longer)))
 
     @property

@@ -1,6 +1,6 @@
 """The plans that lead are varied, one step at a time; what is better leads then.
 
-A step: another policy, C or K of the menus; an engine fewer, more, moved, of another kind.
+A step: an engine fewer, more, moved, of another kind; for who still leads then, another policy, C or K.
 
 Settings are looked at under a little more load than was asked for (`effort.STRESS`): they cost nothing, and
 where all of them do well the one is wanted that has most in hand. Other fleets are looked at under the load
@@ -10,7 +10,7 @@ windows that the leaders were simulated on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from antiphon.eval.planner.ask import Ask, Rated, choose
@@ -25,10 +25,21 @@ WORSE = 0.03
 HARDLY_WORSE = 0.02
 """A cheaper one may be that much worse in a quick look."""
 
+FAR = 0.25
+"""A form whose best attains so much less than the best of all is left as it is."""
+SHARE = 2 / 3
+"""Of the effort that is left: what the choice has, then each form."""
 DROWNING = 0.1
 """A fleet of which the screen says that it is so much too small (`Screen.estimate`) is not looked at."""
 
 Fits = Callable[[Plan], bool]
+Gains = list[tuple[Plan, float]]
+"""Plans, and what each attains more than a leader."""
+Look = Callable[[Plan], Gains]
+
+
+def _any(plan: Plan) -> bool:
+    return True
 
 
 class Refined(NamedTuple):
@@ -59,40 +70,51 @@ class Refinement:
         self._views = views
         self._screen = Screen(pool.workload, ask.slo, types)
         self._tried = {each.plan: each for each in rated}
-        self._varied: set[Plan] = set()
+        self._varied: dict[Plan, list[Look]] = {}
+        """Leaders, and at what of their surroundings to look yet; the last comes first."""
+        self._step_rounds = 0
+        """Simulated for the last look."""
 
     def run(self, forms: Sequence[Fits]) -> Refined:
-        """The choice has half of the effort, each of `forms` its share of the rest."""
-        pool, tolerance, before = self._pool, self._ask.tolerance, len(self._tried)
-        began = pool.simulated_rounds
+        """The choice has two thirds of the effort, each of `forms` that is not far behind two thirds of the
+        rest, and the choice what they leave."""
+        tolerance, before = self._ask.tolerance, len(self._tried)
+        limit = self._pool.simulated_rounds + self._schedule.refinement_rounds
+        self._climb(_any, SHARE, limit)
+        for form in forms:
+            if self._is_near(form):
+                self._climb(form, SHARE, limit)
+        self._climb(_any, 1.0, limit)
         found: list[Plan] = []
-        for number, form in enumerate((lambda plan: True, *forms)):
-            left = self._schedule.refinement_rounds - (pool.simulated_rounds - began)
-            shares = 2 if number == 0 else len(forms) + 1 - number
-            self._climb(form, pool.simulated_rounds + left / shares)
-            known = self._of(form)
-            if known:
+        for form in (_any, *forms):
+            if known := self._of(form):
                 found += choose(known, tolerance).plan, choose(known, 0.0).plan
-        leaders = choose(self._tried.values(), tolerance).plan, *found
-        return Refined(tuple(dict.fromkeys(leaders)), len(self._tried) - before, len(self._varied))
+        return Refined(tuple(dict.fromkeys(found)), len(self._tried) - before, len(self._varied))
+
+    def _is_near(self, form: Fits) -> bool:
+        best = max(each.score.attainment for each in self._tried.values())
+        return any(each.score.attainment >= best - FAR for each in self._of(form))
 
     def _of(self, form: Fits) -> list[Rated]:
         return [each for each in self._tried.values() if form(each.plan)]
 
-    def _climb(self, form: Fits, limit: float) -> None:
-        """Until the leader stays the leader, or so many rounds have been simulated."""
-        while (known := self._of(form)) and self._pool.simulated_rounds < limit:
+    def _climb(self, form: Fits, share: float, limit: float) -> None:
+        """Other fleets until the leader stays the leader, then its settings; or until half of a step like the
+        last would pass this share of the rounds that are left until `limit`."""
+        limit = self._pool.simulated_rounds + share * (limit - self._pool.simulated_rounds)
+        while (known := self._of(form)) and self._pool.simulated_rounds + self._step_rounds / 2 < limit:
             leader = choose(known, self._ask.tolerance)
-            if leader.plan in self._varied:
+            looks = self._varied.setdefault(leader.plan, [self._settings, self._other_fleets])
+            if not looks:
                 return
-            self._varied.add(leader.plan)
-            self._vary(leader)
+            began = self._pool.simulated_rounds
+            self._vary(leader, looks.pop())
+            self._step_rounds = self._pool.simulated_rounds - began
 
-    def _vary(self, leader: Rated) -> None:
-        """Looks at all that is one step from `leader`; what promises most is simulated for longer."""
+    def _vary(self, leader: Rated, look: Look) -> None:
+        """Looks at what is one step from `leader`; what promises most is simulated for longer."""
         price = leader.plan.price_per_hour
-        hopeful = self._gains(leader.plan, settings(leader.plan, self._ask), STRESS)
-        hopeful += self._gains(leader.plan, self._other_fleets(leader.plan), 1.0)
+        hopeful = look(leader.plan)
         hopeful = [(p, gain) for p, gain in hopeful if gain >= 0 or p.price_per_hour < price]
         hopeful.sort(key=lambda each: (-each[1], each[0].price_per_hour))
         cheaper = [plan for plan, _ in hopeful if plan.price_per_hour < price]
@@ -101,13 +123,15 @@ class Refinement:
         for plan, score in zip(chosen, self._pool.score(chosen, self._views), strict=True):
             self._tried[plan] = Rated(plan, score)
 
-    def _other_fleets(self, leader: Plan) -> Iterator[Plan]:
-        least = min(0.0, self._screen.estimate(leader)) - DROWNING
-        for plan in neighbours(leader, self._ask, self._types):
-            if self._screen.estimate(plan) >= least:
-                yield plan
+    def _settings(self, leader: Plan) -> Gains:
+        return self._gains(leader, settings(leader, self._ask), STRESS)
 
-    def _gains(self, leader: Plan, near: Iterable[Plan], rate_factor: float) -> list[tuple[Plan, float]]:
+    def _other_fleets(self, leader: Plan) -> Gains:
+        least = min(0.0, self._screen.estimate(leader)) - DROWNING
+        near = neighbours(leader, self._ask, self._types)
+        return self._gains(leader, (plan for plan in near if self._screen.estimate(plan) >= least), 1.0)
+
+    def _gains(self, leader: Plan, near: Iterable[Plan], rate_factor: float) -> Gains:
         """By how much each attains more than the leader in a quick look, but for those far behind."""
         fresh = tuple(plan for plan in dict.fromkeys(near) if plan not in self._tried)
         if not fresh:

@@ -101,7 +101,8 @@ class _Ends:
         self._closed_s = window.until_s + 2 * claim_s
         """By now a round that was sent within the window has been placed."""
         sent = sum(len(session.rounds) for session in window.sessions())
-        self._may_miss = (1 - least) * sent  # no more than `sent` rounds can ever count
+        self._share = 1 - least
+        self._may_miss = self._share * sent  # no more than `sent` rounds can ever count
 
     def __call__(self, end: RoundEnd) -> None:
         self.simulated += 1
@@ -109,11 +110,12 @@ class _Ends:
         waiting.discard(end.receipt.round_id)
         if self._window.from_s <= end.sent_s <= self._window.until_s:
             self.counted.append(end)
-            if not _attained(end, self._slo):
-                self._may_miss -= 1
-                if self._may_miss < 0:
-                    self.hopeless = True
-                    raise _Enough
+            self._may_miss -= not _attained(end, self._slo)
+        else:
+            self._may_miss -= self._share
+        if self._may_miss < -1e-9:
+            self.hopeless = True
+            raise _Enough
         if not waiting and end.ended_s > self._closed_s:
             raise _Enough
 

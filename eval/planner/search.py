@@ -35,6 +35,8 @@ OnProgress = Callable[[str], None]
 
 FAR = 0.25
 """Plans that attain so much less than the best so far are given up within a simulation."""
+TWINS = 3
+"""Plans of a form that are tried under other policies before the search has leaders."""
 
 
 def last_views(ask: Ask, found: Found) -> tuple[View, ...]:
@@ -96,10 +98,13 @@ class _Search:
             views = self.schedule.rung(number)
             rated = self._rung(staying, views)
             following = (*self.effort.rungs[1:], self.effort.last)[number][0]
+            is_last = number == len(self.effort.rungs) - 1
             valued = [(each.plan, each.score.attainment) for each in rated]
             margin = max(self.ask.tolerance, 2 * max(each.score.noise for each in rated[:3]))
             fixed = (*given, *self._best_equal(rated, equal))
-            staying = self._kept(valued, following, margin, fixed)
+            staying = self._kept(valued, following, margin, fixed, of_form=1 if is_last else 2)
+            if number == 0:
+                staying += self._twins(rated, staying)
         leaders = self._refined(rated, views)
         alike = (set_like(plan, leaders[0]) for plan in leaders)
         finalists = dict.fromkeys((*leaders, *alike, *staying))
@@ -144,9 +149,14 @@ class _Search:
         return known
 
     def _kept(
-        self, valued: Sequence[tuple[Plan, float]], count: int, margin: float, fixed: Iterable[Plan]
+        self,
+        valued: Sequence[tuple[Plan, float]],
+        count: int,
+        margin: float,
+        fixed: Iterable[Plan],
+        of_form: int = 2,
     ) -> tuple[Plan, ...]:
-        """`fixed`, the best of each form, and about `count` more, in the order of their promise.
+        """`fixed`, the best `of_form` of each form, and about `count` more, in the order of their promise.
 
         By turns: the cheapest that may be as good as the best; the best; those that nothing cheaper beats.
         """
@@ -167,13 +177,28 @@ class _Search:
                 if ranked is not None and len(kept) < count:
                     kept.setdefault(*ranked)
         for form in self._forms():
-            of_form = [v for v in highest if form(v[0])]
-            for each in of_form[:2]:
+            ranked_so = [v for v in highest if form(v[0])]
+            for each in ranked_so[:of_form]:
                 kept.setdefault(*each)
         values = dict(valued)
         for plan in fixed:
             kept.setdefault(plan, values[plan])
         return tuple(sorted(kept, key=lambda plan: -kept[plan]))
+
+    def _twins(self, rated: Sequence[Rated], staying: Sequence[Plan]) -> tuple[Plan, ...]:
+        """The cheapest of each form that are not far behind, under the other policies of the menu: with these
+        a smaller fleet may do."""
+        least = max(each.score.attainment for each in rated) - FAR
+        near = [r.plan for r in rated if r.plan in staying and r.score.attainment >= least]
+        near.sort(key=lambda plan: plan.price_per_hour)
+        found: dict[Plan, None] = {}
+        for form, menu in (
+            (_colocated, self.ask.colocated_policies),
+            (_disaggregated, self.ask.policies),
+        ):
+            for plan in [plan for plan in near if form(plan)][:TWINS]:
+                found.update((replace(plan, policy=policy), None) for policy in menu if policy != plan.policy)
+        return tuple(plan for plan in found if plan not in staying)
 
     def _forms(self) -> list[Callable[[Plan], bool]]:
         """What the answer has a best of."""

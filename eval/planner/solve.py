@@ -53,6 +53,7 @@ def solve(
         ask.window_tokens,
         policy=ask.colocated_policies[0],
         seeds=(ask.seed,),
+        budget=gpu_budget(ask),
         jobs=ask.jobs,
         executor=executor,
     )

@@ -57,9 +57,10 @@ class Curve(Struct, frozen=True):
     alone: Line
     """One replica."""
     pooled: Line
-    """One of `POOLED` replicas that share a queue, as a prefill pool does; elsewhere the same as alone."""
+    """One of several replicas that share a queue, as a prefill pool does; elsewhere the same as alone."""
     kv_rate: float
     """Above this the KV of the sessions under way does not fit; inf for prefill, which keeps none."""
+    pooled_replicas: int = POOLED
 
     def tau(self, rate: float, replicas: int = 1, kv_factor: float = 1.0) -> float:
         """P95 as a share of the target, at this rate per replica. `kv_factor`: times the memory for KV."""
@@ -67,10 +68,9 @@ class Curve(Struct, frozen=True):
             return float("inf")
         return self._of(replicas, self.alone.tau(rate), self.pooled.tau(rate))
 
-    @staticmethod
-    def _of(replicas: int, alone: float, pooled: float) -> float:
-        """Between the two by the logarithm of the size; a larger pool is taken for one of `POOLED`."""
-        share = min(1.0, log2(replicas) / log2(POOLED))
+    def _of(self, replicas: int, alone: float, pooled: float) -> float:
+        """Between the two by the logarithm of the size; a larger pool is taken for one that was simulated."""
+        share = min(1.0, log2(replicas) / log2(max(2, self.pooled_replicas)))
         return alone + share * (min(alone, pooled) - alone)
 
 
