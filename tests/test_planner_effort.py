@@ -46,6 +46,16 @@ def test_the_last_windows_are_as_long_as_a_fleet_needs_to_drown(
     assert rounds * len(views) <= max(1.25 * usual * effort.last[2], 2 * rounds)
 
 
+def test_rungs_with_several_windows_have_a_longer_one_instead() -> None:
+    """2 x 1000 rounds: of 500 rounds that a fleet needs to drown the windows stay, of 1200 they grow, of more
+    than 2000 one is left. Rungs of one window stay as they are."""
+    lasting = {500.0: [1000, 1000], 1200.0: [1200, 1200], 1900.0: [1900], 9000.0: [2000]}
+    for rounds, expected in lasting.items():
+        schedule = Schedule(Effort(), 0, 1.0, 0.0, rounds)
+        assert [view.rounds for view in schedule.rung(2)] == expected
+        assert [view.rounds for view in schedule.rung(1)] == [700]
+
+
 def test_many_live_sessions_stretch_the_windows() -> None:
     """sqrt(2000 / 500) = 2, but for the first rung and quick looks. A fleet drowns within some targets."""
     few = workload(0.02)

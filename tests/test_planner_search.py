@@ -26,10 +26,11 @@ from antiphon.eval.planner.neighbours import settings as settings_of
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import PoolError, ScorePool, View
 from antiphon.eval.planner.score import Score, score
-from antiphon.eval.planner.screen import Screen
+from antiphon.eval.planner.screen import Screen, _gap_s, _Work
 from antiphon.eval.planner.search import search
 from antiphon.eval.planner.workload import Window, Workload
-from antiphon.policies.latency import load_latency_model
+from antiphon.policies.latency import DecodeCost, PrefillCost, load_latency_model
+from antiphon.traces.schema import RoundTrace, SessionTrace
 from tests.test_planner_workload import SESSIONS, WINDOW_TOKENS, fleet
 
 
@@ -139,6 +140,30 @@ def test_the_screen_prefers_what_keeps_up() -> None:
     assert screen.utilisation(plans[0]) == pytest.approx(2 * screen.utilisation(plans[1]))
     drowned = Screen(workload(30.0), SLO, H200)
     assert drowned.estimate(plans[0]) < drowned.estimate(plans[1]) < 0
+
+
+def test_short_prompts_share_the_fixed_cost_of_a_pass() -> None:
+    """Passes of 1 s and nothing else for 512 new tokens: four prompts fit one, 0.25 s each; of 2048, one."""
+
+    def load(new_tokens: int) -> Workload:
+        turns = (RoundTrace(prompt_tokens=new_tokens, output_tokens=2),)
+        return Workload.of((SessionTrace(session_id="a", rounds=turns),), 2.0, engine_latency)
+
+    engine_latency = replace(H200[0].latency, prefill=PrefillCost(1.0, 0.0), decode=DecodeCost(1e-6))
+    types = [replace(H200[0], latency=engine_latency)]
+    plan = Plan((Group("decode", types[0], 4, 2048, 4),), "local")
+    used = [Screen(load(tokens), SLO, types).utilisation(plan) for tokens in (512, 1024, 2048, 4096)]
+    assert used == pytest.approx([2 * 0.25 / 4, 2 * 0.5 / 4, 2 / 4, 2 / 4], rel=1e-3)
+
+
+def test_gaps_between_tokens_by_hand() -> None:
+    """Steps of 10 ms and 1 ms per request; 200 tokens/s. Alone 10 / (1 - 0.2) + 1 ms = 13.5 ms; with prefill
+    in half of the time 10 / (0.5 - 0.2) + 2."""
+    work = _Work(0.5, 0.2, 1.0, (), 0.1, 200.0, 0.010, 0.001)
+    assert _gap_s([(1, work)], 0.0) == pytest.approx(0.0135)
+    assert _gap_s([(1, work)], 0.5) == pytest.approx(0.010 / 0.3 + 0.002)
+    assert _gap_s([(2, work)], 0.0) == pytest.approx(0.010 / 0.9 + 0.001)
+    assert _gap_s([(1, work)], 0.9) > 1.0  # no time is left for 0.2 of it
 
 
 # ---------------------------------------------------------------- scores

@@ -105,7 +105,7 @@ def cheaper(ask: Ask, types: Sequence[EngineType], found: Found, pool: ScorePool
             if plan is not None and _as_set(plan, best) not in known:
                 chosen.setdefault(_as_set(plan, best))
     views = last_views(ask, found)[:1]
-    return tuple(Rated(p, s) for p, s in zip(chosen, pool.score(tuple(chosen), views), strict=True))
+    return tuple(pool.rate(chosen, views))
 
 
 def _as_set(plan: Plan, like: Plan) -> Plan:

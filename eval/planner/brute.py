@@ -8,7 +8,7 @@ from time import perf_counter
 from msgspec import Struct
 from msgspec.structs import replace
 
-from antiphon.eval.planner.ask import Ask, Rated, choose
+from antiphon.eval.planner.ask import Ask, choose
 from antiphon.eval.planner.candidates import candidates
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -53,7 +53,7 @@ def brute_force(
     scores = (*few, *pool.score(plans[12:], (first,), max(0.0, least)))
     best = max(score.attainment for score in scores)
     near = [p for p, s in zip(plans, scores, strict=True) if s.attainment >= best - FAR]
-    rated = [Rated(p, s) for p, s in zip(near, pool.score(near, views), strict=True)]
+    rated = pool.rate(near, views)
     leaders = [choose(rated, ask.tolerance).plan]
     for colocated in (True, False):
         of_form = [each for each in rated if each.plan.colocated is colocated]

@@ -22,7 +22,7 @@ from antiphon.eval.planner.candidates import candidates, check_number
 from antiphon.eval.planner.effort import Effort, Schedule
 from antiphon.eval.planner.engine_types import attainable, engine_types, typical
 from antiphon.eval.planner.plans import EngineType, Plan
-from antiphon.eval.planner.pool import ScorePool, View
+from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice
 from antiphon.eval.planner.refinement import Refinement
 from antiphon.eval.planner.score import ERRORS, difference_noise
@@ -162,14 +162,14 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
         return None
     schedule = Schedule.of(effort, ask.seed, pool.workload, ask.slo.ttft_s)
     views = schedule.rung(0)
-    rated = _rated(_at_levels(plans, Screen(pool.workload, ask.slo, types)), pool, views, FAR)
+    rated = pool.rate(_at_levels(plans, Screen(pool.workload, ask.slo, types)), views, FAR)
     near = Refinement(ask, types, pool, schedule, rated, views).run((lambda plan: True,)).leaders
     leader = choose(rated, ask.tolerance)
     good = leader.score.attainment - ask.tolerance
     cheapest = sorted(rated, key=lambda each: each.plan.price_per_hour)
     kept = [each.plan for each in cheapest if each.score.attainment >= good][: effort.last[0] // 2]
     kept.append(max(rated, key=lambda each: each.score.attainment).plan)
-    return choose(_rated(tuple(dict.fromkeys((*near, *kept))), pool, schedule.last()), ask.tolerance)
+    return choose(pool.rate(dict.fromkeys((*near, *kept)), schedule.last()), ask.tolerance)
 
 
 def _at_levels(plans: Sequence[Plan], screen: Screen) -> tuple[Plan, ...]:
@@ -181,17 +181,6 @@ def _at_levels(plans: Sequence[Plan], screen: Screen) -> tuple[Plan, ...]:
         between = (plan for plan in ordered if above * dearest < plan.price_per_hour <= level * dearest)
         chosen += islice(between, OF_LEVEL)
     return tuple(chosen)
-
-
-def _rated(
-    plans: Sequence[Plan], pool: ScorePool, views: Sequence[View], far: float | None = None
-) -> list[Rated]:
-    """In order. `far`: how far behind the best of the first few a plan is given up; None = none is."""
-    few = len(plans) if far is None else 4
-    scores = pool.score(plans[:few], views)
-    least = max(score.attainment for score in scores) - (far or 0.0)
-    scores += pool.score(plans[few:], views, max(0.0, least))
-    return [Rated(plan, score) for plan, score in zip(plans, scores, strict=True)]
 
 
 def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> tuple[str, str]:

@@ -60,8 +60,10 @@ class Schedule(NamedTuple):
         return cls(effort, seed, stretch, many, workload.rounds_per_s * DROWNING_TARGETS * ttft_s)
 
     def rung(self, number: int) -> tuple[View, ...]:
+        """Instead of several windows one as long as they, where a fleet needs that to drown."""
         _, rounds, windows = self.effort.rungs[number]
-        return views_at(self.seed, number, round(rounds * self.stretch) if number else rounds, windows)
+        usual = round(rounds * self.stretch) if number else rounds
+        return views_at(self.seed, number, *self._lasting(usual, windows, windows, 1))
 
     def quick(self, rate_factor: float = 1.0) -> tuple[View, ...]:
         return views_at(self.seed, QUICK, round(self.effort.quick_rounds * self._varied), 1, rate_factor)
@@ -70,8 +72,13 @@ class Schedule(NamedTuple):
         """Long enough to see a fleet drown, up to twice as long as usual: then fewer, at least two."""
         _, rounds, windows = self.effort.last
         usual = round(max(rounds * self.stretch, min(3 * rounds, 1.25 * self.many_rounds)))
-        longer = max(usual, min(2 * usual, round(self.lasting_rounds)))
-        return views_at(self.seed, LAST, longer, max(min(2, windows), round(windows * usual / longer)))
+        return views_at(self.seed, LAST, *self._lasting(usual, windows, 2, min(2, windows)))
+
+    def _lasting(self, usual: int, windows: int, most: int, least: int) -> tuple[int, int]:
+        """Rounds up to `most` times the usual, so that a fleet has time to drown; in fewer windows, at least
+        `least`, so that it costs about the same."""
+        longer = max(usual, min(most * usual, round(self.lasting_rounds)))
+        return longer, max(least, round(windows * usual / longer))
 
     @property
     def refinement_rounds(self) -> float:

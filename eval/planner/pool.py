@@ -13,12 +13,15 @@ from types import TracebackType
 from typing import NamedTuple
 
 from antiphon.engines.cluster import Slo
+from antiphon.eval.planner.ask import Rated
 from antiphon.eval.planner.plans import Plan
 from antiphon.eval.planner.score import Score, score, together
 from antiphon.eval.planner.workload import Window, Workload
 
 KEPT_WINDOWS = 6
 """That a process keeps for the next plan."""
+FIRST = 6
+"""Plans that are simulated to their end, to say what is far behind."""
 
 
 class PoolError(Exception):
@@ -79,6 +82,16 @@ class ScorePool:
         self.simulated_rounds += sum(each.simulated_rounds for each in scores)
         by_plan = (scores[first : first + len(views)] for first in range(0, len(scores), len(views)))
         return tuple(together(each) for each in by_plan)
+
+    def rate(self, plans: Iterable[Plan], views: Sequence[View], far: float | None = None) -> list[Rated]:
+        """As `score`, in order. `far`: how far behind the best of the first few (`FIRST`) a plan is given up;
+        None = none is."""
+        known = tuple(plans)
+        few = len(known) if far is None else FIRST
+        scores = self.score(known[:few], views)
+        least = max((score.attainment for score in scores), default=0.0) - (far or 0.0)
+        scores += self.score(known[few:], views, max(0.0, least))
+        return [Rated(plan, score) for plan, score in zip(known, scores, strict=True)]
 
     def _over_processes(self, wanted: Sequence[tuple[Plan, View]], least: float) -> list[Score]:
         assert self.executor is not None

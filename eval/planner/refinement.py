@@ -120,8 +120,7 @@ class Refinement:
         cheaper = [plan for plan, _ in hopeful if plan.price_per_hour < price]
         first = [plan for plan, _ in hopeful[: self._schedule.effort.shortlist - 1]]
         chosen = tuple(dict.fromkeys((*first, *cheaper[:1])))
-        for plan, score in zip(chosen, self._pool.score(chosen, self._views), strict=True):
-            self._tried[plan] = Rated(plan, score)
+        self._tried.update((rated.plan, rated) for rated in self._pool.rate(chosen, self._views))
 
     def _settings(self, leader: Plan) -> Gains:
         return self._gains(leader, settings(leader, self._ask), STRESS)
@@ -145,8 +144,7 @@ class Refinement:
 
 def tuned(plan: Plan, ask: Ask, pool: ScorePool, views: Sequence[View]) -> Rated:
     """The plan with the best of policy, C and K that changing one at a time finds, by attainment."""
-    (score,) = pool.score((plan,), views)
-    best, tried = Rated(plan, score), {plan}
+    (best,), tried = pool.rate((plan,), views), {plan}
     while True:
         near = tuple(each for each in dict.fromkeys(settings(best.plan, ask)) if each not in tried)
         tried.update(near)

@@ -18,13 +18,17 @@ from antiphon.eval.planner.workload import Workload
 
 QUANTILES = 24
 """Of prefill times, that stand for all of them."""
+BUSY = 0.01
+"""Times its utilisation an estimate is less: of many that do well, first come those with most in hand."""
+PASS_TOKENS = 2048
+"""Of short prompts that wait as many share a pass, and its fixed cost, as fit it."""
 
 
 class _Work(Struct, frozen=True):
     """What all of the workload is to one engine of a type."""
 
     prefill_load: float
-    """Engines that its prefill keeps busy."""
+    """Engines that its prefill keeps busy; prompts that wait share passes."""
     decode_load: float
     """The same of decode, at the largest batch that is within the target."""
     wait_s: float
@@ -48,15 +52,16 @@ class Screen:
         self._works = {each: _work(each, workload, slo) for each in types}
 
     def estimate(self, plan: Plan) -> float:
-        """About the share of rounds within their targets; at overload at most 0, the less the worse."""
+        """About the share of rounds within their targets, a little less for who is busier; at overload at
+        most 0, the less the worse."""
         decodes = [(g.count, self._works[g.type]) for g in plan.pool("decode")]
         prefills = [(g.count, self._works[g.type]) for g in plan.pool("prefill")]
         used, prefill_here = self._utilisation(prefills, decodes)
         if used >= 1:
             return 1 - used
         ttft = self._ttft(prefills or decodes, used, plan.engines)
-        itl = self._slo.itl_s * (1 - min(0.95, prefill_here)) / _step_s(decodes)
-        return ttft * min(1.0, itl) ** 2
+        itl = self._slo.itl_s / _gap_s(decodes, prefill_here)
+        return ttft * min(1.0, itl) ** 2 * (1 - BUSY * used)
 
     def utilisation(self, plan: Plan) -> float:
         """Of its busiest part, or its KV memory; in proportion to the workload's rate."""
@@ -97,23 +102,25 @@ def _together(loads: Sequence[tuple[int, float]]) -> float:
     return 1 / sum(count / max(load, 1e-12) for count, load in loads)
 
 
-def _step_s(decodes: Sequence[tuple[int, _Work]]) -> float:
-    """A decode step at the batch at which the engines keep up: by Little's law, each with an equal share."""
-    engines = sum(count for count, _ in decodes)
+def _gap_s(decodes: Sequence[tuple[int, _Work]], prefill: float) -> float:
+    """Between two tokens, at the batch at which the engines keep up: by Little's law, equal shares.
+    `prefill`: share of their time that it takes, while no token comes."""
+    engines, free = sum(count for count, _ in decodes), 1 - min(0.95, prefill)
     worst_s = 0.0
     for _, work in decodes:
-        rate = work.token_rate / engines
-        most = min(0.98, rate * work.each_s)
-        worst_s = max(worst_s, work.fixed_s / (1 - most) + work.each_s)
+        most = min(0.98 * free, work.token_rate / engines * work.each_s)
+        worst_s = max(worst_s, work.fixed_s / (free - most) + work.each_s / free)
     return worst_s
 
 
 def _work(each: EngineType, workload: Workload, slo: Slo) -> _Work:
     latency, families = each.latency, len(workload.families)
     prefills_s: list[float] = []
-    tokens = context_tokens = 0.0
+    tokens = context_tokens = shared_s = 0.0
     for turn, cached in workload.rounds():
-        prefills_s.append(latency.prefill_s(turn.prompt_tokens - cached, cached))
+        new_tokens = turn.prompt_tokens - cached
+        prefills_s.append(latency.prefill_s(new_tokens, cached))
+        shared_s += latency.prefill.fixed_s * max(0.0, 1 - new_tokens / PASS_TOKENS)
         tokens += turn.output_tokens
         context_tokens += turn.output_tokens * (turn.prompt_tokens + turn.output_tokens / 2)
     prefills_s.sort()
@@ -124,7 +131,7 @@ def _work(each: EngineType, workload: Workload, slo: Slo) -> _Work:
     batch = max(1.0, min(256, each.device_tokens / context, (slo.itl_s - fixed_s) / max(each_s, 1e-12)))
     token_rate = workload.rate_per_s * tokens / families
     return _Work(
-        prefill_load=workload.rate_per_s * sum_s / families,
+        prefill_load=workload.rate_per_s * (sum_s - shared_s) / families,
         decode_load=token_rate * latency.decode_step_s(int(batch), int(batch * context)) / int(batch),
         wait_s=squares / (2 * max(sum_s, 1e-12)),
         prefill_quantiles_s=tuple(

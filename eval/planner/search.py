@@ -123,7 +123,7 @@ class _Search:
     def _rung(self, plans: Sequence[Plan], views: Sequence[View]) -> list[Rated]:
         """The plans simulated, the choice first, then by attainment."""
         began_s = perf_counter()
-        rated = self._rated(plans, views)
+        rated = self.pool.rate(plans, views, FAR)
         took_s = perf_counter() - began_s
         self.rungs.append(Rung(len(plans), views[0].rounds, len(views), took_s))
         best = choose(rated, self.ask.tolerance)
@@ -132,15 +132,6 @@ class _Search:
             f" {best.score.attainment:.1%} by {best.plan.describe()}"
         )
         return self._in_order(rated)
-
-    def _rated(self, plans: Sequence[Plan], views: Sequence[View]) -> list[Rated]:
-        """In order. The first few say what is far behind: the others are given up when they are."""
-        few = plans[:6]
-        rated = [Rated(p, s) for p, s in zip(few, self.pool.score(few, views), strict=True)]
-        least = max((each.score.attainment for each in rated), default=0.0) - FAR
-        rest = plans[6:]
-        scores = self.pool.score(rest, views, max(0.0, least))
-        return rated + [Rated(p, s) for p, s in zip(rest, scores, strict=True)]
 
     def _in_order(self, rated: Iterable[Rated]) -> list[Rated]:
         known = list(rated)
