@@ -32,20 +32,6 @@ def test_no_window_is_used_twice(seed: int, stretch: float, lasting: float) -> N
     assert not other & set(seeds)
 
 
-@given(st.floats(1.0, 5.0), st.floats(0.0, 1e4), st.floats(0.0, 1e5))
-def test_the_last_windows_are_as_long_as_a_fleet_needs_to_drown(
-    stretch: float, many: float, lasting: float
-) -> None:
-    """Up to twice the usual; what is simulated of each plan stays about the same, in two at least."""
-    effort = Effort()
-    views = Schedule(effort, 0, stretch, many, lasting).last()
-    usual = round(max(effort.last[1] * stretch, min(3 * effort.last[1], 1.25 * many)))
-    rounds = views[0].rounds
-    assert rounds == max(usual, min(2 * usual, round(lasting)))
-    assert 2 <= len(views) <= effort.last[2]
-    assert rounds * len(views) <= max(1.25 * usual * effort.last[2], 2 * rounds)
-
-
 def test_rungs_with_several_windows_have_a_longer_one_instead() -> None:
     """2 x 1000 rounds: of 500 rounds that a fleet needs to drown the windows stay, of 1200 they grow, of more
     than 2000 one is left. Rungs of one window stay as they are."""

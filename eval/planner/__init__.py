@@ -13,6 +13,7 @@ neighbours.py    plans one step from a plan, in its fleet or its settings
 search.py        the search: successive halving, refinement, a last rung on fresh windows
 effort.py        how much of that is simulated, and on which windows
 refinement.py    the plans that lead, varied one step at a time
+lasting.py       whether those that lead in the end do so for long
 tau.py           tau of AMPD's Eq. 5: how slow one engine is in one role, by load
 curves.py        such tables, made by simulation
 solver.py        a mixed-integer linear program for HiGHS

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask, Found, Rated
 from antiphon.eval.planner.candidates import candidates
+from antiphon.eval.planner.lasting import lasts
 from antiphon.eval.planner.neighbours import settings
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool
@@ -121,9 +122,9 @@ def _as_set(plan: Plan, like: Plan) -> Plan:
 
 def front(rated: Sequence[Rated]) -> tuple[Rated, ...]:
     """Those that nothing as cheap or cheaper attains more than, the cheapest first; of what was given up it
-    is not known."""
+    is not known, and what does not last is not for sale."""
     kept: list[Rated] = []
-    exact = (each for each in rated if not each.score.hopeless)
+    exact = (each for each in rated if not each.score.hopeless and lasts(each))
     for each in sorted(exact, key=lambda r: (r.plan.price_per_hour, -r.score.attainment)):
         if not kept or each.score.attainment > kept[-1].score.attainment:
             kept.append(each)

@@ -60,6 +60,8 @@ class Rated(Struct, frozen=True):
 
     plan: Plan
     score: Score
+    long: Score | None = None
+    """In one long window (`lasting.py`); None = nobody has looked."""
 
 
 class Solved(Struct, frozen=True):

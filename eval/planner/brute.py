@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask, choose
 from antiphon.eval.planner.candidates import candidates
+from antiphon.eval.planner.lasting import choose_lasting, looked_at
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.refinement import tuned
@@ -43,7 +44,8 @@ def brute_force(
     ask: Ask, types: Sequence[EngineType], pool: ScorePool, rounds: int, told: Callable[[str], None]
 ) -> Brute:
     """The choice among all plans, on windows of `rounds`; then policy, C and K of it and of the best of each
-    form are tuned by `refinement.tuned`, on the same windows, and the choice is made among all of them."""
+    form are tuned by `refinement.tuned`, on the same windows, and the choice is made among all of them that
+    last (`lasting.py`)."""
     began_s = perf_counter()
     plans = all_plans(ask, types)
     first = View(BRUTE_SEEDS, rounds // 2)
@@ -59,7 +61,10 @@ def brute_force(
         of_form = [each for each in rated if each.plan.colocated is colocated]
         leaders += [choose(of_form, 0.0).plan] if of_form else []
     tuned_plans = [tuned(plan, ask, pool, views) for plan in dict.fromkeys(leaders)]
-    plan = choose((*rated, *tuned_plans), ask.tolerance).plan
+    every = {each.plan: each for each in (*rated, *tuned_plans)}
+    long = View(BRUTE_SEEDS + 1 + WINDOWS, 10 * rounds)
+    lasting = looked_at(tuple(every.values()), (lambda plan: True,), pool, long, ask.tolerance)
+    plan = choose_lasting(lasting, ask.tolerance).plan
     took_s = perf_counter() - began_s
     told(f"brute force: {len(plans)} plans, {len(near)} to the end, in {took_s:.1f} s: {plan.describe()}")
     return Brute(plan, len(plans), took_s)

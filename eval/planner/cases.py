@@ -21,6 +21,7 @@ from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated, choose
 from antiphon.eval.planner.candidates import candidates, check_number
 from antiphon.eval.planner.effort import Effort, Schedule
 from antiphon.eval.planner.engine_types import attainable, engine_types, typical
+from antiphon.eval.planner.lasting import choose_lasting, looked_at
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice
@@ -31,8 +32,8 @@ from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(((24, 400, 1),), (6, 1000, 3), 300, 2, 6_000)
-"""For one form: some ten seconds on two cores. Its one rung has what `LEVELS` say."""
+EFFORT = Effort(((24, 400, 1),), (6, 1000, 3), 300, 2, 6_000, 10_000)
+"""For one form: some fifteen seconds on two cores. Its one rung has what `LEVELS` say."""
 LEVELS = 0.05, 0.075, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.0
 """Of the dearest plan's price. Between two of them plans cost at most a third more than others."""
 OF_LEVEL = 2
@@ -169,7 +170,10 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
     cheapest = sorted(rated, key=lambda each: each.plan.price_per_hour)
     kept = [each.plan for each in cheapest if each.score.attainment >= good][: effort.last[0] // 2]
     kept.append(max(rated, key=lambda each: each.score.attainment).plan)
-    return choose(pool.rate(dict.fromkeys((*near, *kept)), schedule.last()), ask.tolerance)
+    rated = pool.rate(dict.fromkeys((*near, *kept)), schedule.last())
+    if (view := schedule.long()) is not None:
+        rated = looked_at(rated, (lambda plan: True,), pool, view, ask.tolerance)
+    return choose_lasting(rated, ask.tolerance)
 
 
 def _at_levels(plans: Sequence[Plan], screen: Screen) -> tuple[Plan, ...]:

@@ -12,14 +12,16 @@ from antiphon.eval.planner.workload import Workload
 class Effort(NamedTuple):
     """What is simulated at most. A rung: (plans, rounds of a window, windows)."""
 
-    rungs: tuple[tuple[int, int, int], ...] = ((24, 300, 1), (9, 700, 1), (6, 1000, 2))
-    last: tuple[int, int, int] = (4, 1500, 3)
+    rungs: tuple[tuple[int, int, int], ...] = ((20, 300, 1), (9, 700, 1), (6, 1000, 2))
+    last: tuple[int, int, int] = (4, 1500, 2)
     quick_rounds: int = 500
     """Of the one window by which variations of a leader are looked at first."""
     shortlist: int = 3
     """Of a leader's variations: so many are simulated as long as the leader was."""
     refinement_rounds: int = 40_000
     """Simulated for the refinement, about; its last step may pass them by half."""
+    long_rounds: int = 15_000
+    """Of the window that says whether the choice lasts; 0 = there is none."""
 
 
 FEW_LIVE = 500
@@ -29,7 +31,7 @@ MANY_SESSIONS = 30
 """As many sessions' rounds has a quick look, and a quarter more a window of the last rung, since windows
 differ by whose rounds they have; at most twice and three times what `Effort` says."""
 DROWNING_TARGETS = 10
-"""TTFT targets that a window of the last rung lasts, after its warm-up."""
+"""TTFT targets that a fleet needs to drown, if nothing unlucky is to happen first."""
 STRESS = 1.15
 """Times the rate at which settings are looked at: short windows are kind, and at the rate that was asked for
 a fleet that does well does as well with any of them."""
@@ -37,6 +39,8 @@ QUICK = 80
 """The quick looks' place among the windows."""
 LAST = 90
 """The last rung's."""
+LONG = 99
+"""That of the long window."""
 
 
 class Schedule(NamedTuple):
@@ -63,22 +67,21 @@ class Schedule(NamedTuple):
         """Instead of several windows one as long as they, where a fleet needs that to drown."""
         _, rounds, windows = self.effort.rungs[number]
         usual = round(rounds * self.stretch) if number else rounds
-        return views_at(self.seed, number, *self._lasting(usual, windows, windows, 1))
+        longer = max(usual, min(windows * usual, round(self.lasting_rounds)))
+        return views_at(self.seed, number, longer, max(1, round(windows * usual / longer)))
 
     def quick(self, rate_factor: float = 1.0) -> tuple[View, ...]:
         return views_at(self.seed, QUICK, round(self.effort.quick_rounds * self._varied), 1, rate_factor)
 
     def last(self) -> tuple[View, ...]:
-        """Long enough to see a fleet drown, up to twice as long as usual: then fewer, at least two."""
         _, rounds, windows = self.effort.last
-        usual = round(max(rounds * self.stretch, min(3 * rounds, 1.25 * self.many_rounds)))
-        return views_at(self.seed, LAST, *self._lasting(usual, windows, 2, min(2, windows)))
+        longer = round(max(rounds * self.stretch, min(3 * rounds, 1.25 * self.many_rounds)))
+        return views_at(self.seed, LAST, longer, windows)
 
-    def _lasting(self, usual: int, windows: int, most: int, least: int) -> tuple[int, int]:
-        """Rounds up to `most` times the usual, so that a fleet has time to drown; in fewer windows, at least
-        `least`, so that it costs about the same."""
-        longer = max(usual, min(most * usual, round(self.lasting_rounds)))
-        return longer, max(least, round(windows * usual / longer))
+    def long(self) -> View | None:
+        """By which it is seen whether a plan lasts."""
+        rounds = self.effort.long_rounds
+        return views_at(self.seed, LONG, rounds, 1)[0] if rounds else None
 
     @property
     def refinement_rounds(self) -> float:

@@ -8,6 +8,7 @@ from math import isfinite
 from rich.table import Table
 
 from antiphon.eval.planner.ask import Rated, cost_per_1k_rounds
+from antiphon.eval.planner.lasting import lasts
 from antiphon.eval.planner.planned import Planned
 
 
@@ -100,6 +101,8 @@ def cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
     yield plan.describe()
     if score.hopeless:
         yield f"given up at {score.attainment:.0%}"
+    elif not lasts(rated):
+        yield f"{score.attainment:.1%}, does not last"
     else:
         yield f"{score.attainment:.1%} ± {score.noise:.1%}"
     for share in (score.ttft_p95, score.itl_p95):

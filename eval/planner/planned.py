@@ -14,6 +14,7 @@ from msgspec import Struct
 from antiphon.eval.planner.ask import Ask, Found, Rated, Rung, Solved, cost_per_1k_rounds
 from antiphon.eval.planner.cases import Case
 from antiphon.eval.planner.engine_types import LeftOut, Unloaded
+from antiphon.eval.planner.lasting import lasts
 from antiphon.eval.planner.plans import Group, Plan
 from antiphon.eval.planner.score import ERRORS, difference_noise
 
@@ -67,8 +68,8 @@ class Planned(Struct, frozen=True):
         return tuple((name, rated) for name, rated in named if rated is not None)
 
     def comparable(self, rated: Rated) -> bool:
-        """With the choice: simulated to the end, and on the same windows."""
-        return not rated.score.hopeless and windows_of(rated) == windows_of(self.found.best)
+        """With the choice: simulated to the end, on the same windows, and not found to drown later."""
+        return not rated.score.hopeless and lasts(rated) and windows_of(rated) == windows_of(self.found.best)
 
 
 def windows_of(rated: Rated) -> int:
@@ -94,6 +95,11 @@ def headline(found: Found, tolerance: float) -> str:
             "no plan of this budget does this load within these targets, the best attains"
             f" {best.score.attainment:.1%}: ask for fewer sessions, more GPUs or looser targets; {said}"
         )
+    elif not lasts(best):
+        said = (
+            "no plan of this budget that was looked at does this load for long, the best does it for minutes:"
+            f" ask for fewer sessions, more GPUs or looser targets; {said}"
+        )
     if other is None:
         return said
     kind = "disaggregated" if best.plan.colocated else "co-located"
@@ -112,7 +118,19 @@ def headline(found: Found, tolerance: float) -> str:
 
 
 def _does(rated: Rated) -> str:
-    return f"{rated.score.attainment:.1%} attained at USD {rated.plan.price_per_hour:.2f} per hour"
+    attained = f"{rated.score.attainment:.1%} attained"
+    if rated.long is not None:
+        attained += f" ({in_long_window(rated)})"
+    return f"{attained} at USD {rated.plan.price_per_hour:.2f} per hour"
+
+
+def in_long_window(rated: Rated) -> str:
+    """What it does there, where somebody has looked."""
+    if rated.long is None:
+        return ""
+    if not lasts(rated):
+        return "does not last"
+    return f"{rated.long.attainment:.1%} of {rated.long.rounds:,} in a row"
 
 
 def under_way(live_sessions: float, live_tokens: float) -> str:
@@ -156,6 +174,11 @@ class PlanDocument(Struct, frozen=True, forbid_unknown_fields=True):
     of the first, on one of them."""
     given_up: bool
     """It was certain to attain much less than the best: no figure of it is exact."""
+    lasts: bool | None
+    """It attains about as much in one long window; None: nobody has looked."""
+    long_attainment: float | None
+    """There; of a plan that does not last only until that was certain."""
+    long_rounds: int
     ttft_p95_of_target: float | None
     """None: so many had no first token."""
     itl_p95_of_target: float | None
@@ -253,6 +276,9 @@ def _plan(rated: Rated, rounds_per_s: float, names: tuple[str, ...] = ()) -> Pla
         rounds=score.rounds,
         windows=windows_of(rated),
         given_up=score.hopeless,
+        lasts=None if rated.long is None else lasts(rated),
+        long_attainment=None if rated.long is None else rated.long.attainment,
+        long_rounds=0 if rated.long is None else rated.long.rounds,
         ttft_p95_of_target=_finite(score.ttft_p95),
         itl_p95_of_target=_finite(score.itl_p95),
         refused=score.refused,

@@ -3,7 +3,8 @@
 1. A screen (`screen.py`) orders every plan within the budget; the first rung simulates the most promising
    of them for a short while, each further rung fewer plans for longer.
 2. The leaders are varied (`refinement.py`): policy, C, K, an engine fewer, more, moved, of another kind.
-3. The last rung scores the leaders on windows that nothing was chosen by, and the plan is chosen there.
+3. The last rung scores the leaders on windows that nothing was chosen by, and the plan is chosen there, of
+   those that last (`lasting.py`).
 
 A rung keeps plans that may still be the choice (as good as the best but for noise, then cheaper), and always
 those that the answer names: the best co-located, disaggregated and of one kind of GPU, the equal split, and
@@ -23,6 +24,7 @@ from antiphon.eval.planner.ask import Ask, Found, Infeasible, Rated, Rung, Solve
 from antiphon.eval.planner.candidates import candidates, equal_splits
 from antiphon.eval.planner.effort import LAST, Effort, Schedule, views_at
 from antiphon.eval.planner.engine_types import gpu_budget
+from antiphon.eval.planner.lasting import choose_lasting, lasts, looked_at
 from antiphon.eval.planner.neighbours import set_like
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -108,7 +110,7 @@ class _Search:
         leaders = self._refined(rated, views)
         alike = (set_like(plan, leaders[0]) for plan in leaders)
         finalists = dict.fromkeys((*leaders, *alike, *staying))
-        rated = self._rung(tuple(finalists), self.schedule.last())
+        rated = self._lasting(self._rung(tuple(finalists), self.schedule.last()))
         return self._found(rated, solved, equal, perf_counter() - began_s)
 
     # ---------------------------------------------------------------- rungs
@@ -135,7 +137,7 @@ class _Search:
 
     def _in_order(self, rated: Iterable[Rated]) -> list[Rated]:
         known = list(rated)
-        best = choose(known, self.ask.tolerance)
+        best = choose_lasting(known, self.ask.tolerance)
         known.sort(key=lambda r: (r is not best, -r.score.attainment, r.plan.price_per_hour))
         return known
 
@@ -208,6 +210,18 @@ class _Search:
         self.told(f"{refined.variations} variations of {refined.varied} leaders refined in {took_s:.1f} s")
         return refined.leaders
 
+    def _lasting(self, rated: Sequence[Rated]) -> list[Rated]:
+        """The choice first; it and the best of either form last, if any does."""
+        began_s, view = perf_counter(), self.schedule.long()
+        if view is None:
+            return list(rated)
+        forms = (_any, _colocated, _disaggregated)
+        known = looked_at(rated, forms, self.pool, view, self.ask.tolerance)
+        looked = [each for each in known if each.long is not None]
+        lasting, took_s = sum(map(lasts, looked)), perf_counter() - began_s
+        self.told(f"{lasting} of {len(looked)} leaders last for {view.rounds} rounds: {took_s:.1f} s")
+        return self._in_order(known)
+
     # ---------------------------------------------------------------- the answer
 
     def _found(
@@ -217,14 +231,14 @@ class _Search:
 
         def best(fits: Callable[[Plan], bool]) -> Rated | None:
             known = [each for each in rated if fits(each.plan)]
-            return choose(known, tolerance) if known else None
+            return choose_lasting(known, tolerance) if known else None
 
         def of(plan: Plan | None) -> Rated | None:
             return next((each for each in rated if each.plan == plan), None)
 
         kinds = {each.gpu for each in self.types}
         return Found(
-            best=choose(rated, tolerance),
+            best=choose_lasting(rated, tolerance),
             colocated=best(_colocated),
             disaggregated=best(_disaggregated),
             single_tier=best(_of_one_kind) if len(kinds) > 1 else None,
@@ -235,6 +249,10 @@ class _Search:
             rungs=tuple(self.rungs),
             took_s=took_s,
         )
+
+
+def _any(plan: Plan) -> bool:
+    return True
 
 
 def _colocated(plan: Plan) -> bool:
