@@ -53,7 +53,10 @@ def test_the_first_line_is_the_plan_and_its_numbers(planned: tuple[Planned, Path
     first, *others = lines(answer)
     best = answer.found.best
     assert isinstance(first, str) and best.plan.describe() in first
-    assert f"{best.score.attainment:.1%} attained at USD {best.plan.price_per_hour:.2f} per hour" in first
+    assert best.long is not None and best.score.attainment > 0.9
+    in_a_row = f"{best.long.attainment:.1%} of {best.long.rounds:,} rounds in a row"
+    cost = f"USD {best.plan.price_per_hour:.2f} per hour"
+    assert f": {best.score.attainment:.1%} attained ({in_a_row}) at {cost}" in first
     assert first.startswith("do not disaggregate: ") == best.plan.colocated
     console = Console(width=130, file=StringIO())
     for line in others:

@@ -27,6 +27,7 @@ from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
 from antiphon.eval.planner.explain import explain, left_out_lines
 from antiphon.eval.planner.plan_page import page
 from antiphon.eval.planner.plan_plots import SIZE, aside, draw_front, front_png, rated_plans
+from antiphon.eval.planner.plan_table import cells
 from antiphon.eval.planner.planned import Planned, document, headline, windows_of
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import ScorePool
@@ -130,6 +131,32 @@ def test_what_was_given_up_is_not_on_the_front() -> None:
     given_up = replace(cheap, score=replace(cheap.score, hopeless=True))
     assert front([dear, cheap]) == (cheap, dear)
     assert front([dear, given_up]) == (dear,)
+
+
+def test_what_does_not_last_is_said_and_not_on_the_front(planned: Planned) -> None:
+    """100 % on the windows by which it was chosen, 20 % of a long one; the other attains 90 and 91 %."""
+    cheap, dear = rated(1, 1000), rated(2, 900, True)
+    drowns = replace(cheap, long=replace(cheap.score, rounds=9000, attained=1800))
+    holds = replace(dear, long=replace(dear.score, rounds=9000, attained=8190))
+    assert front([holds, drowns]) == (holds,)
+    found = Found(holds, drowns, holds, None, None, None, None, (holds, drowns), (), 0.0)
+    first = headline(found, 0.005)
+    assert "90.0% attained (91.0% of 9,000 rounds in a row) at USD" in first
+    assert (
+        first.endswith(" per hour")
+        and "100.0% attained (does not last) at USD" in first
+        and "for long" not in first
+    )
+    told = replace(planned, found=found, cheaper=(), cases=(), headline=first)
+    assert [told.comparable(each) for each in (holds, drowns)] == [True, False]
+    plans = document(told).plans
+    assert [(p.lasts, p.long_attainment, p.long_rounds) for p in plans] == [
+        (True, 0.91, 9000),
+        (False, 0.2, 9000),
+    ]
+    assert "100.0%, does not last" in page(told) and "does not last" in list(cells(drowns, 1.0))[1]
+    none = headline(replace(found, best=drowns, disaggregated=None), 0.005)
+    assert none.startswith("no plan of this budget that was looked at does this load for long")
 
 
 def test_cheaper_plans_are_cheaper_and_new(world: World, planned: Planned) -> None:

@@ -88,6 +88,7 @@ def _front(planned: Planned) -> Section:
         note += (
             f" The others were simulated on {same_windows(planned.found.best)}; those with * on the first of"
             " them only, which is not the same, or they were given up as far behind: then no figure is exact."
+            " Some do well on these and do not last in a longer one."
         )
     columns = (*COLUMNS, "windows")
     table = Table(f"All {len(every)} plans of the picture", columns, rows, note=note, left=2, folded=True)

@@ -110,7 +110,7 @@ def front_plot(planned: Planned) -> Plot:
     if not all(map(planned.comparable, rated_plans(planned))):
         said.append(
             "Hollow points do not compare with the others exactly: they were simulated on the first of the"
-            " windows only, or given up as far behind."
+            " windows only, or given up as far behind, or do not last in a longer window."
         )
     return Plot("front", QUESTION, " ".join(said), front_png(planned))
 
@@ -148,7 +148,7 @@ def _cloud(axis: Axes, planned: Planned, rated: Sequence[Rated], at: Mapping[Pla
     if not all(map(planned.comparable, rated)):
         axis.plot(
             [], [], linestyle="", marker="o", color=QUIET, markerfacecolor="white", markersize=SIZE,
-            label="hollow: of one window only,\nor given up",
+            label="hollow: of one window only,\ngiven up, or does not last",
         )  # fmt: skip
 
 

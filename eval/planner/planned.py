@@ -103,6 +103,9 @@ def headline(found: Found, tolerance: float) -> str:
     if other is None:
         return said
     kind = "disaggregated" if best.plan.colocated else "co-located"
+    said += f"; the best {kind} plan ({other.plan.describe()}): {_does(other)}"
+    if not lasts(other):
+        return said
     gap = best.score.attainment - other.score.attainment
     price = other.plan.price_per_hour - best.plan.price_per_hour
     level = max(tolerance, ERRORS * difference_noise(best.score, other.score))
@@ -114,7 +117,7 @@ def headline(found: Found, tolerance: float) -> str:
         wins = f"within ± {level * 100:.1f} points, which is noise, for USD {-price:.2f} more per hour"
     else:
         wins = f"within ± {level * 100:.1f} points, which is noise, at the same price"
-    return f"{said}; the best {kind} plan ({other.plan.describe()}): {_does(other)} ({wins})"
+    return f"{said} ({wins})"
 
 
 def _does(rated: Rated) -> str:
@@ -130,7 +133,7 @@ def in_long_window(rated: Rated) -> str:
         return ""
     if not lasts(rated):
         return "does not last"
-    return f"{rated.long.attainment:.1%} of {rated.long.rounds:,} in a row"
+    return f"{rated.long.attainment:.1%} of {rated.long.rounds:,} rounds in a row"
 
 
 def under_way(live_sessions: float, live_tokens: float) -> str:

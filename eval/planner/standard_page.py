@@ -135,7 +135,7 @@ def _head(results: Results) -> Iterator[str]:
     yield (
         "The load is the largest of some shares (80, 65, 50, 40, 30 %) of what keeps the whole"
         " budget busy, co-located, at which one of six plans (those that the screen puts first) attains 93 %"
-        " in one window."
+        " in a window of 1,200 rounds and in one of 12,000."
     )
     yield (
         f"Every figure is of {results.windows} windows of {results.rounds:,} rounds or more after a"
@@ -176,8 +176,9 @@ def _lasting(results: Results) -> Iterator[str]:
     yield "## Does it last?"
     yield ""
     yield (
-        "The plan in one window that is much longer, and its standard error in the short ones: a fleet"
-        " that is a little too small does well for many minutes."
+        "The plan in one window that is much longer, other than that by which the search saw whether it lasts,"
+        " and its standard error in the short ones: a fleet that is a little too small does well for many"
+        " minutes."
     )
     yield ""
     yield "| trace | GPUs | the plan | attains | rounds | in one window it attains |"
