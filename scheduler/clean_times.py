@@ -45,6 +45,14 @@ class _Prompt:
     cached_tokens: int
     passes: int
     clean: bool
+    latency: LatencyModel | None = None
+    """By which `alone_s` was worked out; asked again and again while many wait."""
+    alone_s: float = 0.0
+
+    def prefill_s(self, latency: LatencyModel) -> float:
+        if self.latency is not latency:
+            self.latency, self.alone_s = latency, latency.prefill_s(self.new_tokens, self.cached_tokens)
+        return self.alone_s
 
 
 @dataclass(slots=True, eq=False)
@@ -174,7 +182,7 @@ class EngineTimes:
         if not self.prompts:
             return self._stalled_s
         latency, first = self.book.latency, next(iter(self.prompts.values()))
-        most_s = sum(latency.prefill_s(p.new_tokens, p.cached_tokens) for p in self.prompts.values())
+        most_s = sum([prompt.prefill_s(latency) for prompt in self.prompts.values()])
         passed_s = now - max(first.came_s, self._prefill_ended_s)
         return self._stalled_s + min(passed_s, most_s * self.book.corrections.prefill)
 

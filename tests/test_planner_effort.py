@@ -27,6 +27,9 @@ def test_no_window_is_used_twice(seed: int, stretch: float, lasting: float) -> N
     schedule = Schedule(Effort(), seed, stretch, 0.0, lasting)
     rungs = [schedule.rung(number) for number in range(len(Effort().rungs))]
     seeds = [view.seed for views in (*rungs, schedule.quick(), schedule.last()) for view in views]
+    long = schedule.long()
+    assert long is not None and long.rounds >= 5 * schedule.last()[0].rounds
+    seeds.append(long.seed)
     assert len(set(seeds)) == len(seeds)
     other = {view.seed for view in Schedule(Effort(), seed + 1, stretch, 0.0, lasting).last()}
     assert not other & set(seeds)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from antiphon.eval.planner import lasting
 from antiphon.eval.planner.ask import Rated, choose
 from antiphon.eval.planner.effort import LONG, Schedule
-from antiphon.eval.planner.lasting import SAG, choose_lasting, lasts, looked_at
+from antiphon.eval.planner.lasting import SAG, any_plan, choose_lasting, drowned, lasts, looked_at
 from antiphon.eval.planner.plans import Plan, group
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.score import Score
@@ -21,6 +21,7 @@ from tests.test_planner_workload import WINDOW_TOKENS
 
 LOAD = workload(0.02)
 VIEW = View(99, 10_000)
+FORMS = (any_plan, lambda plan: plan.colocated, lambda plan: not plan.colocated)
 
 
 def told(attained: float, rounds: int = 1000) -> Score:
@@ -50,43 +51,86 @@ class Long(ScorePool):
         return tuple(told(self.attained[plan], 10_000) for plan in known)
 
 
+def nothing(plan: Plan) -> Sequence[Rated]:
+    return ()
+
+
 def test_what_lasts() -> None:
-    """99 % and 94 in the long window: it does; 93: it does not, unless the short windows said so little."""
+    """99 % and 94 in the long window: it does; 93: it does not, however the short ones differ."""
     plan, sure = together(1), told(0.99, 10_000)
     assert lasts(Rated(plan, sure)) and lasts(Rated(plan, sure, told(0.94)))
     assert not lasts(Rated(plan, sure, told(0.93)))
-    unsure = Score(1000, 900, 0, 0, 0, 0.5, 0.5, 1000, by_window=(0.98, 0.82))
-    assert unsure.noise == pytest.approx(0.08)
-    assert lasts(Rated(plan, unsure, told(0.75))) and not lasts(Rated(plan, unsure, told(0.73)))
+    unsure = replace(sure, by_window=(1.0, 0.7))
+    assert not lasts(Rated(plan, unsure, told(0.93)))
+
+
+def test_what_drowns_is_worth_what_it_attains_then() -> None:
+    """A drowns at 90 %, B holds 3 %: A is the choice, and is known not to last. At 50 % it is C, which holds
+    82. What was given up is worth nothing, unless there is nothing else."""
+    a, b, c = Rated(together(1), told(1.0)), Rated(together(2), told(0.03)), Rated(together(3), told(0.82))
+    assert choose_lasting([a, b, c], 0.005) is a
+    late = replace(a, long=told(0.9))
+    assert choose_lasting([late, b], 0.005) is late and not lasts(late)
+    assert choose_lasting([replace(a, long=told(0.5)), b, c], 0.005) is c
+    given_up = replace(c, score=replace(c.score, hopeless=True))
+    assert choose_lasting([given_up, b], 0.005) is b and choose_lasting([given_up], 0.005) is given_up
+
+
+def test_who_is_known_to_drown() -> None:
+    """Whatever its settings; not with another engine."""
+    drowns = Rated(together(1), told(1.0), told(0.2))
+    other = replace(together(1), policy="local")
+    assert drowned(other, [drowns]) and not drowned(together(2), [drowns])
+    assert not drowned(other, [replace(drowns, long=told(1.0))]) and not drowned(apart(1), [drowns])
 
 
 def test_the_next_leads_when_the_first_drowns() -> None:
-    """The cheapest drowns, the next two are looked at; nobody looks at who never leads."""
+    """The cheapest drowns, the next two are looked at; nobody looks at who never leads, or is far behind."""
     attained = {together(1): 0.2, together(2): 0.99, together(3): 1.0, apart(1): 0.97, apart(2): 1.0}
     rated = [Rated(plan, told(1.0)) for plan in attained]
     pool = Long(attained)
-    forms = (lambda plan: True, lambda plan: plan.colocated, lambda plan: not plan.colocated)
-    looked = looked_at(rated, forms, pool, VIEW, 0.005)
+    looked = looked_at(rated, FORMS, pool, VIEW, 0.005, nothing)
     assert [plan for plan, _ in pool.asked] == [together(1), apart(1), together(2)]
     assert {least for _, least in pool.asked} == {1.0 - SAG}
     assert {each.plan for each in looked} == set(attained)
-    assert choose(looked, 0.005).plan == together(1) and choose_lasting(looked, 0.005).plan in (
-        apart(1),
-        together(2),
-    )
+    assert choose(looked, 0.005).plan == together(1)
+    assert choose_lasting(looked, 0.005).plan in (apart(1), together(2))
     assert [each.plan for each in looked if not lasts(each)] == [together(1)]
+    far = [each for each in rated if each.plan.colocated] + [Rated(apart(1), told(0.7))]
+    pool = Long(attained)
+    looked_at(far, FORMS, pool, VIEW, 0.005, nothing)
+    assert [plan for plan, _ in pool.asked] == [together(1), together(2)]
+
+
+def test_larger_fleets_take_the_place_of_those_that_drown() -> None:
+    """One engine drowns, and two; three last. None but the first was left by the rungs."""
+    attained = {together(n): 1.0 if n > 2 else 0.2 for n in (1, 2, 3, 4)}
+    pool = Long(attained)
+    asked: list[Plan] = []
+
+    def larger(plan: Plan) -> Sequence[Rated]:
+        asked.append(plan)
+        return [Rated(together(plan.groups[0].count + 1), told(1.0))]
+
+    looked = looked_at([Rated(together(1), told(1.0))], FORMS, pool, VIEW, 0.005, larger)
+    assert choose_lasting(looked, 0.005).plan == together(3)
+    assert asked == [together(1), together(2)] and len(looked) == 3
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
-def test_the_choice_lasts_if_any_of_those_looked_at_does(known: list[tuple[float, float]]) -> None:
+def test_nobody_leads_at_whom_nobody_looked(known: list[tuple[float, float]]) -> None:
+    """Nor anything that is worth less than another at which somebody has looked."""
     rated = [Rated(together(n + 1), told(short)) for n, (short, _) in enumerate(known)]
     pool = Long({together(n + 1): long for n, (_, long) in enumerate(known)})
-    looked = looked_at(rated, (lambda plan: True,), pool, VIEW, 0.005)
+    looked = looked_at(rated, (any_plan,), pool, VIEW, 0.005, nothing)
     best = choose_lasting(looked, 0.005)
-    assert len(pool.asked) == len({plan for plan, _ in pool.asked}) <= lasting.MOST_LOOKS
-    assert lasts(best) or not any(map(lasts, looked))
-    if len(known) < lasting.MOST_LOOKS:  # it had time to find one
-        assert best.long is not None or not lasts(best)
+    assert best.long is not None
+    assert len(pool.asked) == len({plan for plan, _ in pool.asked})
+    worth = best.score.attainment if lasts(best) else best.long.attainment
+    for each in looked:
+        if each.long is not None:
+            other = each.score.attainment if lasts(each) else each.long.attainment
+            assert other <= worth + 0.005 + 1e-9
 
 
 def test_a_fleet_that_drowns_late_is_not_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_what_does_not_last_is_said_and_not_on_the_front(planned: Planned) -> No
     assert "90.0% attained (91.0% of 9,000 rounds in a row) at USD" in first
     assert (
         first.endswith(" per hour")
-        and "100.0% attained (does not last) at USD" in first
+        and "(it does not last: 20.0% of 9,000 rounds in a row) at USD" in first
         and "for long" not in first
     )
     told = replace(planned, found=found, cheaper=(), cases=(), headline=first)
@@ -154,7 +154,8 @@ def test_what_does_not_last_is_said_and_not_on_the_front(planned: Planned) -> No
         (True, 0.91, 9000),
         (False, 0.2, 9000),
     ]
-    assert "100.0%, does not last" in page(told) and "does not last" in list(cells(drowns, 1.0))[1]
+    words = "100.0%, then drowns: 20% of 9,000 rounds"
+    assert words in page(told) and words == list(cells(drowns, 1.0))[1]
     none = headline(replace(found, best=drowns, disaggregated=None), 0.005)
     assert none.startswith("no plan of this budget that was looked at does this load for long")
 

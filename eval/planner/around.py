@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask, Found, Rated
 from antiphon.eval.planner.candidates import candidates
-from antiphon.eval.planner.lasting import lasts
+from antiphon.eval.planner.lasting import drowned, lasts
 from antiphon.eval.planner.neighbours import settings
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool
@@ -34,6 +34,8 @@ class Change(Struct, frozen=True):
     """count, policy, C or K."""
     rated: Rated | None
     """None: not within the budget."""
+    drowns: bool = False
+    """One with these engines was found not to last."""
 
 
 class Around(NamedTuple):
@@ -53,7 +55,9 @@ def around(ask: Ask, found: Found, pool: ScorePool) -> Around:
     return Around(
         Rated(plan, scores[plan]),
         tuple(
-            Change(what, kind, None if each is None else Rated(each, scores[each]))
+            Change(what, kind, None)
+            if each is None
+            else Change(what, kind, Rated(each, scores[each]), kind == "count" and drowned(each, found.rated))
             for what, kind, each in named
         ),
     )
@@ -89,7 +93,8 @@ def _settings(plan: Plan, ask: Ask) -> Iterator[tuple[str, str, Plan | None]]:
 
 def cheaper(ask: Ask, types: Sequence[EngineType], found: Found, pool: ScorePool) -> tuple[Rated, ...]:
     """Plans below the choice's price: at some price levels the co-located and the disaggregated one that the
-    screen puts first. The search left them out, since they attain less; the front begins with them.
+    screen puts first. The search left them out, since they attain less; the front begins with them. Fleets
+    that are known to drown are left out.
 
     Simulated on the first window of the last rung only.
     """
@@ -97,6 +102,7 @@ def cheaper(ask: Ask, types: Sequence[EngineType], found: Found, pool: ScorePool
     screen = Screen(pool.workload, ask.slo, types)
     known = {each.plan for each in found.rated}
     plans = [plan for plan in candidates(ask, types) if plan.price_per_hour < best.price_per_hour]
+    plans = [plan for plan in plans if not drowned(plan, found.rated)]
     ordered = sorted(plans, key=lambda plan: (-screen.estimate(plan), plan.price_per_hour))
     chosen: dict[Plan, None] = {}
     for level in LEVELS:

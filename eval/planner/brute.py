@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask, choose
 from antiphon.eval.planner.candidates import candidates
-from antiphon.eval.planner.lasting import choose_lasting, looked_at
+from antiphon.eval.planner.lasting import any_plan, choose_lasting, looked_at
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.refinement import tuned
@@ -63,7 +63,7 @@ def brute_force(
     tuned_plans = [tuned(plan, ask, pool, views) for plan in dict.fromkeys(leaders)]
     every = {each.plan: each for each in (*rated, *tuned_plans)}
     long = View(BRUTE_SEEDS + 1 + WINDOWS, 10 * rounds)
-    lasting = looked_at(tuple(every.values()), (lambda plan: True,), pool, long, ask.tolerance)
+    lasting = looked_at(tuple(every.values()), (any_plan,), pool, long, ask.tolerance, lambda plan: ())
     plan = choose_lasting(lasting, ask.tolerance).plan
     took_s = perf_counter() - began_s
     told(f"brute force: {len(plans)} plans, {len(near)} to the end, in {took_s:.1f} s: {plan.describe()}")

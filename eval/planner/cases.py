@@ -2,8 +2,9 @@
 
 Each case changes one thing of the ask. Both forms are searched alike, each alone and with little effort: at
 each of some price levels the plans that the screen puts first, then one step around what leads, then the last
-windows of a search, by which nothing was chosen before. The best of the one stands against the best of the
-other. What is within two standard errors is called equal; then the cheaper wins.
+windows of a search, by which nothing was chosen before, and a long one for who leads there. The best of the
+one stands against the best of the other; who does not last has lost. What is within two standard errors is
+called equal; then the cheaper wins.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated, choose
 from antiphon.eval.planner.candidates import candidates, check_number
 from antiphon.eval.planner.effort import Effort, Schedule
 from antiphon.eval.planner.engine_types import attainable, engine_types, typical
-from antiphon.eval.planner.lasting import choose_lasting, looked_at
+from antiphon.eval.planner.lasting import any_plan, choose_lasting, larger_fleets, lasts, looked_at
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice
@@ -32,8 +33,8 @@ from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(((24, 400, 1),), (6, 1000, 3), 300, 2, 6_000, 10_000)
-"""For one form: some fifteen seconds on two cores. Its one rung has what `LEVELS` say."""
+EFFORT = Effort(((24, 400, 1),), (6, 1000, 3), 300, 2, 12_000, 10_000)
+"""For one form: some twenty seconds on two cores. Its one rung has what `LEVELS` say."""
 LEVELS = 0.05, 0.075, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.0
 """Of the dearest plan's price. Between two of them plans cost at most a third more than others."""
 OF_LEVEL = 2
@@ -164,7 +165,7 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
     schedule = Schedule.of(effort, ask.seed, pool.workload, ask.slo.ttft_s)
     views = schedule.rung(0)
     rated = pool.rate(_at_levels(plans, Screen(pool.workload, ask.slo, types)), views, FAR)
-    near = Refinement(ask, types, pool, schedule, rated, views).run((lambda plan: True,)).leaders
+    near = Refinement(ask, types, pool, schedule, rated, views).run(()).leaders
     leader = choose(rated, ask.tolerance)
     good = leader.score.attainment - ask.tolerance
     cheapest = sorted(rated, key=lambda each: each.plan.price_per_hour)
@@ -172,7 +173,8 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
     kept.append(max(rated, key=lambda each: each.score.attainment).plan)
     rated = pool.rate(dict.fromkeys((*near, *kept)), schedule.last())
     if (view := schedule.long()) is not None:
-        rated = looked_at(rated, (lambda plan: True,), pool, view, ask.tolerance)
+        larger = larger_fleets(ask, types, pool, schedule.last())
+        rated = looked_at(rated, (any_plan,), pool, view, ask.tolerance, larger)
     return choose_lasting(rated, ask.tolerance)
 
 
@@ -194,6 +196,10 @@ def verdict(colocated: Rated | None, other: Rated | None, tolerance: float) -> t
         return alone, "the other form has no plan within the budget"
     if max(colocated.score.attainment, other.score.attainment) < LEAST:
         return "neither", f"both attain less than {LEAST:.0%} of the rounds"
+    if lasts(colocated) != lasts(other):
+        return "co-located" if lasts(colocated) else "disaggregated", "the other form does not last"
+    if not lasts(colocated):
+        return "neither", "neither form lasts"
     gap = colocated.score.attainment - other.score.attainment
     noise = ERRORS * difference_noise(colocated.score, other.score)
     if abs(gap) > max(tolerance, noise):

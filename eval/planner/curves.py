@@ -15,7 +15,7 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -77,7 +77,7 @@ class CurveTask(Struct, frozen=True):
 
 
 def make_curves(
-    types: Iterable[EngineType],
+    types: Sequence[EngineType],
     workload: Workload,
     slo: Slo,
     window_tokens: int,
@@ -101,6 +101,7 @@ def make_curves(
         for each in types
         for role in roles
     ]
+    tasks.sort(key=lambda task: (task.role == "prefill", task.type.tp), reverse=True)  # the longest first
     if executor is not None:
         curves = list(executor.map(make_curve, tasks))
     elif jobs <= 1:
@@ -108,7 +109,8 @@ def make_curves(
     else:
         with ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn")) as own:
             curves = list(own.map(make_curve, tasks))
-    return {(curve.role, curve.type.name): curve for curve in curves}
+    made = {(curve.role, curve.type.name): curve for curve in curves}
+    return {(role, each.name): made[role, each.name] for each in types for role in roles}
 
 
 def make_curve(task: CurveTask) -> Curve:

@@ -10,7 +10,8 @@ from antiphon.eval.planner.workload import Workload
 
 
 class Effort(NamedTuple):
-    """What is simulated at most. A rung: (plans, rounds of a window, windows)."""
+    """How much is simulated. A rung: (plans, rounds of a window, windows); of plans some more, so that each
+    form has its best there."""
 
     rungs: tuple[tuple[int, int, int], ...] = ((20, 300, 1), (9, 700, 1), (6, 1000, 2))
     last: tuple[int, int, int] = (4, 1500, 2)
@@ -19,8 +20,8 @@ class Effort(NamedTuple):
     shortlist: int = 3
     """Of a leader's variations: so many are simulated as long as the leader was."""
     refinement_rounds: int = 40_000
-    """Simulated for the refinement, about; its last step may pass them by half."""
-    long_rounds: int = 15_000
+    """Simulated for the refinement, about; its last step may pass them by half of that step."""
+    long_rounds: int = 12_000
     """Of the window that says whether the choice lasts; 0 = there is none."""
 
 
@@ -41,6 +42,8 @@ LAST = 90
 """The last rung's."""
 LONG = 99
 """That of the long window."""
+LONGER = 5
+"""Times as long as a window of the last rung it is at least."""
 
 
 class Schedule(NamedTuple):
@@ -64,7 +67,7 @@ class Schedule(NamedTuple):
         return cls(effort, seed, stretch, many, workload.rounds_per_s * DROWNING_TARGETS * ttft_s)
 
     def rung(self, number: int) -> tuple[View, ...]:
-        """Instead of several windows one as long as they, where a fleet needs that to drown."""
+        """Instead of several windows fewer that are longer, where a fleet needs that to drown."""
         _, rounds, windows = self.effort.rungs[number]
         usual = round(rounds * self.stretch) if number else rounds
         longer = max(usual, min(windows * usual, round(self.lasting_rounds)))
@@ -80,8 +83,10 @@ class Schedule(NamedTuple):
 
     def long(self) -> View | None:
         """By which it is seen whether a plan lasts."""
-        rounds = self.effort.long_rounds
-        return views_at(self.seed, LONG, rounds, 1)[0] if rounds else None
+        if not self.effort.long_rounds:
+            return None
+        rounds = max(self.effort.long_rounds, LONGER * self.last()[0].rounds)
+        return views_at(self.seed, LONG, rounds, 1)[0]
 
     @property
     def refinement_rounds(self) -> float:

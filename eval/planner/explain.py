@@ -111,7 +111,8 @@ def _counts(beside: Around) -> Iterator[str]:
                 yield f"{change.what}: not within the budget"
             else:
                 price = change.rated.plan.price_per_hour - beside.best.plan.price_per_hour
-                yield f"{change.what}: {_points(change, beside.best)}, USD {price:+.2f} per hour"
+                points = "does not last" if change.drowns else _points(change, beside.best)
+                yield f"{change.what}: {points}, USD {price:+.2f} per hour"
 
 
 def _settings(beside: Around) -> Iterator[str]:

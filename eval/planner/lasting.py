@@ -3,7 +3,8 @@
 Short windows see a fleet that is a little too small do well: it takes some unlucky minutes until slow rounds
 have put so many sessions under way that none is fast any more (8 H200 as 4 x 2, 65 `hotpotqa` sessions per
 second: 100 % in windows of 3,000 rounds, 27 % of 18,000). A long window for every plan would cost more than
-the search, so only the choice and the best of either form have one.
+the search, so only the choice and the best of either form have one. Where one drowns, fleets that are a step
+larger are looked at too: in short windows they were as good and dearer, so that none of them is left.
 """
 
 from __future__ import annotations
@@ -12,45 +13,92 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
-from antiphon.eval.planner.ask import Rated, choose
-from antiphon.eval.planner.plans import Plan
+from antiphon.eval.planner.ask import Ask, Rated, choose
+from antiphon.eval.planner.neighbours import neighbours
+from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
-from antiphon.eval.planner.score import ERRORS
 
 SAG = 0.05
-"""Of attainment: a plan that loses more in a long window, and more than its error, does not last."""
-MOST_LOOKS = 4
-"""At those who lead, each after the last look's have been found wanting."""
+"""Of attainment: a plan that loses more in a long window does not last."""
+FAR = 0.25
+"""The best of a form that attains so much less than the best of all is not looked at."""
+LARGER = 3
+"""Fleets a step larger that are looked at for one that drowns, the cheapest."""
 
 Fits = Callable[[Plan], bool]
 
 
+def any_plan(plan: Plan) -> bool:
+    """The form of all."""
+    return True
+
+
 def lasts(rated: Rated) -> bool:
     """True of plans at which nobody has looked."""
-    if rated.long is None:
-        return True
-    return rated.long.attainment >= rated.score.attainment - max(SAG, ERRORS * rated.score.noise)
+    return rated.long is None or rated.long.attainment >= rated.score.attainment - SAG
+
+
+def drowned(plan: Plan, rated: Iterable[Rated]) -> bool:
+    """Whether one with these engines in these pools was found not to last, whatever its settings."""
+    return any(not lasts(each) and _fleet(each.plan) == _fleet(plan) for each in rated)
+
+
+def _fleet(plan: Plan) -> list[tuple[str, str, int]]:
+    return sorted((group.pool, group.type.name, group.count) for group in plan.groups)
 
 
 def choose_lasting(rated: Iterable[Rated], tolerance: float) -> Rated:
-    """The choice among those that last; if none does, among all."""
-    known = list(rated)
-    return choose([each for each in known if lasts(each)] or known, tolerance)
+    """The choice, where what drowns is worth no more than it attains in the long window, and what was given
+    up nothing, for nobody knows."""
+    every = list(rated)
+    known = {each.plan: each for each in [e for e in every if not e.score.hopeless] or every}
+    return known[choose(map(_by_worth, known.values()), tolerance).plan]
+
+
+def _by_worth(rated: Rated) -> Rated:
+    return rated if rated.long is None or lasts(rated) else replace(rated, score=rated.long)
 
 
 def looked_at(
-    rated: Sequence[Rated], forms: Sequence[Fits], pool: ScorePool, view: View, tolerance: float
+    rated: Sequence[Rated],
+    forms: Sequence[Fits],
+    pool: ScorePool,
+    view: View,
+    tolerance: float,
+    larger: Callable[[Plan], Sequence[Rated]],
 ) -> list[Rated]:
-    """`rated`, of which the choice of each of `forms` has been simulated on `view`, as has each that was one
-    before those ahead of it were found not to last. Raises `PoolError`."""
+    """`rated` and what `larger` has for those that drown; the choice of each of `forms` was simulated on
+    `view`. Raises `PoolError`."""
     known = {each.plan: each for each in rated}
-    for _ in range(MOST_LOOKS):
+    while True:
         of_forms = ([each for each in known.values() if form(each.plan)] for form in forms)
-        leaders = [choose_lasting(each, tolerance) for each in of_forms if each]
-        fresh = list({each.plan: each for each in leaders if each.long is None}.values())
+        leaders = [choose_lasting(every, tolerance) for every in of_forms if every]
+        far = max(_by_worth(each).score.attainment for each in leaders) - FAR
+        near = {
+            each.plan: each for each in leaders if each.score.attainment >= far and not each.score.hopeless
+        }
+        fresh = [each for each in near.values() if each.long is None]
         if not fresh:
-            break
-        least = min(each.score.attainment - max(SAG, ERRORS * each.score.noise) for each in fresh)
+            return list(known.values())
+        least = min(each.score.attainment for each in fresh) - SAG
         longer = pool.score([each.plan for each in fresh], (view,), max(0.0, least))
-        known |= {each.plan: replace(each, long=long) for each, long in zip(fresh, longer, strict=True)}
-    return list(known.values())
+        for each, long in zip(fresh, longer, strict=True):
+            seen = known[each.plan] = replace(each, long=long)
+            if not lasts(seen):
+                known = {other.plan: other for other in larger(each.plan)} | known
+
+
+def larger_fleets(
+    ask: Ask, types: Sequence[EngineType], pool: ScorePool, views: Sequence[View]
+) -> Callable[[Plan], Sequence[Rated]]:
+    """Of the same form, rated on `views`."""
+
+    def larger(plan: Plan) -> Sequence[Rated]:
+        dearer = [
+            each
+            for each in neighbours(plan, ask, types)
+            if each.price_per_hour > plan.price_per_hour and each.colocated == plan.colocated
+        ]
+        return pool.rate(sorted(dearer, key=lambda each: each.price_per_hour)[:LARGER], views)
+
+    return larger

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from antiphon.eval.planner.around import front
 from antiphon.eval.planner.ask import Rated
 from antiphon.eval.planner.plan_plots import front_plot, rated_plans
-from antiphon.eval.planner.plan_table import cells
+from antiphon.eval.planner.plan_table import attained, cells
 from antiphon.eval.planner.planned import Planned, same_windows, under_way, windows_of
 from antiphon.eval.report_page import Picture, Section, Strong, Table, render
 
@@ -59,9 +59,9 @@ def _plan(planned: Planned) -> Section:
             (Strong(name) if not number else name, *_cells(rated, rate))
             for number, (name, rated) in enumerate(planned.named())
         ],
-        note=f"{SHARES} All were simulated on {same_windows(planned.found.best)}. By these, and by nothing"
-        " before them, the plan was chosen, and the best of each form: they look a little better than they"
-        " would on others.",
+        note=f"{SHARES} All were simulated on {same_windows(planned.found.best)}. By these, and by"
+        " whether it lasts in a long one, the plan was chosen, and the best of each form: they look a little"
+        " better than they would on others.",
         left=2,
     )
     return Section("The plan", "plan", items=[engines, named])
@@ -87,8 +87,8 @@ def _front(planned: Planned) -> Section:
     if not all(map(planned.comparable, every)):
         note += (
             f" The others were simulated on {same_windows(planned.found.best)}; those with * on the first of"
-            " them only, which is not the same, or they were given up as far behind: then no figure is exact."
-            " Some do well on these and do not last in a longer one."
+            " them only, which is not the same, or they were given up as far behind, and no figure is exact,"
+            " or they drown in a longer one."
         )
     columns = (*COLUMNS, "windows")
     table = Table(f"All {len(every)} plans of the picture", columns, rows, note=note, left=2, folded=True)
@@ -138,9 +138,7 @@ def _cases(planned: Planned) -> Section:
     for case in planned.cases:
         both = (case.colocated, case.disaggregated)
         shown = (
-            "-"
-            if r is None
-            else f"{r.score.attainment:.1%}, USD {r.plan.price_per_hour:.2f}/h: {r.plan.describe()}"
+            "-" if r is None else f"{attained(r)}, USD {r.plan.price_per_hour:.2f}/h: {r.plan.describe()}"
             for r in both
         )
         rows.append((case.name, case.what, Strong(case.winner), case.margin, *shown))

@@ -97,10 +97,11 @@ def _size(number: int, named: bool) -> float:
 def front_plot(planned: Planned) -> Plot:
     """With its caption, for the page."""
     best = planned.found.best
+    rounds = f"{best.score.rounds:,} rounds of the choice"
     said = [
-        f"Each full point is a plan that was simulated on {same_windows(best)} ({best.score.rounds:,} rounds"
-        " of the choice), by which the choice was made; bars are one standard error. Nothing that is cheaper"
-        " attains more than a plan on the line. Marks that would cover each other stand side by side."
+        f"Each full point is a plan that was simulated on {same_windows(best)} ({rounds}); by these, and by"
+        " whether it lasts in a long one, the choice was made; bars are one standard error. Nothing that is"
+        " cheaper attains more than a plan on the line. Marks that would cover each other stand side by side."
     ]
     if planned.cheaper:
         said.append(
@@ -110,7 +111,7 @@ def front_plot(planned: Planned) -> Plot:
     if not all(map(planned.comparable, rated_plans(planned))):
         said.append(
             "Hollow points do not compare with the others exactly: they were simulated on the first of the"
-            " windows only, or given up as far behind, or do not last in a longer window."
+            " windows only, or given up as far behind, or drown in a longer window."
         )
     return Plot("front", QUESTION, " ".join(said), front_png(planned))
 
@@ -148,7 +149,7 @@ def _cloud(axis: Axes, planned: Planned, rated: Sequence[Rated], at: Mapping[Pla
     if not all(map(planned.comparable, rated)):
         axis.plot(
             [], [], linestyle="", marker="o", color=QUIET, markerfacecolor="white", markersize=SIZE,
-            label="hollow: of one window only,\ngiven up, or does not last",
+            label="hollow: of one window only,\ngiven up, or drowning later",
         )  # fmt: skip
 
 

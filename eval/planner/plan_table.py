@@ -35,7 +35,7 @@ def lines(planned: Planned) -> Iterator[str | Table]:
 
 def _cost(rated: Rated, planned: Planned) -> str:
     usd = cost_per_1k_rounds(rated.plan, planned.rounds_per_s)
-    return f"USD {usd:.2f} at {rated.score.attainment:.1%}"
+    return f"USD {usd:.2f} at {attained(rated)}"
 
 
 def engines_table(planned: Planned) -> Table:
@@ -92,7 +92,19 @@ def _short(rated: Rated | None) -> str:
     if rated is None:
         return "-"
     plan = rated.plan
-    return f"{rated.score.attainment:.1%}, USD {plan.price_per_hour:.2f}/h: {plan.describe()}"
+    return f"{attained(rated)}, USD {plan.price_per_hour:.2f}/h: {plan.describe()}"
+
+
+def does_not_last(rated: Rated) -> str:
+    """Of one at which somebody has looked."""
+    assert rated.long is not None
+    late = f"{rated.long.attainment:.0%} of {rated.long.rounds:,} rounds"
+    return f"{rated.score.attainment:.1%}, then drowns: {late}"
+
+
+def attained(rated: Rated) -> str:
+    """In few words."""
+    return f"{rated.score.attainment:.1%}" if lasts(rated) else does_not_last(rated)
 
 
 def cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
@@ -102,7 +114,7 @@ def cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
     if score.hopeless:
         yield f"given up at {score.attainment:.0%}"
     elif not lasts(rated):
-        yield f"{score.attainment:.1%}, does not last"
+        yield does_not_last(rated)
     else:
         yield f"{score.attainment:.1%} ± {score.noise:.1%}"
     for share in (score.ttft_p95, score.itl_p95):

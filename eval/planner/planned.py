@@ -88,7 +88,7 @@ def headline(found: Found, tolerance: float) -> str:
     and by how much."""
     best, other = found.best, found.disaggregated if found.best.plan.colocated else found.colocated
     said = f"{best.plan.describe()}: {_does(best)}"
-    if best.plan.colocated:
+    if best.plan.colocated and lasts(best):
         said = f"do not disaggregate: {said}"
     if best.score.attainment < DOES_IT:
         said = (
@@ -97,7 +97,7 @@ def headline(found: Found, tolerance: float) -> str:
         )
     elif not lasts(best):
         said = (
-            "no plan of this budget that was looked at does this load for long, the best does it for minutes:"
+            "no plan of this budget that was looked at does this load for long: sooner or later it drowns:"
             f" ask for fewer sessions, more GPUs or looser targets; {said}"
         )
     if other is None:
@@ -123,17 +123,9 @@ def headline(found: Found, tolerance: float) -> str:
 def _does(rated: Rated) -> str:
     attained = f"{rated.score.attainment:.1%} attained"
     if rated.long is not None:
-        attained += f" ({in_long_window(rated)})"
+        in_a_row = f"{rated.long.attainment:.1%} of {rated.long.rounds:,} rounds in a row"
+        attained += f" ({in_a_row})" if lasts(rated) else f" (it does not last: {in_a_row})"
     return f"{attained} at USD {rated.plan.price_per_hour:.2f} per hour"
-
-
-def in_long_window(rated: Rated) -> str:
-    """What it does there, where somebody has looked."""
-    if rated.long is None:
-        return ""
-    if not lasts(rated):
-        return "does not last"
-    return f"{rated.long.attainment:.1%} of {rated.long.rounds:,} rounds in a row"
 
 
 def under_way(live_sessions: float, live_tokens: float) -> str:
@@ -181,7 +173,8 @@ class PlanDocument(Struct, frozen=True, forbid_unknown_fields=True):
     """It attains about as much in one long window; None: nobody has looked."""
     long_attainment: float | None
     """There; of a plan that does not last only until that was certain."""
-    long_rounds: int
+    long_rounds: int | None
+    """That this is a share of."""
     ttft_p95_of_target: float | None
     """None: so many had no first token."""
     itl_p95_of_target: float | None
@@ -281,7 +274,7 @@ def _plan(rated: Rated, rounds_per_s: float, names: tuple[str, ...] = ()) -> Pla
         given_up=score.hopeless,
         lasts=None if rated.long is None else lasts(rated),
         long_attainment=None if rated.long is None else rated.long.attainment,
-        long_rounds=0 if rated.long is None else rated.long.rounds,
+        long_rounds=None if rated.long is None else rated.long.rounds,
         ttft_p95_of_target=_finite(score.ttft_p95),
         itl_p95_of_target=_finite(score.itl_p95),
         refused=score.refused,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from antiphon.eval.planner.ask import Ask, Rated, choose
 from antiphon.eval.planner.effort import STRESS, Schedule
+from antiphon.eval.planner.lasting import Fits, any_plan
 from antiphon.eval.planner.neighbours import neighbours, settings
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -32,14 +33,9 @@ SHARE = 2 / 3
 DROWNING = 0.1
 """A fleet of which the screen says that it is so much too small (`Screen.estimate`) is not looked at."""
 
-Fits = Callable[[Plan], bool]
 Gains = list[tuple[Plan, float]]
 """Plans, and what each attains more than a leader."""
 Look = Callable[[Plan], Gains]
-
-
-def _any(plan: Plan) -> bool:
-    return True
 
 
 class Refined(NamedTuple):
@@ -80,13 +76,13 @@ class Refinement:
         rest, and the choice what they leave."""
         tolerance, before = self._ask.tolerance, len(self._tried)
         limit = self._pool.simulated_rounds + self._schedule.refinement_rounds
-        self._climb(_any, SHARE, limit)
+        self._climb(any_plan, SHARE, limit)
         for form in forms:
             if self._is_near(form):
                 self._climb(form, SHARE, limit)
-        self._climb(_any, 1.0, limit)
+        self._climb(any_plan, 1.0, limit)
         found: list[Plan] = []
-        for form in (_any, *forms):
+        for form in (any_plan, *forms):
             if known := self._of(form):
                 found += choose(known, tolerance).plan, choose(known, 0.0).plan
         return Refined(tuple(dict.fromkeys(found)), len(self._tried) - before, len(self._varied))

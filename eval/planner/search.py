@@ -2,7 +2,8 @@
 
 1. A screen (`screen.py`) orders every plan within the budget; the first rung simulates the most promising
    of them for a short while, each further rung fewer plans for longer.
-2. The leaders are varied (`refinement.py`): policy, C, K, an engine fewer, more, moved, of another kind.
+   After the first the cheapest that keep up are tried under their menu's other policies too.
+2. The leaders are varied (`refinement.py`): an engine fewer, more, moved, of another kind; then policy, C, K.
 3. The last rung scores the leaders on windows that nothing was chosen by, and the plan is chosen there, of
    those that last (`lasting.py`).
 
@@ -24,7 +25,7 @@ from antiphon.eval.planner.ask import Ask, Found, Infeasible, Rated, Rung, Solve
 from antiphon.eval.planner.candidates import candidates, equal_splits
 from antiphon.eval.planner.effort import LAST, Effort, Schedule, views_at
 from antiphon.eval.planner.engine_types import gpu_budget
-from antiphon.eval.planner.lasting import choose_lasting, lasts, looked_at
+from antiphon.eval.planner.lasting import any_plan, choose_lasting, larger_fleets, lasts, looked_at
 from antiphon.eval.planner.neighbours import set_like
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -215,8 +216,9 @@ class _Search:
         began_s, view = perf_counter(), self.schedule.long()
         if view is None:
             return list(rated)
-        forms = (_any, _colocated, _disaggregated)
-        known = looked_at(rated, forms, self.pool, view, self.ask.tolerance)
+        forms = (any_plan, _colocated, _disaggregated)
+        larger = larger_fleets(self.ask, self.types, self.pool, self.schedule.last())
+        known = looked_at(rated, forms, self.pool, view, self.ask.tolerance, larger)
         looked = [each for each in known if each.long is not None]
         lasting, took_s = sum(map(lasts, looked)), perf_counter() - began_s
         self.told(f"{lasting} of {len(looked)} leaders last for {view.rounds} rounds: {took_s:.1f} s")
@@ -249,10 +251,6 @@ class _Search:
             rungs=tuple(self.rungs),
             took_s=took_s,
         )
-
-
-def _any(plan: Plan) -> bool:
-    return True
 
 
 def _colocated(plan: Plan) -> bool:

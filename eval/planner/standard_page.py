@@ -176,9 +176,9 @@ def _lasting(results: Results) -> Iterator[str]:
     yield "## Does it last?"
     yield ""
     yield (
-        "The plan in one window that is much longer, other than that by which the search saw whether it lasts,"
-        " and its standard error in the short ones: a fleet that is a little too small does well for many"
-        " minutes."
+        "The plan in one window that is much longer, other than that by which the search saw whether it"
+        " lasts, and its standard error in the short ones: a fleet that is a little too small does well for"
+        " many minutes."
     )
     yield ""
     yield "| trace | GPUs | the plan | attains | rounds | in one window it attains |"
