@@ -38,6 +38,17 @@ def case(ask: Ask, sessions: Sequence[SessionTrace], prices: Mapping[str, GpuPri
     return tried(Variant("by hand", "", ask, MODEL, prices, sessions), QUICK)
 
 
+def test_who_leads_a_form_is_looked_at_for_long() -> None:
+    """Both lead by all rounds in short windows and in a long one, which is five times as long at least."""
+    ask, sessions = replace(ASK, slo=Slo(1.0, 0.05)), of_one_round(256, 20)
+    effort = QUICK._replace(long_rounds=500)
+    found = tried(Variant("by hand", "", ask, MODEL, PRICES, sessions), effort)
+    for each in (found.colocated, found.disaggregated):
+        assert each is not None and each.long is not None
+        assert each.long.rounds > 4 * each.score.rounds and each.long.attainment > 0.99
+    assert found.winner == "co-located" and found.margin.startswith("50% cheaper")
+
+
 def attained(found: Case) -> tuple[float, float]:
     """Co-located, disaggregated."""
     assert found.colocated is not None and found.disaggregated is not None

@@ -27,7 +27,7 @@ from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
 from antiphon.eval.planner.explain import explain, left_out_lines
 from antiphon.eval.planner.plan_page import page
 from antiphon.eval.planner.plan_plots import SIZE, aside, draw_front, front_png, rated_plans
-from antiphon.eval.planner.plan_table import cells
+from antiphon.eval.planner.plan_table import attained, cells
 from antiphon.eval.planner.planned import Planned, document, headline, windows_of
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import ScorePool
@@ -243,6 +243,17 @@ def test_who_wins_a_case(colocated: Rated | None, other: Rated | None, winner: s
     told = verdict(colocated, other, 0.005)
     assert told[0] == winner
     assert margin in told[1]
+
+
+def test_who_drowns_has_lost_a_case() -> None:
+    """Whatever it attained in short windows; both told apart in the tables too."""
+    colocated, other = rated(2, 1000), rated(3, 900, True)
+    drowns = replace(colocated, long=replace(colocated.score, attained=200))
+    assert verdict(drowns, other, 0.005) == ("disaggregated", "the other form does not last")
+    assert verdict(other, drowns, 0.005) == ("co-located", "the other form does not last")
+    late = replace(other, long=replace(other.score, attained=300))
+    assert verdict(drowns, late, 0.005) == ("neither", "neither form lasts")
+    assert attained(drowns) == "100.0%, then drowns: 20% of 1,000 rounds" and attained(other) == "90.0%"
 
 
 def test_the_known_cases() -> None:
