@@ -16,8 +16,9 @@ from antiphon.eval.cluster_toml import toml_line
 from antiphon.eval.planner.ask import Found, PlanError, Rated, choose
 from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.plan import MOST_LIVE, PlanOptions, check_live, make_plan
+from antiphon.eval.planner.plan_document import SCHEMA, Document
 from antiphon.eval.planner.plan_table import lines
-from antiphon.eval.planner.planned import SCHEMA, Document, Planned, headline
+from antiphon.eval.planner.planned import Planned, headline
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.read_sessions import read_sessions
 from antiphon.eval.planner.score import Score

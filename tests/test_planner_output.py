@@ -25,10 +25,11 @@ from antiphon.eval.planner.curves import make_curves
 from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types
 from antiphon.eval.planner.explain import explain, left_out_lines
+from antiphon.eval.planner.plan_document import document
 from antiphon.eval.planner.plan_page import page
 from antiphon.eval.planner.plan_plots import SIZE, aside, draw_front, front_png, rated_plans
 from antiphon.eval.planner.plan_table import attained, cells
-from antiphon.eval.planner.planned import Planned, document, headline, windows_of
+from antiphon.eval.planner.planned import Planned, headline, windows_of
 from antiphon.eval.planner.plans import EngineType, Group, Plan
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import read_prices

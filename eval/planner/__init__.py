@@ -23,7 +23,7 @@ brute.py         every plan of a budget simulated, for standard.py
 standard.py      `make plan-eval`: plans against brute force; standard_ask.py says at which load,
                  standard_page.py shows what it found
 plan.py          `antiphon plan`; read_sessions.py reads what it is for
-planned.py       its answer and the JSON; plan_table.py shows it on a terminal
+planned.py       its answer; plan_table.py shows it on a terminal, plan_document.py is the JSON
 around.py        an engine more or fewer, other settings, cheaper plans; the front
 explain.py       `--explain`: what keeps a plan from being better or cheaper
 cases.py         `--cases`: where co-location is said to win, tried with the ask's load

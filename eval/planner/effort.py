@@ -47,8 +47,8 @@ LONGER = 5
 
 
 class Schedule(NamedTuple):
-    """The windows of one search. Those of the rungs, of quick looks and of the last rung have nothing in
-    common."""
+    """The windows of one search. Those of the rungs, of quick looks, of the last rung and the long one have
+    nothing in common."""
 
     effort: Effort
     seed: int

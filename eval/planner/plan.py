@@ -24,10 +24,11 @@ from antiphon.eval.planner.cases import Case, cases
 from antiphon.eval.planner.effort import Effort
 from antiphon.eval.planner.engine_types import Menu, attainable, engine_types, gpu_budget, typical
 from antiphon.eval.planner.explain import explain, left_out_lines
+from antiphon.eval.planner.plan_document import document
 from antiphon.eval.planner.plan_files import write_files
 from antiphon.eval.planner.plan_page import page
 from antiphon.eval.planner.plan_plots import front_png
-from antiphon.eval.planner.planned import Planned, document, headline, under_way
+from antiphon.eval.planner.planned import Planned, headline, under_way
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice, read_prices
 from antiphon.eval.planner.read_sessions import read_sessions

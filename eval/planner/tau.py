@@ -21,7 +21,7 @@ Role = Literal["prefill", "decode", "colocated"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "colocated")
 
 POOLED = 4
-"""Replicas of a prefill pool that are simulated together, beside one alone."""
+"""Replicas of a prefill pool that are simulated together at most, beside one alone."""
 MOST_RUNNING = 256
 """Requests at once in an engine, as `EngineGroup` has it."""
 

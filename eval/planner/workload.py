@@ -4,7 +4,7 @@ A trace that starts on an empty fleet is a ramp, not a load. So sessions arrive 
 the window as any of them lasts), and those that are under way when the window opens enter it there: their
 history was computed before. They are as many as in a fleet that is half-way to its targets (`OPENING`): a
 fleet that is too small drowns over many minutes, since slow rounds keep more sessions under way, which make
-rounds slower; from there it does so at once, and one that can do the load gets ahead in the warm-up. Equal
+rounds slower; from there most do so at once, and one that can do the load gets ahead in the warm-up. Equal
 seeds give equal sessions to every plan.
 """
 
