@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,16 @@ from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Rated, choose
 from antiphon.eval.planner.effort import LONG, Schedule
-from antiphon.eval.planner.lasting import SAG, any_plan, choose_lasting, drowned, lasts, looked_at
+from antiphon.eval.planner.lasting import (
+    LARGER,
+    SAG,
+    any_plan,
+    choose_lasting,
+    drowned,
+    larger_fleets,
+    lasts,
+    looked_at,
+)
 from antiphon.eval.planner.plans import Plan, group
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.score import Score
@@ -51,7 +61,7 @@ class Long(ScorePool):
         return tuple(told(self.attained[plan], 10_000) for plan in known)
 
 
-def nothing(plan: Plan) -> Sequence[Rated]:
+def nothing(plan: Plan, known: Container[Plan]) -> Sequence[Rated]:
     return ()
 
 
@@ -108,13 +118,23 @@ def test_larger_fleets_take_the_place_of_those_that_drown() -> None:
     pool = Long(attained)
     asked: list[Plan] = []
 
-    def larger(plan: Plan) -> Sequence[Rated]:
+    def larger(plan: Plan, known: Container[Plan]) -> Sequence[Rated]:
         asked.append(plan)
         return [Rated(together(plan.groups[0].count + 1), told(1.0))]
 
     looked = looked_at([Rated(together(1), told(1.0))], FORMS, pool, VIEW, 0.005, larger)
     assert choose_lasting(looked, 0.005).plan == together(3)
     assert asked == [together(1), together(2)] and len(looked) == 3
+
+
+def test_larger_fleets_are_dearer_of_the_same_form_and_not_known() -> None:
+    pool, plan = Long(defaultdict(lambda: 1.0)), together(1)
+    larger = larger_fleets(ask({"h200": 8}, 0.02), H200, pool, (VIEW,))
+    found = [each.plan for each in larger(plan, ())]
+    assert together(2) in found and len(found) <= LARGER
+    assert all(each.price_per_hour > plan.price_per_hour and each.colocated for each in found)
+    assert [each.plan for each in larger(plan, {together(2)})] == [p for p in found if p != together(2)]
+    assert larger(plan, found) == [] and len(pool.asked) == 2 * len(found) - 1
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))

@@ -63,7 +63,7 @@ def brute_force(
     tuned_plans = [tuned(plan, ask, pool, views) for plan in dict.fromkeys(leaders)]
     every = {each.plan: each for each in (*rated, *tuned_plans)}
     long = View(BRUTE_SEEDS + 1 + WINDOWS, 10 * rounds)
-    lasting = looked_at(tuple(every.values()), (any_plan,), pool, long, ask.tolerance, lambda plan: ())
+    lasting = looked_at(tuple(every.values()), (any_plan,), pool, long, ask.tolerance, lambda plan, known: ())
     plan = choose_lasting(lasting, ask.tolerance).plan
     took_s = perf_counter() - began_s
     told(f"brute force: {len(plans)} plans, {len(near)} to the end, in {took_s:.1f} s: {plan.describe()}")

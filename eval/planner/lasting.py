@@ -9,7 +9,7 @@ larger are looked at too: in short windows they were as good and dearer, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -21,11 +21,13 @@ from antiphon.eval.planner.pool import ScorePool, View
 SAG = 0.05
 """Of attainment: a plan that loses more in a long window does not last."""
 FAR = 0.25
-"""The best of a form that attains so much less than the best of all is not looked at."""
+"""A form whose best attains so much less than the best of all is left as it is."""
 LARGER = 3
 """Fleets a step larger that are looked at for one that drowns, the cheapest."""
 
 Fits = Callable[[Plan], bool]
+Larger = Callable[[Plan, Container[Plan]], Sequence[Rated]]
+"""What is to be considered where a plan does not last, but for what is known."""
 
 
 def any_plan(plan: Plan) -> bool:
@@ -65,7 +67,7 @@ def looked_at(
     pool: ScorePool,
     view: View,
     tolerance: float,
-    larger: Callable[[Plan], Sequence[Rated]],
+    larger: Larger,
 ) -> list[Rated]:
     """`rated` and what `larger` has for those that drown; the choice of each of `forms` was simulated on
     `view`. Raises `PoolError`."""
@@ -74,10 +76,8 @@ def looked_at(
         of_forms = ([each for each in known.values() if form(each.plan)] for form in forms)
         leaders = [choose_lasting(every, tolerance) for every in of_forms if every]
         far = max(_by_worth(each).score.attainment for each in leaders) - FAR
-        near = {
-            each.plan: each for each in leaders if each.score.attainment >= far and not each.score.hopeless
-        }
-        fresh = [each for each in near.values() if each.long is None]
+        unseen = {each.plan: each for each in leaders if each.long is None and not each.score.hopeless}
+        fresh = [each for each in unseen.values() if each.score.attainment >= far]
         if not fresh:
             return list(known.values())
         least = min(each.score.attainment for each in fresh) - SAG
@@ -85,20 +85,19 @@ def looked_at(
         for each, long in zip(fresh, longer, strict=True):
             seen = known[each.plan] = replace(each, long=long)
             if not lasts(seen):
-                known = {other.plan: other for other in larger(each.plan)} | known
+                known = {other.plan: other for other in larger(each.plan, known)} | known
 
 
-def larger_fleets(
-    ask: Ask, types: Sequence[EngineType], pool: ScorePool, views: Sequence[View]
-) -> Callable[[Plan], Sequence[Rated]]:
+def larger_fleets(ask: Ask, types: Sequence[EngineType], pool: ScorePool, views: Sequence[View]) -> Larger:
     """Of the same form, rated on `views`."""
 
-    def larger(plan: Plan) -> Sequence[Rated]:
+    def larger(plan: Plan, known: Container[Plan]) -> Sequence[Rated]:
         dearer = [
             each
             for each in neighbours(plan, ask, types)
             if each.price_per_hour > plan.price_per_hour and each.colocated == plan.colocated
         ]
-        return pool.rate(sorted(dearer, key=lambda each: each.price_per_hour)[:LARGER], views)
+        dearer.sort(key=lambda each: each.price_per_hour)
+        return pool.rate([each for each in dearer[:LARGER] if each not in known], views)
 
     return larger

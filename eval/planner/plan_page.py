@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from antiphon.eval.planner.around import front
 from antiphon.eval.planner.ask import Rated
 from antiphon.eval.planner.plan_plots import front_plot, rated_plans
-from antiphon.eval.planner.plan_table import attained, cells
+from antiphon.eval.planner.plan_table import cells, of_case
 from antiphon.eval.planner.planned import Planned, same_windows, under_way, windows_of
 from antiphon.eval.report_page import Picture, Section, Strong, Table, render
 
@@ -136,11 +136,7 @@ def _explanation(planned: Planned) -> Iterator[Section]:
 def _cases(planned: Planned) -> Section:
     rows = []
     for case in planned.cases:
-        both = (case.colocated, case.disaggregated)
-        shown = (
-            "-" if r is None else f"{attained(r)}, USD {r.plan.price_per_hour:.2f}/h: {r.plan.describe()}"
-            for r in both
-        )
+        shown = map(of_case, (case.colocated, case.disaggregated))
         rows.append((case.name, case.what, Strong(case.winner), case.margin, *shown))
     table = Table(
         "",

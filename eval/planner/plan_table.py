@@ -84,27 +84,24 @@ def cases_table(planned: Planned) -> Table:
         table.add_column(name)
     for case in planned.cases:
         both = (case.colocated, case.disaggregated)
-        table.add_row(f"{case.name}: {case.what}", case.winner, case.margin, *map(_short, both))
+        table.add_row(f"{case.name}: {case.what}", case.winner, case.margin, *map(of_case, both))
     return table
 
 
-def _short(rated: Rated | None) -> str:
+def of_case(rated: Rated | None) -> str:
+    """What a form's best is in one cell."""
     if rated is None:
         return "-"
     plan = rated.plan
     return f"{attained(rated)}, USD {plan.price_per_hour:.2f}/h: {plan.describe()}"
 
 
-def does_not_last(rated: Rated) -> str:
-    """Of one at which somebody has looked."""
-    assert rated.long is not None
-    late = f"{rated.long.attainment:.0%} of {rated.long.rounds:,} rounds"
-    return f"{rated.score.attainment:.1%}, then drowns: {late}"
-
-
 def attained(rated: Rated) -> str:
     """In few words."""
-    return f"{rated.score.attainment:.1%}" if lasts(rated) else does_not_last(rated)
+    share = f"{rated.score.attainment:.1%}"
+    if rated.long is None or lasts(rated):
+        return share
+    return f"{share}, then drowns: {rated.long.attainment:.0%} of {rated.long.rounds:,} rounds"
 
 
 def cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
@@ -114,7 +111,7 @@ def cells(rated: Rated, rounds_per_s: float) -> Iterator[str]:
     if score.hopeless:
         yield f"given up at {score.attainment:.0%}"
     elif not lasts(rated):
-        yield does_not_last(rated)
+        yield attained(rated)
     else:
         yield f"{score.attainment:.1%} ± {score.noise:.1%}"
     for share in (score.ttft_p95, score.itl_p95):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from antiphon.eval.planner.ask import Ask, Rated, choose
 from antiphon.eval.planner.effort import STRESS, Schedule
-from antiphon.eval.planner.lasting import Fits, any_plan
+from antiphon.eval.planner.lasting import FAR, Fits, any_plan
 from antiphon.eval.planner.neighbours import neighbours, settings
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -26,8 +26,6 @@ WORSE = 0.03
 HARDLY_WORSE = 0.02
 """A cheaper one may be that much worse in a quick look."""
 
-FAR = 0.25
-"""A form whose best attains so much less than the best of all is left as it is."""
 SHARE = 2 / 3
 """Of the effort that is left: what the choice has, then each form."""
 DROWNING = 0.1

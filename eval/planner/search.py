@@ -25,7 +25,7 @@ from antiphon.eval.planner.ask import Ask, Found, Infeasible, Rated, Rung, Solve
 from antiphon.eval.planner.candidates import candidates, equal_splits
 from antiphon.eval.planner.effort import LAST, Effort, Schedule, views_at
 from antiphon.eval.planner.engine_types import gpu_budget
-from antiphon.eval.planner.lasting import any_plan, choose_lasting, larger_fleets, lasts, looked_at
+from antiphon.eval.planner.lasting import Fits, any_plan, choose_lasting, larger_fleets, lasts, looked_at
 from antiphon.eval.planner.neighbours import set_like
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -194,9 +194,9 @@ class _Search:
                 found.update((replace(plan, policy=policy), None) for policy in menu if policy != plan.policy)
         return tuple(plan for plan in found if plan not in staying)
 
-    def _forms(self) -> list[Callable[[Plan], bool]]:
+    def _forms(self) -> list[Fits]:
         """What the answer has a best of."""
-        forms: list[Callable[[Plan], bool]] = [_colocated, _disaggregated]
+        forms: list[Fits] = [_colocated, _disaggregated]
         return [*forms, _of_one_kind] if len({each.gpu for each in self.types}) > 1 else forms
 
     def _best_equal(self, rated: Iterable[Rated], equal: Sequence[Plan]) -> tuple[Plan, ...]:
@@ -231,7 +231,7 @@ class _Search:
     ) -> Found:
         tolerance = self.ask.tolerance
 
-        def best(fits: Callable[[Plan], bool]) -> Rated | None:
+        def best(fits: Fits) -> Rated | None:
             known = [each for each in rated if fits(each.plan)]
             return choose_lasting(known, tolerance) if known else None
 
