@@ -312,10 +312,12 @@ def costs(line: Line2D) -> list[float]:
 
 def test_what_does_not_compare_is_marked(planned: Planned) -> None:
     """Finalists have two windows, cheaper plans one of them; one plan is given up besides."""
-    poor = planned.found.rated[-1]
-    poor = replace(poor, score=replace(poor.score, hopeless=True))
-    one, two = len(planned.cheaper), len(planned.found.rated)
-    rest = (*planned.found.rated[:-1], poor)
+    found = planned.found
+    named = (found.best, found.colocated, found.disaggregated)
+    other = next(each for each in reversed(found.rated) if each not in named)
+    poor = replace(other, score=replace(other.score, hopeless=True))
+    one, two = len(planned.cheaper), len(found.rated)
+    rest = (*(each for each in found.rated if each is not other), poor)
     found = replace(planned.found, rated=rest, single_tier=None, equal_split=None, eq5=None, solved=None)
     told = replace(planned, found=found, cases=())
     assert poor.plan not in [rated.plan for _, rated in told.named()] and one

@@ -81,6 +81,8 @@ def test_kinds_side_by_side_and_degrees_that_may_be_mixed() -> None:
     assert "co-located 1 x 4xh100 + 2 x 4xa100, adaptive" in words
     assert "prefill 1 x 4xh100, decode 2 x 4xa100, adaptive" in words
     assert "prefill 1 x 4xh100, decode 1 x 4xh100, adaptive" not in words
+    assert "prefill 1 x 4xa100, decode 1 x 4xh100 + 1 x 4xa100, adaptive" in words
+    assert "prefill 1 x 4xa100, decode 1 x 4xa100, adaptive" in words  # the same without the other kind
     mixed = candidates(ask({"h200": 8}, 1.0, mixed_tensor_parallel=True), H200)
     assert "prefill 2 x 2xh200, decode 1 x 4xh200, adaptive" in {plan.describe() for plan in mixed}
 
@@ -274,8 +276,10 @@ def test_a_smaller_fleet_may_do_under_another_policy(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ScorePool, "score", told)
     asked = ask({"h200": 8}, 0.02, policies=(), colocated_policies=("adaptive", "local"))
-    best = found(asked, H200[:1], workload(0.02)).best.plan
-    assert (best.engines, best.policy) == (1, "local")
+    answer = found(asked, H200[:1], workload(0.02))
+    assert (answer.best.plan.engines, answer.best.plan.policy) == (1, "local")
+    first, twins, *_ = answer.rungs
+    assert first.plans == twins.plans == 2 and first.rounds == twins.rounds == 60
 
 
 def test_what_it_answers_is_consistent_and_the_same_again() -> None:
@@ -296,7 +300,7 @@ def test_what_it_answers_is_consistent_and_the_same_again() -> None:
     assert answer.best in (answer.colocated, answer.disaggregated)
     assert answer.single_tier is not None and len(answer.single_tier.plan.gpus) == 1
     assert answer.equal_split is not None and answer.equal_split.plan in equal_splits(asked, MIXED)
-    assert [rung.windows for rung in answer.rungs] == [1, 1, 2] and len(told) == 5
+    assert [rung.windows for rung in answer.rungs] == [1, 1, 1, 2] and len(told) == 6
     again = search(asked, MIXED, load, (poor,), solved=solved, effort=SHORT)
     assert again.rated == answer.rated
 

@@ -60,6 +60,21 @@ def test_how_long_rounds_last_and_what_is_live() -> None:
     assert workload.live_tokens == pytest.approx(0.5 * (201 * 11.1 + 402 * 21.1 + 603 * 1.1))
 
 
+def test_the_warm_up_by_hand() -> None:
+    """0.6 of what is measured; from two rounds of 1.1 s to 1,000 rounds, or two of each session."""
+    session = SessionTrace("s", turns(0, 10, 20))
+    some, many = (Workload.of([session], rate, IDLE) for rate in (10.0, 100.0))
+
+    def warm_up_s(workload: Workload, rounds: int) -> float:
+        return workload.window(1, rounds).from_s - ENTRY_S
+
+    assert warm_up_s(some, 300) == pytest.approx(0.6 * 10)
+    assert warm_up_s(some, 30) == pytest.approx(2 * 1.1)
+    assert warm_up_s(some, 3_000) == pytest.approx(1_000 / 30)
+    assert many.live_sessions == pytest.approx(3_330)
+    assert warm_up_s(many, 30_000) == pytest.approx(2 * 3_330 / 300)
+
+
 def test_a_session_under_way_brings_its_history_in_one_round() -> None:
     """Every session rests for 1,000 s and one comes every 10 s: about a hundred are under way."""
     workload = Workload.of([SessionTrace("s", turns(0, 997.8))], 0.1, IDLE)

@@ -1,8 +1,9 @@
 """All plans within a budget.
 
 A pool for prefill of one engine type and one for decode of one, of equal tensor-parallel degree unless the
-ask allows mixed ones; co-located engines of one type or of two side by side; the equal split. None is left
-out. C, K and policy are the defaults here: the search varies them for plans that lead.
+ask allows mixed ones; co-located engines of one type or of two side by side; the whole budget, where engines
+of one type prefill and all others decode; the equal split. None is left out. C, K and policy are the
+defaults here: the search varies them for plans that lead.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ def check_number(ask: Ask, types: Sequence[EngineType]) -> None:
 def candidates(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
     """Every plan of the ask, equal splits first; each once. The order of the budget changes nothing."""
     ordered = in_order(types)
-    made = chain(equal_splits(ask, ordered), _colocated(ask, ordered), _disaggregated(ask, ordered))
+    made = chain(
+        equal_splits(ask, ordered),
+        _colocated(ask, ordered),
+        _disaggregated(ask, ordered),
+        _all_others_decode(ask, ordered),
+    )
     return tuple(dict.fromkeys(made))
 
 
@@ -80,6 +86,19 @@ def _disaggregated(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
                 for homes in range(1, left // decode.tp + 1):
                     pools = group("prefill", prefill, engines), group("decode", decode, homes)
                     yield Plan(pools, ask.policies[0])
+
+
+def _all_others_decode(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
+    """Engines of one type prefill; all others of their degree that the budget holds decode, of any kind."""
+    if not ask.policies:
+        return
+    for prefill in types:
+        engines = {each: ask.budget.get(each.gpu, 0) // each.tp for each in types if each.tp == prefill.tp}
+        for number in range(1, engines[prefill] + 1):
+            left = {**engines, prefill: engines[prefill] - number}
+            homes = [group("decode", each, count) for each, count in left.items() if count]
+            if homes:
+                yield Plan((group("prefill", prefill, number), *homes), ask.policies[0])
 
 
 def _colocated(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:

@@ -13,7 +13,7 @@ class Effort(NamedTuple):
     """How much is simulated. A rung: (plans, rounds of a window, windows); of plans some more, so that each
     form has its best there."""
 
-    rungs: tuple[tuple[int, int, int], ...] = ((20, 300, 1), (9, 700, 1), (6, 1000, 2))
+    rungs: tuple[tuple[int, int, int], ...] = ((20, 500, 1), (6, 1000, 2))
     last: tuple[int, int, int] = (4, 1500, 2)
     quick_rounds: int = 500
     """Of the one window by which variations of a leader are looked at first."""

@@ -15,7 +15,7 @@ POOLS: tuple[PoolName, ...] = ("prefill", "decode")
 
 def neighbours(plan: Plan, ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
     """Plans one step away that are within the budget, each once: an engine fewer, more, moved, of another
-    type; another degree for all. Pools of two types too, which `candidates` has only where co-located."""
+    type; another degree for all. Pools of two types too, of which `candidates` has few."""
     seen = {plan}
     ordered = in_order(types)
     for changed in chain(_resized(plan, ordered), _other_degree(plan, ordered)):

@@ -2,7 +2,7 @@
 
 1. A screen (`screen.py`) orders every plan within the budget; the first rung simulates the most promising
    of them for a short while, each further rung fewer plans for longer.
-   After the first the cheapest that keep up are tried under their menu's other policies too.
+   On the windows of the first the cheapest that keep up are tried under their menu's other policies too.
 2. The leaders are varied (`refinement.py`): an engine fewer, more, moved, of another kind; then policy, C, K.
 3. The last rung scores the leaders on windows that nothing was chosen by, and the plan is chosen there, of
    those that last (`lasting.py`).
@@ -100,14 +100,10 @@ class _Search:
         for number in range(len(self.effort.rungs)):
             views = self.schedule.rung(number)
             rated = self._rung(staying, views)
-            following = (*self.effort.rungs[1:], self.effort.last)[number][0]
-            is_last = number == len(self.effort.rungs) - 1
-            valued = [(each.plan, each.score.attainment) for each in rated]
-            margin = max(self.ask.tolerance, 2 * max(each.score.noise for each in rated[:3]))
-            fixed = (*given, *self._best_equal(rated, equal))
-            staying = self._kept(valued, following, margin, fixed, of_form=1 if is_last else 2)
-            if number == 0:
-                staying += self._twins(rated, staying)
+            staying = self._staying(number, rated, given, equal)
+            if not number and (twins := self._twins(rated, staying)):
+                rated = self._in_order((*rated, *self._rung(twins, views)))
+                staying = self._staying(number, rated, given, equal)
         leaders = self._refined(rated, views)
         alike = (set_like(plan, leaders[0]) for plan in leaders)
         finalists = dict.fromkeys((*leaders, *alike, *staying))
@@ -178,6 +174,16 @@ class _Search:
         for plan in fixed:
             kept.setdefault(plan, values[plan])
         return tuple(sorted(kept, key=lambda plan: -kept[plan]))
+
+    def _staying(
+        self, number: int, rated: Sequence[Rated], given: Iterable[Plan], equal: Sequence[Plan]
+    ) -> tuple[Plan, ...]:
+        """From this rung for the next, or the last one."""
+        following = (*self.effort.rungs[1:], self.effort.last)[number][0]
+        valued = [(each.plan, each.score.attainment) for each in rated]
+        margin = max(self.ask.tolerance, 2 * max(each.score.noise for each in rated[:3]))
+        of_form = 1 if number == len(self.effort.rungs) - 1 else 2
+        return self._kept(valued, following, margin, (*given, *self._best_equal(rated, equal)), of_form)
 
     def _twins(self, rated: Sequence[Rated], staying: Sequence[Plan]) -> tuple[Plan, ...]:
         """The cheapest of each form that are not far behind, under the other policies of the menu: with these

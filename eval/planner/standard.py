@@ -52,7 +52,7 @@ class Scale(msgspec.Struct, frozen=True):
     rounds: int = 1500
     """Of each window by which results are compared; those of the search's last ones where they are more."""
     windows: int = 3
-    long_rounds: int = 20_000
+    long_rounds: int = 30_000
     jobs: int = 2
 
 

@@ -8,6 +8,8 @@ from msgspec import Struct
 
 from antiphon.engines.cluster import Slo
 from antiphon.eval.planner.score import Score
+from antiphon.eval.planner.standard_ask import LOOKS, SHARES, WANTED
+from antiphon.eval.planner.workload import WARM_UP_SHARE
 
 GOAL = 0.01
 """Of attainment: so far may the plan be from brute force's."""
@@ -132,15 +134,17 @@ def _head(results: Results) -> Iterator[str]:
         + "; ".join(f"{name} ({words})" for name, words in results.traces.items())
         + ". Gaps are at most 60 s."
     )
+    shares = ", ".join(f"{share:.0%}" for share in SHARES)
+    looks = " and in ".join(f"one window of {rounds:,} rounds" for rounds in LOOKS)
     yield (
-        "The load is the largest of some shares (80, 65, 50, 40, 30 %) of what keeps the whole"
-        " budget busy, co-located, at which one of six plans (those that the screen puts first) attains 93 %"
-        " in a window of 1,200 rounds and in one of 12,000."
+        f"The load is the largest of some shares ({shares}) of what keeps the whole"
+        " budget busy, co-located, at which one of six plans (those that the screen puts first) attains"
+        f" {WANTED:.0%} in {looks}."
     )
     yield (
         f"Every figure is of {results.windows} windows of {results.rounds:,} rounds or more after a"
-        " warm-up of six tenths, the same for all plans of a case, with seeds that nobody chose by; `+20 %`"
-        " are other windows at 1.2 times the rate."
+        f" warm-up of {WARM_UP_SHARE:.0%} of that, the same for all plans of a case, with seeds that nobody"
+        " chose by; `+20 %` are other windows at 1.2 times the rate."
         f" Plans whose attainments differ by less than {results.tolerance:.1%} count as equal: the cheaper is"
         " chosen."
     )

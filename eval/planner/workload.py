@@ -31,8 +31,11 @@ WARM_UP_SHARE = 0.6
 """Of the time that is measured."""
 LEAST_WARM_UP_S = 30.0
 """Or less, where all is shorter: twice as long as sessions last, or `ROUNDS_OF_WARM_UP` long rounds."""
-ROUNDS_OF_WARM_UP = 4
+ROUNDS_OF_WARM_UP = 2
 """What was in the engines when the window opened is not simulated: by then as much is again."""
+MOST_WARM_UP_ROUNDS = 1000
+"""Or two of each live session, where these are more: a fleet that can do the load is ahead by then, and
+of a long window all that follows tells whether it stays so."""
 
 
 class Timed(NamedTuple):
@@ -139,9 +142,7 @@ class Workload:
         """A window with about `rounds` rounds that count, times `rate_factor`, after a warm-up."""
         chance = Random(f"plan/{seed}")
         measured_s = self.measured_s(rounds)
-        lasting_s = 2 * self.live_sessions / self.rate_per_s
-        least_s = min(LEAST_WARM_UP_S, lasting_s, ROUNDS_OF_WARM_UP * self.long_round_s)
-        from_s = ENTRY_S + max(least_s, WARM_UP_SHARE * measured_s)
+        from_s = ENTRY_S + self._warm_up_s(measured_s)
         until_s = from_s + measured_s
         starts: list[tuple[float, SessionTrace]] = []
         children: dict[str, list[SessionTrace]] = {}
@@ -155,6 +156,12 @@ class Workload:
                     live += start_s < ENTRY_S
         starts.sort(key=lambda start: start[0])
         return Window(tuple(starts), children, from_s, until_s, live)
+
+    def _warm_up_s(self, measured_s: float) -> float:
+        lasting_s = 2 * self.live_sessions / self.rate_per_s
+        least_s = min(LEAST_WARM_UP_S, lasting_s, ROUNDS_OF_WARM_UP * self.long_round_s)
+        most_s = max(MOST_WARM_UP_ROUNDS, 2 * self.live_sessions) / self.rounds_per_s
+        return max(least_s, min(most_s, WARM_UP_SHARE * measured_s))
 
     def _arrivals(
         self, chance: Random, until_s: float, rate_factor: float
