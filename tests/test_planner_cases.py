@@ -21,7 +21,7 @@ from antiphon.policies.latency import load_latency_model
 from antiphon.traces.schema import RoundTrace, SessionTrace
 
 MODEL, PRICES = read_models()["qwen3-32b"], read_prices()
-QUICK = Effort(((5, 80, 1),), (4, 400, 1), 120, 2, 4000, 0)
+QUICK = Effort(((5, 80),), (4, 400, 1), 120, 2, 4000, 0)
 ASK = Ask(
     model="qwen3-32b", budget={"h100": 8}, slo=Slo(4.0, 0.05), session_rate_per_s=2.0,
     window_tokens=MODEL.window_tokens, tensor_parallel=(4,), chunk_tokens=(1024, 8192),

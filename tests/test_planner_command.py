@@ -28,7 +28,7 @@ from antiphon.scheduler.cli import app, main
 from antiphon.scheduler.config import load_config
 
 QUICK = Effort(
-    rungs=((6, 120, 1), (4, 200, 1)), last=(4, 300, 1), quick_rounds=100, refinement_rounds=0, long_rounds=600
+    rungs=((6, 120), (4, 200)), last=(4, 300, 1), quick_rounds=100, refinement_rounds=0, long_rounds=600
 )
 ARGUMENTS = [
     "plan", "swe-agent", "--gpus", "h100:4", "--model", "qwen3-32b",

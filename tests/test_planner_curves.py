@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from antiphon.engines.cluster import Slo
-from antiphon.eval.planner.curves import STEEP, CurveTask, make_curve, make_curves
+from antiphon.eval.planner.curves import STEEP, CurveTask, _grid, make_curve, make_curves
 from antiphon.eval.planner.plans import EngineType
 from antiphon.eval.planner.tau import (
     POOLED,
@@ -102,6 +102,15 @@ def test_tau_never_falls_with_the_load(
     for rate in looked_at:
         by_size = [drawn.tau(rate, replicas) for replicas in (1, 2, 3, 4, 9)]
         assert all(b <= a + 1e-9 for a, b in pairwise(by_size))
+
+
+def test_rates_that_are_looked_at_by_hand() -> None:
+    """None beyond the last that is asked, and none that is hardly below it."""
+    assert _grid([1.0, 2.0, 4.0], 9.0) == [1.0, 2.0, 4.0]
+    assert _grid([1.0, 2.0, 4.0], 4.2) == [1.0, 2.0, 4.0]
+    assert _grid([1.0, 2.0, 4.0], 3.0) == [1.0, 2.0, 3.0]
+    assert _grid([1.0, 2.0, 4.0], 2.1) == [1.0, 2.1]
+    assert _grid([1.0, 2.0, 4.0], 0.5) == [0.5]
 
 
 def test_between_and_beyond_the_points() -> None:

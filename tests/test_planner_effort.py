@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Rated, choose
-from antiphon.eval.planner.effort import DROWNING_TARGETS, STRESS, Effort, Schedule
+from antiphon.eval.planner.effort import STRESS, Effort, Schedule
 from antiphon.eval.planner.plans import Plan, group
 from antiphon.eval.planner.pool import ScorePool, View
 from antiphon.eval.planner.refinement import Refinement, tuned
@@ -21,38 +21,27 @@ from tests.test_planner_search import H200, SHORT, SLO, ask, workload
 from tests.test_planner_workload import WINDOW_TOKENS
 
 
-@given(st.integers(0, 1000), st.floats(1.0, 5.0), st.floats(0.0, 1e5))
-def test_no_window_is_used_twice(seed: int, stretch: float, lasting: float) -> None:
+@given(st.integers(0, 1000), st.floats(1.0, 5.0))
+def test_no_window_is_used_twice(seed: int, stretch: float) -> None:
     """By two of the rungs, the quick looks and the last rung; nor by two seeds."""
-    schedule = Schedule(Effort(), seed, stretch, 0.0, lasting)
+    schedule = Schedule(Effort(), seed, stretch, 0.0)
     rungs = [schedule.rung(number) for number in range(len(Effort().rungs))]
     seeds = [view.seed for views in (*rungs, schedule.quick(), schedule.last()) for view in views]
     long = schedule.long()
     assert long is not None and long.rounds >= 5 * schedule.last()[0].rounds
     seeds.append(long.seed)
     assert len(set(seeds)) == len(seeds)
-    other = {view.seed for view in Schedule(Effort(), seed + 1, stretch, 0.0, lasting).last()}
+    other = {view.seed for view in Schedule(Effort(), seed + 1, stretch, 0.0).last()}
     assert not other & set(seeds)
 
 
-def test_rungs_with_several_windows_have_a_longer_one_instead() -> None:
-    """2 x 1000 rounds: of 500 rounds that a fleet needs to drown the windows stay, of 1200 they grow, of more
-    than 2000 one is left. Rungs of one window stay as they are."""
-    lasting = {500.0: [1000, 1000], 1200.0: [1200, 1200], 1900.0: [1900], 9000.0: [2000]}
-    for rounds, expected in lasting.items():
-        schedule = Schedule(Effort(), 0, 1.0, 0.0, rounds)
-        assert [view.rounds for view in schedule.rung(1)] == expected
-        assert [view.rounds for view in schedule.rung(0)] == [500]
-
-
 def test_many_live_sessions_stretch_the_windows() -> None:
-    """sqrt(2000 / 500) = 2, but for the first rung and quick looks. A fleet drowns within some targets."""
+    """sqrt(2000 / 500) = 2, but for the first rung and quick looks."""
     few = workload(0.02)
     many = dataclasses.replace(few, rate_per_s=few.rate_per_s * 2000 / few.live_sessions)
-    schedule = Schedule.of(Effort(), 0, many, SLO.ttft_s)
-    assert [schedule.rung(n)[0].rounds for n in range(2)] == [500, 2000]
-    assert schedule.lasting_rounds == many.rounds_per_s * DROWNING_TARGETS * SLO.ttft_s
-    assert Schedule.of(Effort(), 0, few, SLO.ttft_s).stretch == 1.0
+    schedule = Schedule.of(Effort(), 0, many)
+    assert [schedule.rung(n)[0].rounds for n in range(2)] == [500, 4000]
+    assert Schedule.of(Effort(), 0, few).stretch == 1.0
 
 
 class _Told(ScorePool):
@@ -85,7 +74,7 @@ def test_settings_are_looked_at_under_stress_and_other_fleets_under_the_load() -
     }  # fmt: skip
     pool = _Told(workload(0.02), table)
     asked = ask({"h200": 8}, 0.02)
-    schedule = Schedule.of(SHORT, 0, pool.workload, SLO.ttft_s)
+    schedule = Schedule.of(SHORT, 0, pool.workload)
     rated = [Rated(leader, pool.score((leader,), schedule.rung(0))[0])]
     refined = Refinement(asked, H200[:1], pool, schedule, rated, schedule.rung(0)).run(())
     stressed = {plan for plan, view in pool.asked if view.rate_factor == STRESS}
@@ -103,7 +92,7 @@ def test_a_form_that_is_far_behind_is_left_as_it_is() -> None:
     apart = Plan((group("prefill", H200[0], 1), group("decode", H200[0], 1)), "adaptive")
     pool = _Told(workload(0.02), {("local", 2048, 1.0): 600, ("adaptive", 8192, 1.0): 900})
     asked = replace(ask({"h200": 8}, 0.02), colocated_policies=("local",))
-    schedule = Schedule.of(SHORT, 0, pool.workload, SLO.ttft_s)
+    schedule = Schedule.of(SHORT, 0, pool.workload)
     views = schedule.rung(0)
     rated = [Rated(plan, pool.score((plan,), views)[0]) for plan in (together, apart)]
     forms = (lambda plan: plan.colocated, lambda plan: not plan.colocated)
@@ -128,9 +117,9 @@ def test_the_tuned_plan_is_the_best_that_one_change_at_a_time_finds() -> None:
 def test_long_sessions_lengthen_the_windows() -> None:
     """Sessions with 1,600 rounds lengthen them, and a quick look to 1,000 at most; 160 rounds are
     fewer than it has anyway."""
-    schedule = Schedule(Effort(), 0, 1.0, 1600.0, 0.0)
+    schedule = Schedule(Effort(), 0, 1.0, 1600.0)
     assert schedule.quick()[0].rounds == 1000 and schedule.last()[0].rounds == 2000
     assert schedule.refinement_rounds == pytest.approx(40_000 * 2)
-    short = Schedule(Effort(), 0, 1.0, 160.0, 0.0)
+    short = Schedule(Effort(), 0, 1.0, 160.0)
     assert short.quick()[0].rounds == 500 and short.last()[0].rounds == 1500
-    assert Schedule(Effort(), 0, 1.0, 1e6, 0.0).quick()[0].rounds == 1000
+    assert Schedule(Effort(), 0, 1.0, 1e6).quick()[0].rounds == 1000

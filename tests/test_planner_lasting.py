@@ -155,7 +155,7 @@ def test_nobody_leads_at_whom_nobody_looked(known: list[tuple[float, float]]) ->
 
 def test_a_fleet_that_drowns_late_is_not_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """One engine attains all in short windows, and a fifth of a long one: two are the plan."""
-    long_seed = Schedule.of(SHORT, 0, LOAD, SLO.ttft_s).seed * 10_000 + LONG * 100
+    long_seed = Schedule.of(SHORT, 0, LOAD).seed * 10_000 + LONG * 100
 
     def scored(
         pool: ScorePool, plans: Iterable[Plan], views: Sequence[View], least: float = 0.0

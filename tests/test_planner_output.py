@@ -41,8 +41,8 @@ from antiphon.eval.report_style import drawing
 from antiphon.policies.latency import load_latency_model
 from tests.test_planner_workload import SESSIONS, WINDOW_TOKENS
 
-SHORT = Effort(((8, 60, 1), (5, 120, 1)), (3, 150, 2), 60, 2, 1000, 0)
-TINY = Effort(((6, 40, 1),), (3, 80, 1), 20, 1, 200, 0)
+SHORT = Effort(((8, 60), (5, 120)), (3, 150, 2), 60, 2, 1000, 0)
+TINY = Effort(((6, 40),), (3, 80, 1), 20, 1, 200, 0)
 MODELS, PRICES = read_models(), read_prices()
 MODEL: KnownModel = MODELS["qwen3-32b"]
 ASK = Ask(

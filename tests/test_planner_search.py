@@ -43,7 +43,7 @@ H200 = engine("h200", 4, 1_643_328, 3.5), engine("h200", 2, 696_704, 3.5)
 MIXED = engine("h100", 4, 824_256, 2.5), engine("a100", 4, 824_256, 1.5)
 ROOT = Path(__file__).resolve().parent.parent
 SLO = Slo(2.0, 0.05)
-SHORT = Effort(((8, 60, 1), (5, 120, 1)), (3, 150, 2), 60, 2, 3000, 0)
+SHORT = Effort(((8, 60), (5, 120)), (3, 150, 2), 60, 2, 3000, 0)
 
 
 def ask(budget: dict[str, int], rate: float, **more: object) -> Ask:

@@ -33,7 +33,7 @@ from antiphon.eval.planner.workload import Workload
 from antiphon.traces.schema import SessionTrace, TraceError
 from antiphon.traces.shape import Shape, shape
 
-EFFORT = Effort(((24, 400, 1),), (6, 1000, 3), 300, 2, 12_000, 10_000)
+EFFORT = Effort(((24, 400),), (6, 1000, 3), 300, 2, 12_000, 10_000)
 """For one form: some twenty seconds on two cores. Its one rung has what `LEVELS` say."""
 LEVELS = 0.05, 0.075, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.0
 """Of the dearest plan's price. Between two of them plans cost at most a third more than others."""
@@ -162,7 +162,7 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
     plans = candidates(ask, types)
     if not plans:
         return None
-    schedule = Schedule.of(effort, ask.seed, pool.workload, ask.slo.ttft_s)
+    schedule = Schedule.of(effort, ask.seed, pool.workload)
     views = schedule.rung(0)
     rated = pool.rate(_at_levels(plans, Screen(pool.workload, ask.slo, types)), views, FAR)
     near = Refinement(ask, types, pool, schedule, rated, views).run(()).leaders

@@ -50,6 +50,8 @@ STEEP = 4.0
 """A curve ends where tau is beyond this: it goes on as a line from there."""
 CALM = 0.5
 """It starts where tau is below this, or little above that of an idle engine: a lower rate betters no plan."""
+HARDLY = 1.1
+"""Times a rate is hardly above it: one of the two tells enough."""
 NEAR = 1.2
 """Times tau of an idle engine: little above it."""
 UNANSWERED = 10.0
@@ -131,7 +133,7 @@ def _line(task: CurveTask, replicas: int, kv_rate: float, idle: Point) -> Line:
     busy = busy_rate(task.type, task.role, task.workload, task.slo)
     most = min(task.workload.rate_per_s / min(replicas, 2), kv_rate)  # pools begin with two
     shares = (*FRACTIONS[:-1], *BEYOND) if task.role == "decode" else FRACTIONS
-    grid = list(dict.fromkeys(min(share * busy, most) for share in shares))
+    grid = _grid([share * busy for share in shares], most)
     middle = min(MIDDLE + (replicas > 1), len(grid) - 1)
     points: list[Point] = []
     for rate in grid[middle:]:
@@ -145,6 +147,12 @@ def _line(task: CurveTask, replicas: int, kv_rate: float, idle: Point) -> Line:
     if task.role != "decode" and points[-1][0] < busy:
         points.append((busy, max(STEEP, points[-1][1])))
     return line(idle, points)
+
+
+def _grid(rates: Sequence[float], most: float) -> list[float]:
+    """Of ascending ones those up to `most`, which stands for whatever is hardly below it or beyond."""
+    below = [rate for rate in rates if rate * HARDLY < most]
+    return [*below, min(most, rates[len(below)])] if len(below) < len(rates) else below
 
 
 # ---------------------------------------------------------------- one replica

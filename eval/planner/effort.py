@@ -10,11 +10,13 @@ from antiphon.eval.planner.workload import Workload
 
 
 class Effort(NamedTuple):
-    """How much is simulated. A rung: (plans, rounds of a window, windows); of plans some more, so that each
-    form has its best there."""
+    """How much is simulated."""
 
-    rungs: tuple[tuple[int, int, int], ...] = ((20, 500, 1), (6, 1000, 2))
+    rungs: tuple[tuple[int, int], ...] = ((16, 500), (5, 2000))
+    """(plans, rounds) of each: of plans some more, so that each form has its best there; one window, for its
+    beginning costs as much as hundreds of rounds."""
     last: tuple[int, int, int] = (4, 1500, 2)
+    """(plans, rounds, windows): these say how far figures vary."""
     quick_rounds: int = 500
     """Of the one window by which variations of a leader are looked at first."""
     shortlist: int = 3
@@ -31,8 +33,6 @@ for the first rung and quick looks: their windows would cost more than they tell
 MANY_SESSIONS = 30
 """As many sessions' rounds has a quick look, and a quarter more a window of the last rung, since windows
 differ by whose rounds they have; at most twice and three times what `Effort` says."""
-DROWNING_TARGETS = 10
-"""TTFT targets that a fleet needs to drown, if nothing unlucky is to happen first."""
 STRESS = 1.15
 """Times the rate at which settings are looked at: short windows are kind, and at the rate that was asked for
 a fleet that does well does as well with any of them."""
@@ -56,22 +56,16 @@ class Schedule(NamedTuple):
     """Times the rounds that `effort` says."""
     many_rounds: float
     """Of `MANY_SESSIONS`."""
-    lasting_rounds: float
-    """Sent while a fleet drowns that is a little too small."""
 
     @classmethod
-    def of(cls, effort: Effort, seed: int, workload: Workload, ttft_s: float) -> Schedule:
-        """`ttft_s`: the target."""
+    def of(cls, effort: Effort, seed: int, workload: Workload) -> Schedule:
         stretch = max(1.0, sqrt(workload.live_sessions / FEW_LIVE))
         many = MANY_SESSIONS * workload.rounds_per_s / workload.rate_per_s
-        return cls(effort, seed, stretch, many, workload.rounds_per_s * DROWNING_TARGETS * ttft_s)
+        return cls(effort, seed, stretch, many)
 
     def rung(self, number: int) -> tuple[View, ...]:
-        """Instead of several windows fewer that are longer, where a fleet needs that to drown."""
-        _, rounds, windows = self.effort.rungs[number]
-        usual = round(rounds * self.stretch) if number else rounds
-        longer = max(usual, min(windows * usual, round(self.lasting_rounds)))
-        return views_at(self.seed, number, longer, max(1, round(windows * usual / longer)))
+        _, rounds = self.effort.rungs[number]
+        return views_at(self.seed, number, round(rounds * self.stretch) if number else rounds, 1)
 
     def quick(self, rate_factor: float = 1.0) -> tuple[View, ...]:
         return views_at(self.seed, QUICK, round(self.effort.quick_rounds * self._varied), 1, rate_factor)

@@ -81,7 +81,7 @@ class _Search:
     ) -> None:
         self.ask = replace(ask, budget=gpu_budget(ask))
         self.types, self.pool, self.told, self.effort = types, pool, told, effort
-        self.schedule = Schedule.of(effort, ask.seed, pool.workload, ask.slo.ttft_s)
+        self.schedule = Schedule.of(effort, ask.seed, pool.workload)
         self.rungs: list[Rung] = []
 
     def run(self, seeds: Sequence[Plan], solved: Solved | None) -> Found:
