@@ -65,12 +65,14 @@ def test_the_warm_up_by_hand() -> None:
     session = SessionTrace("s", turns(0, 10, 20))
     some, many = (Workload.of([session], rate, IDLE) for rate in (10.0, 100.0))
 
-    def warm_up_s(workload: Workload, rounds: int) -> float:
-        return workload.window(1, rounds).from_s - ENTRY_S
+    def warm_up_s(workload: Workload, rounds: int, rate_factor: float = 1.0) -> float:
+        return workload.window(1, rounds, rate_factor).from_s - ENTRY_S
 
     assert warm_up_s(some, 300) == pytest.approx(0.6 * 10)
     assert warm_up_s(some, 30) == pytest.approx(2 * 1.1)
     assert warm_up_s(some, 3_000) == pytest.approx(1_000 / 30)
+    assert warm_up_s(some, 3_000, 0.5) == pytest.approx(0.6 * 100)
+    assert warm_up_s(some, 30_000, 0.5) == pytest.approx(1_000 / 15)
     assert many.live_sessions == pytest.approx(3_330)
     assert warm_up_s(many, 30_000) == pytest.approx(2 * 3_330 / 300)
 

@@ -84,7 +84,7 @@ class Solved(Struct, frozen=True):
 
 
 class Rung(Struct, frozen=True):
-    """One round of the successive halving."""
+    """One round of the successive halving, or the first's twins: its cheapest under other policies."""
 
     plans: int
     rounds: int

@@ -1,9 +1,9 @@
-"""All plans within a budget.
+"""The plans within a budget.
 
 A pool for prefill of one engine type and one for decode of one, of equal tensor-parallel degree unless the
 ask allows mixed ones; co-located engines of one type or of two side by side; the whole budget, where engines
-of one type prefill and all others decode; the equal split. None is left out. C, K and policy are the
-defaults here: the search varies them for plans that lead.
+of one type prefill and all others decode; the equal split. Of these none is left out; pools of several
+types otherwise come by variation of what leads (`neighbours.py`). C, K and policy are the defaults here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_number(ask: Ask, types: Sequence[EngineType]) -> None:
     number = 0
     for one in types:
         engines = ask.budget.get(one.gpu, 0) // one.tp
-        number += engines
+        number += 2 * engines  # co-located alone; prefill beside all others
         for other in types:
             if other.tp != one.tp and not ask.mixed_tensor_parallel:
                 continue

@@ -52,7 +52,8 @@ class Reading(Protocol):
 
 def read_sessions(options: Reading, window_tokens: int) -> Sessions:
     """Raises `TraceError`: nothing there, nothing readable, nothing that fits the window."""
-    if not options.max_gap_s >= 0 or options.divide < 1 or (options.max_sessions or 1) < 1:
+    most = options.max_sessions
+    if not options.max_gap_s >= 0 or options.divide < 1 or (most is not None and most < 1):
         raise TraceError("--max-gap must not be below 0, --divide and --max-sessions not below 1")
     if options.form not in FORMS:
         raise TraceError(f"--form {options.form}: must be one of {', '.join(FORMS)}")

@@ -2,7 +2,7 @@
 
 1. A screen (`screen.py`) orders every plan within the budget; the first rung simulates the most promising
    of them for a short while, each further rung fewer plans for longer.
-   On the windows of the first the cheapest that keep up are tried under their menu's other policies too.
+   On the window of the first the cheapest that keep up are tried under their menu's other policies too.
 2. The leaders are varied (`refinement.py`): an engine fewer, more, moved, of another kind; then policy, C, K.
 3. The last rung scores the leaders on windows that nothing was chosen by, and the plan is chosen there, of
    those that last (`lasting.py`).

@@ -9,7 +9,7 @@ from msgspec import Struct
 from antiphon.engines.cluster import Slo
 from antiphon.eval.planner.score import Score
 from antiphon.eval.planner.standard_ask import LOOKS, SHARES, WANTED
-from antiphon.eval.planner.workload import WARM_UP_SHARE
+from antiphon.eval.planner.workload import MOST_WARM_UP_ROUNDS, WARM_UP_SHARE
 
 GOAL = 0.01
 """Of attainment: so far may the plan be from brute force's."""
@@ -139,12 +139,13 @@ def _head(results: Results) -> Iterator[str]:
     yield (
         f"The load is the largest of some shares ({shares}) of what keeps the whole"
         " budget busy, co-located, at which one of six plans (those that the screen puts first) attains"
-        f" {WANTED:.0%} in {looks}."
+        f" {WANTED:.0%} in {looks}, or the least of them."
     )
     yield (
         f"Every figure is of {results.windows} windows of {results.rounds:,} rounds or more after a"
-        f" warm-up of {WARM_UP_SHARE:.0%} of that, the same for all plans of a case, with seeds that nobody"
-        " chose by; `+20 %` are other windows at 1.2 times the rate."
+        f" warm-up of {WARM_UP_SHARE:.0%} of that (at most {MOST_WARM_UP_ROUNDS:,} rounds or two of each live"
+        " session), the same for all plans of a case, with seeds that nobody chose by; `+20 %` are"
+        " other windows at 1.2 times the rate."
         f" Plans whose attainments differ by less than {results.tolerance:.1%} count as equal: the cheaper is"
         " chosen."
     )

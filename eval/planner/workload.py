@@ -142,7 +142,7 @@ class Workload:
         """A window with about `rounds` rounds that count, times `rate_factor`, after a warm-up."""
         chance = Random(f"plan/{seed}")
         measured_s = self.measured_s(rounds)
-        from_s = ENTRY_S + self._warm_up_s(measured_s)
+        from_s = ENTRY_S + self._warm_up_s(measured_s, rate_factor)
         until_s = from_s + measured_s
         starts: list[tuple[float, SessionTrace]] = []
         children: dict[str, list[SessionTrace]] = {}
@@ -157,10 +157,11 @@ class Workload:
         starts.sort(key=lambda start: start[0])
         return Window(tuple(starts), children, from_s, until_s, live)
 
-    def _warm_up_s(self, measured_s: float) -> float:
+    def _warm_up_s(self, measured_s: float, rate_factor: float) -> float:
         lasting_s = 2 * self.live_sessions / self.rate_per_s
         least_s = min(LEAST_WARM_UP_S, lasting_s, ROUNDS_OF_WARM_UP * self.long_round_s)
-        most_s = max(MOST_WARM_UP_ROUNDS, 2 * self.live_sessions) / self.rounds_per_s
+        most_rounds = max(MOST_WARM_UP_ROUNDS / rate_factor, 2 * self.live_sessions)
+        most_s = most_rounds / self.rounds_per_s
         return max(least_s, min(most_s, WARM_UP_SHARE * measured_s))
 
     def _arrivals(
