@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from antiphon.eval.planner.ask import Ask, Found, Rated
 from antiphon.eval.planner.candidates import candidates
 from antiphon.eval.planner.lasting import drowned, lasts
-from antiphon.eval.planner.neighbours import settings
+from antiphon.eval.planner.neighbours import set_like, settings
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.screen import Screen
@@ -119,11 +119,7 @@ def _as_set(plan: Plan, like: Plan) -> Plan:
     """With the policy, C and K that were found for `like`, where both are of one form."""
     if plan.colocated != like.colocated:
         return plan
-    groups = []
-    for group in plan.groups:
-        model = like.pool(group.pool)[0]
-        groups.append(replace(group, chunk_tokens=model.chunk_tokens, decode_interval=model.decode_interval))
-    return replace(plan, groups=tuple(groups), policy=like.policy)
+    return replace(set_like(plan, like), policy=like.policy)
 
 
 def front(rated: Sequence[Rated]) -> tuple[Rated, ...]:

@@ -22,12 +22,12 @@ def check_number(ask: Ask, types: Sequence[EngineType]) -> None:
     """Raises `PlanError` where all plans of the ask are too many to look at each."""
     number = 0
     for one in types:
-        engines = ask.budget.get(one.gpu, 0) // one.tp
+        engines = _most(ask, one)
         number += 2 * engines  # co-located alone; prefill beside all others
         for other in types:
             if other.tp != one.tp and not ask.mixed_tensor_parallel:
                 continue
-            beside = ask.budget.get(other.gpu, 0) // other.tp
+            beside = _most(ask, other)
             # of one kind they share the GPUs: half of the pairs; of two, also side by side (half: each once)
             number += engines * beside // 2 if other.gpu == one.gpu else engines * beside * 3 // 2
     if number > MOST_PLANS:
@@ -49,6 +49,11 @@ def candidates(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
     return tuple(dict.fromkeys(made))
 
 
+def _most(ask: Ask, each: EngineType) -> int:
+    """Engines of a type that the budget holds."""
+    return ask.budget.get(each.gpu, 0) // each.tp
+
+
 def equal_splits(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
     """Half of each kind's engines for prefill and half for decode, all GPUs used: one plan per degree.
 
@@ -61,7 +66,7 @@ def equal_splits(ask: Ask, types: Sequence[EngineType]) -> tuple[Plan, ...]:
     for degree in dict.fromkeys(each.tp for each in types):
         pools: dict[PoolName, list[Group]] = {"prefill": [], "decode": []}
         for each in types:
-            engines = ask.budget.get(each.gpu, 0) // each.tp
+            engines = _most(ask, each)
             if each.tp != degree or not engines:
                 continue
             if engines // 2:
@@ -79,7 +84,7 @@ def _disaggregated(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
         for decode in types:
             if prefill.tp != decode.tp and not ask.mixed_tensor_parallel:
                 continue
-            for engines in range(1, ask.budget.get(prefill.gpu, 0) // prefill.tp + 1):
+            for engines in range(1, _most(ask, prefill) + 1):
                 left = ask.budget.get(decode.gpu, 0)
                 if prefill.gpu == decode.gpu:
                     left -= engines * prefill.tp
@@ -93,7 +98,7 @@ def _all_others_decode(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
     if not ask.policies:
         return
     for prefill in types:
-        engines = {each: ask.budget.get(each.gpu, 0) // each.tp for each in types if each.tp == prefill.tp}
+        engines = {each: _most(ask, each) for each in types if each.tp == prefill.tp}
         for number in range(1, engines[prefill] + 1):
             left = {**engines, prefill: engines[prefill] - number}
             homes = [group("decode", each, count) for each, count in left.items() if count]
@@ -107,12 +112,12 @@ def _colocated(ask: Ask, types: Sequence[EngineType]) -> Iterator[Plan]:
         return
     policy = ask.colocated_policies[0]
     for number, one in enumerate(types):
-        counts = range(1, ask.budget.get(one.gpu, 0) // one.tp + 1)
+        counts = range(1, _most(ask, one) + 1)
         for count in counts:
             yield Plan((group("decode", one, count),), policy)
         for other in types[number + 1 :]:
             if other.gpu == one.gpu or (other.tp != one.tp and not ask.mixed_tensor_parallel):
                 continue
             for count in counts:
-                for beside in range(1, ask.budget.get(other.gpu, 0) // other.tp + 1):
+                for beside in range(1, _most(ask, other) + 1):
                     yield Plan((group("decode", one, count), group("decode", other, beside)), policy)

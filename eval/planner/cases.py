@@ -22,7 +22,7 @@ from antiphon.eval.planner.ask import Ask, Infeasible, PlanError, Rated, choose
 from antiphon.eval.planner.candidates import candidates, check_number
 from antiphon.eval.planner.effort import Effort, Schedule
 from antiphon.eval.planner.engine_types import attainable, engine_types, typical
-from antiphon.eval.planner.lasting import any_plan, choose_lasting, larger_fleets, lasts, looked_at
+from antiphon.eval.planner.lasting import any_plan, choose_lasting, lasting_leaders, lasts
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool
 from antiphon.eval.planner.prices import GpuPrice
@@ -172,10 +172,8 @@ def best_of(ask: Ask, types: Sequence[EngineType], pool: ScorePool, effort: Effo
     kept = [each.plan for each in cheapest if each.score.attainment >= good][: effort.last[0] // 2]
     kept.append(max(rated, key=lambda each: each.score.attainment).plan)
     rated = pool.rate(dict.fromkeys((*near, *kept)), schedule.last())
-    if (view := schedule.long()) is not None:
-        larger = larger_fleets(ask, types, pool, schedule.last())
-        rated = looked_at(rated, (any_plan,), pool, view, ask.tolerance, larger)
-    return choose_lasting(rated, ask.tolerance)
+    known = lasting_leaders(rated, (any_plan,), ask, types, pool, schedule)
+    return choose_lasting(known, ask.tolerance)
 
 
 def _at_levels(plans: Sequence[Plan], screen: Screen) -> tuple[Plan, ...]:

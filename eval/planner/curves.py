@@ -151,8 +151,8 @@ def _line(task: CurveTask, replicas: int, kv_rate: float, idle: Point) -> Line:
 
 def _grid(rates: Sequence[float], most: float) -> list[float]:
     """Of ascending ones those up to `most`, which stands for whatever is hardly below it or beyond."""
-    below = [rate for rate in rates if rate * HARDLY < most]
-    return [*below, min(most, rates[-1])] if len(below) < len(rates) else below
+    last = min(most, rates[-1])
+    return [*(rate for rate in rates if rate * HARDLY < last), last]
 
 
 # ---------------------------------------------------------------- one replica

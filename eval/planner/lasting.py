@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from msgspec.structs import replace
 
 from antiphon.eval.planner.ask import Ask, Rated, choose
+from antiphon.eval.planner.effort import Schedule
 from antiphon.eval.planner.neighbours import neighbours
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -86,6 +87,22 @@ def looked_at(
             seen = known[each.plan] = replace(each, long=long)
             if not lasts(seen):
                 known = {other.plan: other for other in larger(each.plan, known)} | known
+
+
+def lasting_leaders(
+    rated: Sequence[Rated],
+    forms: Sequence[Fits],
+    ask: Ask,
+    types: Sequence[EngineType],
+    pool: ScorePool,
+    schedule: Schedule,
+) -> list[Rated]:
+    """`looked_at` on the long window of a schedule, if it has one; larger fleets on its last rung's."""
+    view = schedule.long()
+    if view is None:
+        return list(rated)
+    larger = larger_fleets(ask, types, pool, schedule.last())
+    return looked_at(rated, forms, pool, view, ask.tolerance, larger)
 
 
 def larger_fleets(ask: Ask, types: Sequence[EngineType], pool: ScorePool, views: Sequence[View]) -> Larger:

@@ -104,11 +104,8 @@ def document(planned: Planned) -> Document:
     names: dict[Plan, list[str]] = {}
     for name, rated in planned.named():
         names.setdefault(rated.plan, []).append(name)
-    others = (*planned.found.rated, *planned.cheaper)
-    every = {rated.plan: rated for rated in (planned.found.best, *others)}
-    others = (*(rated for _, rated in planned.named()), *planned.cheaper)
-    every |= {rated.plan: rated for rated in others if rated.plan not in every}
     rate, found, solved = planned.rounds_per_s, planned.found, planned.solved
+    every = {rated.plan: rated for rated in (found.best, *found.rated, *planned.cheaper)}
     return Document(
         schema=SCHEMA,
         headline=planned.headline,

@@ -25,7 +25,7 @@ from antiphon.eval.planner.ask import Ask, Found, Infeasible, Rated, Rung, Solve
 from antiphon.eval.planner.candidates import candidates, equal_splits
 from antiphon.eval.planner.effort import LAST, Effort, Schedule, views_at
 from antiphon.eval.planner.engine_types import gpu_budget
-from antiphon.eval.planner.lasting import Fits, any_plan, choose_lasting, larger_fleets, lasts, looked_at
+from antiphon.eval.planner.lasting import Fits, any_plan, choose_lasting, lasting_leaders, lasts
 from antiphon.eval.planner.neighbours import set_like
 from antiphon.eval.planner.plans import EngineType, Plan
 from antiphon.eval.planner.pool import ScorePool, View
@@ -219,15 +219,12 @@ class _Search:
 
     def _lasting(self, rated: Sequence[Rated]) -> list[Rated]:
         """The choice first; it and the best of either form last, if any does."""
-        began_s, view = perf_counter(), self.schedule.long()
-        if view is None:
-            return list(rated)
-        forms = (any_plan, _colocated, _disaggregated)
-        larger = larger_fleets(self.ask, self.types, self.pool, self.schedule.last())
-        known = looked_at(rated, forms, self.pool, view, self.ask.tolerance, larger)
+        began_s, forms = perf_counter(), (any_plan, _colocated, _disaggregated)
+        known = lasting_leaders(rated, forms, self.ask, self.types, self.pool, self.schedule)
         looked = [each for each in known if each.long is not None]
         lasting, took_s = sum(map(lasts, looked)), perf_counter() - began_s
-        self.told(f"{lasting} of {len(looked)} leaders last for {view.rounds} rounds: {took_s:.1f} s")
+        if view := self.schedule.long():
+            self.told(f"{lasting} of {len(looked)} leaders last for {view.rounds} rounds: {took_s:.1f} s")
         return self._in_order(known)
 
     # ---------------------------------------------------------------- the answer

@@ -158,10 +158,9 @@ class Workload:
         return Window(tuple(starts), children, from_s, until_s, live)
 
     def _warm_up_s(self, measured_s: float, rate_factor: float) -> float:
-        lasting_s = 2 * self.live_sessions / self.rate_per_s
-        least_s = min(LEAST_WARM_UP_S, lasting_s, ROUNDS_OF_WARM_UP * self.long_round_s)
-        most_rounds = max(MOST_WARM_UP_ROUNDS / rate_factor, 2 * self.live_sessions)
-        most_s = most_rounds / self.rounds_per_s
+        twice_live = 2 * self.live_sessions
+        least_s = min(LEAST_WARM_UP_S, twice_live / self.rate_per_s, ROUNDS_OF_WARM_UP * self.long_round_s)
+        most_s = max(MOST_WARM_UP_ROUNDS / rate_factor, twice_live) / self.rounds_per_s
         return max(least_s, min(most_s, WARM_UP_SHARE * measured_s))
 
     def _arrivals(
